@@ -1,0 +1,187 @@
+"""The folder of one submission: what was asked for, who works on it, and how it ended.
+
+    logs/003/                         third submission
+      job.json                        what was submitted, by whom, and the process that supervises it
+      config.yaml                     the resolved config that the job runs
+      ranks.json                      the job's processes
+      JOBID_submitted.pkl             Submitit's pickle
+      JOBID_0_log.out                 output of rank 0, and so on
+      supervisor.log                  what ended the job, in words
+      outcome.json                    how it ended; absent while it runs
+
+A folder appears under its name together with its job.json, so two submissions never share one.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mimscale import durable
+from mimscale.errors import LaunchError
+from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.world import Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What stands in job.json."""
+
+    verb: str
+    executor: str
+    processes: int  # over all nodes
+    master_port: int
+    config_hash: str  # of the resolved config
+    timeout_min: float | None
+    signal_lead_s: float
+    lost_rank_grace_s: float
+    trains: bool  # the outcome belongs to the run as well
+    submitted_utc: str
+    submitter: Process
+    job_id: str | None = None  # None until the executor has given one
+    supervisor: Process | None = None
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """Paths and small files of one submission."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def ranks(self) -> Path:
+        """The job's processes."""
+        return self.path / "ranks.json"
+
+    @property
+    def outcome(self) -> Path:
+        """How the job ended."""
+        return self.path / "outcome.json"
+
+    @property
+    def supervisor_log(self) -> Path:
+        """What the supervisor did."""
+        return self.path / "supervisor.log"
+
+    def rank_log(self, job_id: str, rank: int) -> Path:
+        """Output of a rank, where Submitit's own tools look for it."""
+        return self.path / f"{job_id}_{rank}_log.out"
+
+    def read(self) -> JobRecord:
+        """What was submitted."""
+        tree = json.loads((self.path / "job.json").read_text())
+        for key in ("submitter", "supervisor"):
+            tree[key] = None if tree[key] is None else Process(**tree[key])
+        return JobRecord(**tree)
+
+    def write(self, record: JobRecord) -> None:
+        """Replace job.json."""
+        durable.write_json(self.path / "job.json", asdict(record))
+
+    def read_outcome(self) -> Outcome | None:
+        """How the job ended, or None while it has not."""
+        return Outcome(**json.loads(self.outcome.read_text())) if self.outcome.exists() else None
+
+    def write_ranks(self, processes: Iterable[Process]) -> None:
+        """Record the job's processes, rank 0 first."""
+        durable.write_json(self.ranks, [asdict(process) for process in processes])
+
+    def read_ranks(self) -> list[Process]:
+        """The job's processes, rank 0 first; empty before they are started."""
+        return [Process(**tree) for tree in json.loads(self.ranks.read_text())] if self.ranks.exists() else []
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory around `logs/NNN`."""
+        return RunDir(self.path.parent.parent)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Record how the job ended, for the run as well when the job trained."""
+        if self.read().trains:
+            self.run.write_outcome(outcome)
+        durable.write_json(self.outcome, vars(outcome))
+
+    def living(self) -> list[Process]:
+        """The processes of this submission that are alive on this host: submitter, supervisor, ranks."""
+        if self.outcome.exists():
+            return []
+        record = self.read()
+        # The submitter counts only until a supervisor stands in for it.
+        candidates = [record.supervisor or record.submitter, *self.read_ranks()]
+        return [process for process in candidates if process.is_alive()]
+
+
+def job_folders(root: Path) -> list[JobFolder]:
+    """Every submission in `root`, oldest first."""
+    return [JobFolder(path) for path in sorted(root.glob("[0-9]*")) if (path / "job.json").exists()]
+
+
+def refuse_while_alive(root: Path, folders: Iterable[JobFolder]) -> None:
+    """Refuse to go on while a job of `folders` is alive.
+
+    Raises:
+        LaunchError: naming the job, its log and the way out.
+    """
+    for folder in folders:
+        living = folder.living()
+        if living:
+            record = folder.read()
+            name = f"job {record.job_id}" if record.job_id else "a submission"
+            raise LaunchError(
+                f"{root}: {name} ({record.verb}, {folder.path}) is alive as process "
+                f"{', '.join(str(process.pid) for process in living)}; wait for it, or let it save and stop with "
+                f"`kill -USR2 {living[0].pid}`, and submit again"
+            )
+
+
+def claim_folder(root: Path, record: JobRecord, config_text: str) -> JobFolder:
+    """Make the folder of a new submission under the next free number.
+
+    Raises:
+        LaunchError: another submission took the same place and is alive.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    draft = JobFolder(root / f"{durable.TEMPORARY_PREFIX}{os.getpid()}")
+    shutil.rmtree(draft.path, ignore_errors=True)  # left by a killed process that had the same id
+    draft.path.mkdir()
+    draft.write(record)
+    durable.write_text(draft.config, config_text)
+    number = 1 + max((int(folder.path.name) for folder in job_folders(root)), default=0)
+    while True:
+        folder = JobFolder(root / f"{number:03d}")
+        try:
+            durable.rename_folder(draft.path, folder.path)
+            break
+        except OSError:  # a folder with something in it cannot be replaced: taken by another submission meanwhile
+            if not folder.path.exists():
+                raise
+            number += 1
+    try:
+        # Of two submissions made at once the lower number goes on.
+        refuse_while_alive(root, (other for other in job_folders(root) if int(other.path.name) < number))
+    except LaunchError:
+        shutil.rmtree(folder.path)
+        raise
+    return folder
+
+
+def append_job(jobs_file: Path, entry: dict[str, Any]) -> None:
+    """Add one line to jobs.jsonl. One write of one short line: lines of two writers do not mix."""
+    with jobs_file.open("ab") as file:
+        file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def now_utc() -> str:
+    """The time, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,159 @@
+"""What runs inside a job: `RunVerb` in each process, the variables it needs, and how a process is told from another.
+
+Submitit pickles `RunVerb` by reference, so this module imports nothing that a node could lack and no torch.
+"""
+
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing import active_children
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import submitit
+
+from launch.profile import OWN_VARIABLES, Accelerator
+from mimscale import cli
+from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
+from mimscale.world import World
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+# All that a supervisor and a waiting `submit` listen to. Blocked while a job is being started: one that comes then
+# waits until there are handlers for it.
+JOB_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+STACKS_SIGNAL = signal.SIGQUIT  # prints the stack of every thread to the log and changes nothing else
+FIRST_PORT = 10_000  # below it, ports belong to services
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunVerb:
+    """`mimscale VERB ...` as a callable that Submitit starts in each process of a job."""
+
+    arguments: tuple[str, ...]  # the verb and its words
+    folder: Path  # working directory: the one that the job was submitted from
+    environment: Mapping[str, str]  # see `job_environment`
+    master_port: int
+
+    def __call__(self) -> int:
+        """Run the verb as one rank.
+
+        Returns:
+            0, or any exit code under the debug executor. Elsewhere a process that failed ends here with its exit code:
+            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone.
+        """
+        place = submitit.JobEnvironment()
+        local_size = place.num_tasks // place.num_nodes
+        world = World(
+            rank=place.global_rank,
+            size=place.num_tasks,
+            local_rank=place.local_rank,
+            local_size=local_size,
+            node=place.hostname,
+            master_address="127.0.0.1" if place.num_nodes == 1 else place.hostnames[0],
+            master_port=self.master_port,
+        )
+        os.environ.update(self.environment)
+        os.environ.update(world.environment())
+        os.environ["MIMSCALE_JOB_ID"] = place.job_id  # named in the run directory's lock
+        os.chdir(self.folder)
+        if place.cluster == "debug":
+            return cli.main(list(self.arguments))
+
+        _prepare_process()
+        try:
+            code = cli.main(list(self.arguments))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
+        if code not in (0, INTERRUPTED_EXIT_CODE):
+            _leave_at_once(code)
+        if code:
+            sys.exit(code)
+        return 0
+
+
+def _prepare_process() -> None:
+    # Works while the main thread is inside a collective: the handler is C, and runs in whatever thread gets the signal.
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    # In place of Submitit's handlers, which would requeue from inside the handler on rank 0 alone.
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop_before_training)
+    # When the supervisor is killed, its ranks save and leave instead of training on unseen.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
+    # Training puts its own handler here before its first step. Until then everything that matters is on disk.
+    sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    for child in active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def job_environment(
+    inherited: Mapping[str, str], *, chosen: Mapping[str, str], threads: int, accelerator: Accelerator
+) -> dict[str, str]:
+    """The variables that a job's processes start with.
+
+    Another launcher's variables are left out: a rank that finds the RANK or SLURM_PROCID of the shell that submitted it
+    would take another's place. CUDA_VISIBLE_DEVICES stays as the user has it.
+    """
+    foreign = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(foreign) and name not in OWN_VARIABLES and name not in ("GROUP_RANK", "ROLE_RANK")
+    }
+    return {**kept, **chosen, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}
+
+
+def free_port(*, avoid: int | None = None) -> int:
+    """A free TCP port outside the ephemeral range, where the kernel would hand it to any outgoing connection.
+
+    The search starts at a place that follows from the process id, so that submissions made at the same time find
+    different ports.
+
+    Args:
+        avoid: the port of the job before, which may still be held by a dying rank or in TIME_WAIT.
+
+    Raises:
+        LaunchError: every port is taken.
+    """
+    try:
+        first_ephemeral = int(EPHEMERAL_PORTS.read_text().split()[0])
+    except OSError:
+        first_ephemeral = 32_768
+    last = first_ephemeral if first_ephemeral > FIRST_PORT + 1_000 else 32_768
+    count = last - FIRST_PORT
+    for step in range(count):
+        port = FIRST_PORT + (os.getpid() + step) % count
+        if port != avoid and _is_free(port):
+            return port
+    raise LaunchError(f"no free TCP port between {FIRST_PORT} and {last - 1} on {socket.gethostname()}; end other jobs")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

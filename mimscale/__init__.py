@@ -1,0 +1,1 @@
+"""Pretraining and evaluation of 3D medical image models on clusters."""

@@ -1,0 +1,66 @@
+"""What a person sees: human text on stderr, results on stdout.
+
+On a terminal a progress bar moves; in a log file (Slurm, CI) a line appears every few seconds instead, because a bar
+that redraws itself is unreadable there.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+LOG_LINE_EVERY_S = 5.0
+
+
+def human() -> Console:
+    """The console for human text (stderr)."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print one line for a person. Square brackets are printed as they are."""
+    human().print(message, markup=False)
+
+
+def print_json(tree: Any) -> None:
+    """Print a result for a program, as one JSON object on stdout."""
+    print(json.dumps(tree, sort_keys=True, allow_nan=False), flush=True)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table for a person."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    human().print(table)
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Yield `items` and show how far they are."""
+    console = human()
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar:
+            yield from bar.track(items, total=total, description=description)
+        return
+    start = last = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_LINE_EVERY_S or done == total:
+            last = now
+            left_s = (now - start) / done * (total - done)
+            line = f"{description}: {done}/{total}, {now - start:.0f} s, {left_s:.0f} s left"
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Sliding-window inference, metrics, reconstructions, prediction export."""

@@ -1,0 +1,35 @@
+"""What `mimscale evaluate` may be told. Everything about the model comes from the run's own config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mimscale.config import require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Settings of one evaluation of one run."""
+
+    run_dir: Path  # the run to score; results go to run_dir/evaluate
+    store: Path | None = None  # volumes to score on; null: the store that the run was trained on
+    split: str = "val"  # which volumes of the store
+    checkpoint: str = "newest"  # "newest" verified one, or a name such as step_00000100
+    unlabelled: Literal["refuse", "skip"] = "refuse"  # volumes of the split that have no label: an error, or left out
+    overlap: float = 0.5  # share of a window that the next one covers again; more is smoother and slower
+    batch: int = 2  # windows per forward pass; more needs more memory
+    device: Literal["auto", "cpu", "cuda"] = (
+        "auto"  # where the model runs: auto, cpu, cuda; whole volumes are always put together in main memory
+    )
+    nsd_tolerance_mm: float = 2.0  # a surface point counts as right within this distance
+    save_predictions: bool = True  # write evaluate/predictions/<volume>.nii.gz on the source grid
+    store_grid: bool = True  # Dice on the store's grid too, as a second column
+    pictures: int = 4  # volumes of which slices are kept for the report
+    crops: int = 2  # pretraining runs: fixed crops per volume, each with a fixed mask
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
+        if self.pictures < 0:
+            raise ValueError(f"pictures={self.pictures}: must be at least 0")
+        require_positive("evaluate", batch=self.batch, crops=self.crops, nsd_tolerance_mm=self.nsd_tolerance_mm)

@@ -1,0 +1,82 @@
+"""Whole volumes through a network that sees windows.
+
+MONAI cuts the windows and puts the logits together again, weighted by a Gaussian so that a window's edge, where the
+network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that the accelerator
+holds `batch` windows and nothing else; main memory holds `(classes + 1) * voxels * 4` bytes of one volume at a time.
+
+    B windows | C channels | K classes | Z Y X volume, voxels
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def window_batches(size_voxels: Sequence[int], crop_voxels: Sequence[int], overlap: float, batch: int) -> int:
+    """Forward passes that one volume takes: what a progress bar counts to."""
+    windows = 1
+    for edge, crop in zip(size_voxels, crop_voxels, strict=True):
+        step = crop if edge <= crop else max(1, int(crop * (1 - overlap)))
+        windows *= math.ceil(max(0, edge - crop) / step) + 1
+    return math.ceil(windows / batch)
+
+
+@torch.inference_mode()
+def predict_volume(
+    model: nn.Module,
+    image: Tensor,
+    crop_voxels: Sequence[int],
+    *,
+    overlap: float,
+    batch: int,
+    device: torch.device,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Class of every voxel: [C, Z, Y, X] float32 on the CPU -> [Z, Y, X] uint8 on the CPU.
+
+    Args:
+        model: windows [B, C, *crop_voxels] -> logits [B, K, *crop_voxels]; on `device`, in eval mode.
+        image: normalised as in training, and at least as large as a window (see `volumes.read_normalised`).
+        crop_voxels: [Z, Y, X] of a window: the network's input.
+        overlap: share of a window that the next one covers again, 0 to below 1.
+        batch: windows per forward pass.
+        device: where the model is.
+        after_batch: called after each forward pass.
+
+    Raises:
+        ValueError: the image is smaller than a window.
+        FloatingPointError: the network answered with a number that is not finite.
+    """
+    if any(edge < crop for edge, crop in zip(image.shape[1:], crop_voxels, strict=True)):
+        raise ValueError(
+            f"an image of {tuple(image.shape[1:])} voxels is smaller than a window of {tuple(crop_voxels)}"
+        )
+    from monai.inferers.utils import sliding_window_inference
+
+    def predict(windows: Tensor) -> Tensor:
+        logits: Tensor = model(windows).float()
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("the network answered with numbers that are not finite")
+        after_batch()
+        return logits
+
+    logits = sliding_window_inference(
+        image[None],
+        tuple(crop_voxels),
+        batch,
+        predict,
+        overlap=overlap,
+        mode="gaussian",
+        sw_device=device,
+        device="cpu",
+    )
+    assert isinstance(logits, Tensor)
+    # One pass over the classes keeps the temporary at one class; argmax alone would make an int64 copy of the volume.
+    best, classes = logits[0, 0], torch.zeros(image.shape[1:], dtype=torch.uint8)
+    for number in range(1, logits.shape[1]):
+        higher = logits[0, number] > best
+        best = torch.where(higher, logits[0, number], best)
+        classes[higher] = number
+    return classes

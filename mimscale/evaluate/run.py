@@ -1,0 +1,119 @@
+"""`mimscale evaluate run_dir=DIR [store=STORE] [key=value ...]`: score a run on whole volumes of a split.
+
+A fine-tuning run is scored on segmentation, a pretraining run on reconstruction; the run's own config says which.
+Results go to run_dir/evaluate: scores.json, and cases.csv, predictions/, slices/ or reconstructions/.
+"""
+
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+from mimscale import durable
+from mimscale.config import config_tree, config_yaml, load_verb_config, verb_parser
+from mimscale.console import print_json, print_table, say
+from mimscale.errors import DataError
+from mimscale.evaluate.config import EvaluateConfig
+
+LIBRARIES = ("mimscale", "torch", "monai", "numpy")
+
+
+def main(argv: list[str]) -> int:
+    """The verb `evaluate`."""
+    parser = verb_parser("evaluate", "Score a run on whole volumes: segmentation or reconstruction, as the run was.")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.add_argument("--check", action="store_true", help="print the resolved config and stop")
+    arguments = parser.parse_args(argv)
+    config = load_verb_config(EvaluateConfig, arguments.words, needs_recipe=False)
+    if arguments.check:
+        sys.stdout.write(config_yaml(config))
+        return 0
+    scores = evaluate(config)
+    _show(scores)
+    if arguments.json:
+        keys = ("kind", "checkpoint", "step", "split", "classes", "per_class", "mean", "error", "baseline", "seconds")
+        print_json({key: scores[key] for key in keys if key in scores})
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a run and write run_dir/evaluate; returns what scores.json holds.
+
+    Raises:
+        ConfigError: no run directory, or a store that the weights were not made for.
+        CheckpointError: no usable checkpoint.
+        DataError: a volume that cannot be read or has no label.
+    """
+    from mimscale.evaluate.checkpoints import find_checkpoint
+    from mimscale.evaluate.reconstruction import evaluate_reconstruction
+    from mimscale.evaluate.segmentation import evaluate_segmentation
+    from mimscale.evaluate.weights import check_contract, choose_device, load_model
+    from mimscale.models.mae import MaskedAutoencoder
+    from mimscale.store.layout import read_info
+    from mimscale.store.manifest import load_manifest
+    from mimscale.train.config import FinetuneConfig, load_run_config
+    from mimscale.train.run_dir import RunDir
+
+    started_s = time.perf_counter()
+    run_config = load_run_config(config.run_dir)
+    run = RunDir(config.run_dir)
+    store = config.store or run_config.store
+    info, manifest = read_info(store), load_manifest(store)
+    wanted = {"split": config.split}
+    if run_config.modality is not None:
+        wanted["modality"] = run_config.modality
+    indices = manifest.select(**wanted)
+    if not len(indices):
+        raise DataError(f"{store}: no volume with {wanted}; see `mimscale inspect {store}` for what there is")
+    tag = find_checkpoint(run, config.checkpoint)
+    device = choose_device(config.device)
+    model, contract = load_model(run_config, tag, manifest.row(int(indices[0])).shape[0], device)
+    overlay = run_config.overlay if isinstance(run_config, FinetuneConfig) else None
+    check_contract(contract, info, store, overlay)
+    say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
+    if isinstance(run_config, FinetuneConfig):
+        scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
+    else:
+        assert isinstance(model, MaskedAutoencoder)
+        scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
+    tree = {
+        "kind": run_config.kind,
+        "checkpoint": tag.name,
+        "step": contract["step"],
+        "split": config.split,
+        "store": str(store),
+        "settings": {**config_tree(config), "crop_voxels": list(run_config.crop_voxels)},
+        **scores,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "device": str(device),
+        "seconds": round(time.perf_counter() - started_s, 2),
+    }
+    durable.write_json(run.evaluation / "scores.json", tree)
+    say(f"scores: {run.evaluation / 'scores.json'} ({tree['seconds']:.0f} s)")
+    return tree
+
+
+def _show(scores: dict[str, Any]) -> None:
+    if scores["kind"] == "pretrain":
+        rows = [
+            [crop["volume"], str(crop["crop"]), _text(crop["network"]), _text(crop["baseline"])]
+            for crop in scores["crops"]
+        ]
+        rows.append(["mean", "", _text(scores["mean"]["network"]), _text(scores["mean"]["baseline"])])
+        title = f"{scores['error']} of hidden voxels; baseline: {scores['baseline']}"
+        print_table(title, ["volume", "crop", "network", "baseline"], rows)
+        return
+    columns = ["class", "dice", "hd95 mm", "nsd", "cases", "no dice", "no hd95"]
+    rows = []
+    for index, (name, entry) in enumerate(scores["per_class"].items()):
+        dice, hd95, nsd = entry["dice"], entry["hd95_mm"], entry["nsd"]
+        row = [name, _text(dice["mean"]), _text(hd95["mean"]), _text(nsd["mean"]), str(dice["cases"])]
+        rows.append([*row, str(dice["undefined"]), str(hd95["undefined"]) if index else ""])
+    for key in ("without_background", "with_background"):
+        mean = scores["mean"][key]
+        rows.append([key.replace("_", " "), *(_text(mean[metric]) for metric in mean), "", "", ""])
+    print_table(f"{len(scores['cases'])} whole {scores['split']} volumes, source grid", columns, rows)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

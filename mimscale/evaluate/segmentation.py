@@ -1,0 +1,178 @@
+"""Whole volumes of a split through a fine-tuned network: scores, predictions on the source grid, slices for the report.
+
+C channels | K classes | Z Y X volume, voxels | x y z source file, voxels
+"""
+
+import csv
+import io
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mimscale import durable
+from mimscale.console import track
+from mimscale.errors import CheckpointError, DataError
+from mimscale.evaluate.config import EvaluateConfig
+from mimscale.evaluate.inference import predict_volume, window_batches
+from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class, score_case
+from mimscale.evaluate.slices import centre_of, cut_planes, grey_levels, save_planes
+from mimscale.evaluate.volumes import read_normalised, source_spacing_mm, write_nifti
+from mimscale.ingest.geometry import to_source_grid
+from mimscale.store.layout import StoreInfo
+from mimscale.store.manifest import Manifest, VolumeRow
+from mimscale.store.reader import ShardReader
+from mimscale.train.config import FinetuneConfig
+from mimscale.train.run_dir import RunDir
+
+DISK_WAY_OUT = "free some space, or evaluate with save_predictions=false"
+
+
+def evaluate_segmentation(
+    config: EvaluateConfig,
+    run_config: FinetuneConfig,
+    model: nn.Module,
+    device: torch.device,
+    store: Path,
+    info: StoreInfo,
+    manifest: Manifest,
+    indices: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Score `model` on the volumes in rows `indices`; the part of scores.json that belongs to segmentation.
+
+    Raises:
+        DataError: a volume without label, or one that cannot be read.
+        CheckpointError: the network answers with numbers that are not finite.
+    """
+    names = list(info.overlays[run_config.overlay].class_names)
+    rows = labelled_rows(config, run_config.overlay, manifest, indices)
+    reader = ShardReader(store, manifest)
+    folder = RunDir(config.run_dir).evaluation
+    crop = run_config.crop_voxels
+    total = sum(_batches(row, config, crop) for row in rows)
+    ticks = track(range(total), f"evaluate {len(rows)} volumes, batches of windows", total)
+    cases: list[dict[str, Any]] = []
+    source_scores: list[dict[str, ClassScore]] = []
+    store_scores: list[dict[str, ClassScore]] = []
+    for number, row in enumerate(rows):
+        started_s = time.perf_counter()
+        image, inside = read_normalised(reader, row, info.intensity, crop)
+        try:
+            classes = predict_volume(
+                model,
+                torch.from_numpy(image),
+                crop,
+                overlap=config.overlap,
+                batch=config.batch,
+                device=device,
+                after_batch=lambda: next(ticks, None),
+            )
+        except FloatingPointError as error:
+            raise CheckpointError(
+                f"{config.run_dir}: volume {row.id}: {error}; evaluate an earlier checkpoint=step_..."
+            ) from None
+        predicted_s = time.perf_counter() - started_s
+        prediction = classes.numpy()[inside]
+        truth = reader.read(row, (0, 0, 0), row.shape[1:], overlay=run_config.overlay)[0]
+        on_source = to_source_grid(prediction, row)
+        source_scores.append(
+            score_case(on_source, to_source_grid(truth, row), names, source_spacing_mm(row), config.nsd_tolerance_mm)
+        )
+        if config.store_grid:
+            # The store's grid is the source's, turned: its surfaces are the same and would only take as long again.
+            store_scores.append(score_case(prediction, truth, names, row.spacing_mm, None))
+        case: dict[str, Any] = {"volume": row.id, "subject": row.subject, "shape_zyx": list(row.shape[1:])}
+        if config.save_predictions:
+            case["prediction"] = f"predictions/{row.id}.nii.gz"
+            write_nifti(folder / case["prediction"], on_source, row.source_affine, DISK_WAY_OUT)
+        if number < config.pictures:
+            case["slices"] = f"slices/{row.id}.npz"
+            _save_slices(folder / case["slices"], image[0][inside], truth, prediction, row)
+        case["scores"] = {name: asdict(score) for name, score in source_scores[-1].items()}
+        if config.store_grid:
+            case["store_grid_scores"] = {name: asdict(score) for name, score in store_scores[-1].items()}
+        case["predict_s"] = round(predicted_s, 3)
+        case["total_s"] = round(time.perf_counter() - started_s, 3)
+        cases.append(case)
+    next(ticks, None)  # lets the progress bar end
+    durable.write_text(folder / "cases.csv", cases_csv(cases))
+    return {
+        "classes": names,
+        **_means(source_scores),
+        "store_grid": _means(store_scores) if config.store_grid else None,
+        "cases": cases,
+    }
+
+
+def labelled_rows(
+    config: EvaluateConfig, overlay: str, manifest: Manifest, indices: NDArray[np.int64]
+) -> list[VolumeRow]:
+    """The volumes to score: all of `indices`, or those with a label when the others may be skipped.
+
+    Raises:
+        DataError: a volume has no label and may not be skipped, or none has one.
+    """
+    rows = [manifest.row(int(index)) for index in indices]
+    labelled = [row for row in rows if overlay in row.overlays]
+    bare = [row.id for row in rows if overlay not in row.overlays]
+    if not labelled:
+        raise DataError(
+            f"{config.store}: none of the {len(rows)} volumes of split={config.split} has overlay {overlay!r}; "
+            "choose another split, or ingest them with labels"
+        )
+    if bare and config.unlabelled == "refuse":
+        raise DataError(
+            f"{config.store}: {len(bare)} of {len(rows)} volumes of split={config.split} have no overlay {overlay!r}: "
+            f"{', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}; leave them out with unlabelled=skip"
+        )
+    return labelled
+
+
+def cases_csv(cases: list[dict[str, Any]]) -> str:
+    """One line a volume and class; a score that is not defined is an empty cell."""
+    columns = ["volume", "class", "truth_voxels", "predicted_voxels", *METRICS]
+    columns += ["store_grid_dice"] if "store_grid_scores" in cases[0] else []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for case in cases:
+        for name, score in case["scores"].items():
+            line = {"volume": case["volume"], "class": name}
+            line |= {key: score[key] for key in ("truth_voxels", "predicted_voxels")}
+            line |= {metric: score[metric] for metric in METRICS}
+            if "store_grid_scores" in case:
+                line["store_grid_dice"] = case["store_grid_scores"][name]["dice"]
+            writer.writerow(line)
+    return text.getvalue()
+
+
+def _batches(row: VolumeRow, config: EvaluateConfig, crop_voxels: tuple[int, int, int]) -> int:
+    return window_batches(row.shape[1:], crop_voxels, config.overlap, config.batch)
+
+
+def _means(scores: list[dict[str, ClassScore]]) -> dict[str, Any]:
+    per_class = means_per_class(scores)
+    return {
+        "per_class": {
+            name: {metric: asdict(mean) for metric, mean in entry.items()} for name, entry in per_class.items()
+        },
+        "mean": {
+            "without_background": mean_over_classes(per_class, background=False),
+            "with_background": mean_over_classes(per_class, background=True),
+        },
+    }
+
+
+def _save_slices(
+    path: Path, image: NDArray[np.float32], truth: NDArray[Any], prediction: NDArray[np.uint8], row: VolumeRow
+) -> None:
+    low, high = np.percentile(image, [0.5, 99.5])
+    layers = {"image": grey_levels(image, low, high), "truth": truth, "prediction": prediction}
+    # Where there is something to segment, or else the middle.
+    centre = centre_of((truth > 0) & (truth != 255))
+    save_planes(path, cut_planes(layers, centre, row.spacing_mm))

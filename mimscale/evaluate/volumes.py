@@ -1,0 +1,81 @@
+"""Whole stored volumes as a network's input, and arrays as NIfTI files on the grid of the source.
+
+C channels | Z Y X volume, voxels | x y z source file, voxels in the file's own order
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimscale import durable
+from mimscale.errors import DataError
+from mimscale.store.intensity import IntensityContract, normalisation
+from mimscale.store.manifest import VolumeRow
+from mimscale.store.reader import ShardReader
+
+Zyx = tuple[int, int, int]
+
+
+def read_normalised(
+    reader: ShardReader, row: VolumeRow, contract: IntensityContract, at_least_voxels: Sequence[int]
+) -> tuple[NDArray[np.float32], tuple[slice, slice, slice]]:
+    """A whole volume, normalised as in training: float32 [C, Z, Y, X], and where in it the volume lies.
+
+    A volume smaller than `at_least_voxels` along an axis lies in the middle of its own air, as in a training crop.
+    """
+    shape = row.shape[1:]
+    before = [max(0, least - edge) // 2 for edge, least in zip(shape, at_least_voxels, strict=True)]
+    z, y, x = (max(edge, least) for edge, least in zip(shape, at_least_voxels, strict=True))
+    raw = reader.read(row, (-before[0], -before[1], -before[2]), (z, y, x))
+    image = raw.astype(np.float32)
+    for channel, (low, high, shift, scale) in zip(image, normalisation(contract, row.stats), strict=True):
+        np.clip(channel, low, high, out=channel)
+        channel -= shift
+        channel *= scale
+    dz, dy, dx = (slice(start, start + edge) for start, edge in zip(before, shape, strict=True))
+    return image, (dz, dy, dx)
+
+
+def source_spacing_mm(row: VolumeRow) -> tuple[float, float, float]:
+    """Voxel edges of the source file along its own axes (x, y, z)."""
+    columns = np.asarray(row.source_affine).reshape(4, 4)[:3, :3].T
+    x, y, z = (math.hypot(*column) for column in columns)
+    return x, y, z
+
+
+def write_nifti(path: Path, voxels: NDArray[Any], affine: Sequence[float], way_out: str) -> None:
+    """Write a .nii or .nii.gz, complete or not at all.
+
+    Args:
+        path: its ending decides about compression.
+        voxels: (x, y, z) in the file's order, or (x, y, z, channel).
+        affine: 16 numbers, voxel -> world (RAS+, mm).
+        way_out: what to do when the file cannot be written.
+
+    Raises:
+        DataError: the name is no NIfTI's, or the file cannot be written.
+    """
+    import gzip
+
+    import nibabel
+
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"{path}: a NIfTI file is named .nii or .nii.gz")
+    matrix = np.asarray(affine, dtype=np.float64).reshape(4, 4)
+    new_image: Any = nibabel.Nifti1Image  # nibabel is typed in part only
+    image = new_image(voxels, matrix, dtype=voxels.dtype)
+    # 1 = scanner coordinates in both fields: some programs read the one, some the other.
+    image.set_sform(matrix, code=1)
+    image.set_qform(matrix, code=1, strip_shears=True)
+    if not np.allclose(image.get_qform(), matrix, atol=1e-3):
+        image.set_qform(None, code=0)  # a quaternion cannot hold a shear: better none than a wrong one
+    image.header.set_xyzt_units("mm")
+    content = image.to_bytes()
+    # mtime=0: the same prediction gives the same bytes.
+    data = gzip.compress(content, compresslevel=5, mtime=0) if path.name.endswith(".gz") else content
+    with durable.explained(DataError, path, way_out):
+        durable.write_bytes(path, data)

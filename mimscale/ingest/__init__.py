@@ -1,0 +1,1 @@
+"""Volumes -> store: one reader a format, geometry, intensity, conversion, receipts."""

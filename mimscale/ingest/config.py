@@ -1,0 +1,107 @@
+"""The config of `mimscale ingest`."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mimscale.config import require_positive
+from mimscale.store.intensity import IntensityContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabel:
+    """One image with its label map."""
+
+    image: str  # path of the volume
+    label: str | None = None  # path of its label map
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelGlobs:
+    """Many images with label maps of the same file names."""
+
+    images: str  # glob of the volumes
+    labels: str  # glob of the label maps
+
+
+Sources = str | ImageLabelGlobs | list[str | ImageLabel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Volumes -> store."""
+
+    sources: Sources  # glob, folder, Decathlon dataset.json, {images: GLOB, labels: GLOB}, or a list of globs and pairs
+    out: str  # the store to write or to finish
+    dataset: str = "unnamed"  # kept in every row, so that merged stores can be told apart
+    licence: str = "unknown"  # what the volumes may be used for; kept in every row
+    modality: Literal["ct", "mr", "other"] = "other"  # ct: air is -1024, tissue begins at -500, below -1500 is padding
+    intensity: IntensityContract = field(default_factory=IntensityContract)  # how readers normalise; voxels stay as is
+    channels: int = 1  # channels of each source; above 1 the source's fourth axis must have this length
+    class_names: tuple[str, ...] = ()  # name of label value 0, 1, ...; a dataset.json may give them instead
+    overlay: str = "label"  # name under which the label maps are stored
+    chunk_voxels: int = 32  # edge of the smallest readable cube; about a third of the crop edge
+    codec: Literal["zstd", "fast"] = "zstd"  # fast (lz4): decodes twice as fast, about 12 % bigger
+    part_bytes: int = 2 * 2**30  # source bytes that go into one pack; a part is the unit of work and of restart
+    parts: int | None = None  # number of packs, instead of part_bytes
+    val_fraction: float = 0.1  # share of subjects held out for validation; 0 keeps all for training
+    split_seed: int = 0  # which subjects are held out
+    subject_pattern: str = r"(sub-[A-Za-z0-9]+)|(.+)"  # first group that matches the file's stem names the subject
+    subject_key: str | None = None  # file with the secret that hides subject names; null: OUT.subject_key
+    assume_orientation: bool = False  # accept NIfTI files whose qform and sform codes are both 0
+    label_tolerance_voxels: float = 0.1  # how far a label's grid may lie from its image's
+    max_quarantined: int | None = None  # exit 3 when more sources than this are unusable; null: only when all are
+    workers: int = 2  # processes that convert; changes no byte of the store
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "ingest",
+            channels=self.channels,
+            chunk_voxels=self.chunk_voxels,
+            part_bytes=self.part_bytes,
+            workers=self.workers,
+            label_tolerance_voxels=self.label_tolerance_voxels,
+        )
+        if self.parts is not None:
+            require_positive("ingest", parts=self.parts)
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.overlay):
+            raise ValueError(f"overlay={self.overlay!r}: becomes a folder name; use letters, digits, '_', '-' and '.'")
+        if len(self.class_names) > 255:
+            raise ValueError(f"class_names: {len(self.class_names)} names, at most 255 fit beside the ignore value 255")
+        try:
+            groups = re.compile(self.subject_pattern).groups
+        except re.error as error:
+            raise ValueError(f"subject_pattern={self.subject_pattern!r}: {error}") from None
+        if groups == 0:
+            raise ValueError(f"subject_pattern={self.subject_pattern!r}: needs a (group) that holds the subject's name")
+
+
+# What may differ when an ingest is continued: none of these changes a voxel or a row.
+OUTSIDE_HASH = ("sources", "out", "workers", "subject_key", "max_quarantined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortConfig:
+    """One real labelled volume -> itself and derived subjects of it."""
+
+    out: str  # folder for imagesTr/, labelsTr/, dataset.json and cohort.json
+    subjects: int = 8  # derived subjects beside the real one
+    seed: int = 0  # a subject depends on seed and its number only
+    image: str | None = None  # real volume (.nii, .nii.gz); null: MNI152 2009a T1, 1 mm, which nilearn ships
+    label: str | None = None  # its label map, on the same grid
+    class_names: tuple[str, ...] = ()  # of the label's values 0, 1, ...; default: tissues of MNI152, else class_N
+    spacing_mm: float | None = None  # resample the real volume to cubic voxels of this edge first; null: as it is
+    workers: int = 2  # processes
+
+    def __post_init__(self) -> None:
+        require_positive("cohort", workers=self.workers)
+        if self.subjects < 0:
+            raise ValueError(f"subjects={self.subjects}: must be at least 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be at least 0")
+        if self.spacing_mm is not None:
+            require_positive("cohort", spacing_mm=self.spacing_mm)
+        if (self.image is None) != (self.label is None):
+            raise ValueError("image and label: give both, or neither for MNI152")

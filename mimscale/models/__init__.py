@@ -1,0 +1,1 @@
+"""Networks: patches, masking, ViT, masked autoencoder, UNETR, weight transfer."""

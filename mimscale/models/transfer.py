@@ -1,0 +1,203 @@
+"""Weights between models and files: strict, reported, adapted only where that is exact or well defined.
+
+A folder of weights holds `weights.safetensors` and `contract.json`; the contract says what the numbers mean
+(architecture, patch, channels, intensity, axis order). Architectures are compared by their configs, not by the shapes
+of tensors: another number of heads has the same shapes, would load without a complaint, and compute nonsense.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mimscale import console, durable
+from mimscale.config import config_tree, differing_keys
+from mimscale.errors import CheckpointError
+from mimscale.models.positions import resize_table
+from mimscale.models.vit import Vit
+
+WEIGHTS_FILE = "weights.safetensors"
+CONTRACT_FILE = "contract.json"
+CONTRACT_VERSION = 1
+
+ENCODER = "encoder."  # what every model here calls its Vit
+PROJECTION = "encoder.projection.weight"
+POSITIONS = "encoder.positions"
+TRAINING_ONLY = ("drop_path", "checkpoint_activations")  # may differ: weights mean the same
+ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What became of each tensor, by name."""
+
+    source: str  # what messages call the weights
+    loaded: list[str] = field(default_factory=list)  # copied as they are
+    adapted: dict[str, str] = field(default_factory=dict)  # copied after a change, which the value describes
+    missing: dict[str, str] = field(default_factory=dict)  # encoder tensors that keep their start values, and why
+    unused: list[str] = field(default_factory=list)  # source tensors without a place in the encoder (a decoder's)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every encoder tensor came from the source."""
+        return not self.missing
+
+    def show(self) -> None:
+        """Print it as a table for a person."""
+        rows = [["loaded", f"{len(self.loaded)} tensors"]]
+        rows += [["adapted", f"{name}: {change}"] for name, change in self.adapted.items()]
+        rows += [["missing", f"{name}: {reason}"] for name, reason in self.missing.items()]
+        parts = sorted({name.split(".")[0] for name in self.unused})
+        rows.append(["unused", f"{len(self.unused)} tensors" + (f" ({', '.join(parts)})" if parts else "")])
+        console.print_table(f"encoder from {self.source}", ["", "tensors"], rows)
+
+
+def load_encoder(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    contract: dict[str, Any],
+    *,
+    strict: bool = True,
+    source: str = "the given weights",
+) -> TransferReport:
+    """Copy the encoder's weights into `model.encoder`, before an engine shards it.
+
+    A projection of one channel becomes one of N (repeated, divided by N: N equal channels give the same features). A
+    learned position table is interpolated to the model's grid. Everything else must fit as it is.
+
+    Args:
+        model: has a `Vit` called `encoder`.
+        tensors: by name, as in the state dict of any of our models.
+        contract: of the source; its `model`, `patch_voxels` and `channels` are compared with the model's.
+        strict: anything less than the whole encoder is an error; otherwise what fits is loaded and the rest reported,
+            but dim, heads and MLP must agree: without them no weight keeps its meaning.
+        source: what messages call the weights.
+
+    Raises:
+        CheckpointError: another architecture, or, if strict, a tensor that does not fit. The model is untouched then.
+    """
+    encoder = model.encoder
+    assert isinstance(encoder, Vit), "a model that takes an encoder has a Vit of that name"
+    _check_architecture(encoder, contract, source, strict=strict)
+    report = TransferReport(source, unused=[name for name in tensors if not name.startswith(ENCODER)])
+    fitting: dict[str, Tensor] = {}
+    targets = {ENCODER + name: value for name, value in encoder.state_dict().items()}
+    for name, target in targets.items():
+        found = tensors.get(name)
+        if found is None:
+            report.missing[name] = "not in the source"
+            continue
+        tensor, change = _adapted(name, found, target.shape, encoder, contract)
+        if tensor.shape != target.shape:
+            report.missing[name] = f"{list(found.shape)} in the source, {list(target.shape)} in the model{change}"
+            continue
+        fitting[name.removeprefix(ENCODER)] = tensor
+        if change:
+            report.adapted[name] = change
+        else:
+            report.loaded.append(name)
+    report.unused.extend(name for name in tensors if name.startswith(ENCODER) and name not in targets)
+    if strict and not report.is_complete:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in report.missing.items())
+        raise CheckpointError(
+            f"{source}: {len(report.missing)} of the encoder's {len(targets)} tensors cannot be loaded\n{reasons}\n"
+            f"give the model the architecture and the patch of the source: {_summary(contract)}"
+        )
+    encoder.load_state_dict(fitting, strict=False)
+    return report
+
+
+def save_weights(folder: Path, tensors: dict[str, Tensor], contract: dict[str, Any]) -> None:
+    """Write `weights.safetensors` and then `contract.json`, each complete or not at all.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    path = folder / WEIGHTS_FILE
+    with durable.explained(CheckpointError, path, "free some space or choose another folder, then run again"):
+        with durable.open_atomically(path) as file:
+            file.write(safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        durable.write_json(folder / CONTRACT_FILE, {"contract_version": CONTRACT_VERSION, **contract})
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote: tensors on the CPU, and the contract.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the contract is of another version.
+    """
+    weights, contract_path = folder / WEIGHTS_FILE, folder / CONTRACT_FILE
+    for path in (contract_path, weights):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONTRACT_FILE}, as a checkpoint "
+                "or `mimscale export RUN_DIR out/` writes them"
+            )
+    try:
+        contract = json.loads(contract_path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{contract_path}: not valid JSON ({error}); export the weights again") from None
+    version = contract.get("contract_version") if isinstance(contract, dict) else None
+    if version != CONTRACT_VERSION:
+        raise CheckpointError(
+            f"{contract_path}: contract version {version}, this mimscale reads version {CONTRACT_VERSION}; "
+            "export the weights again with this version"
+        )
+    try:
+        return safetensors.torch.load_file(weights), contract
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: damaged ({error}); export the weights again") from None
+
+
+def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, strict: bool) -> None:
+    missing = [key for key in ("model", "patch_voxels", "channels") if key not in contract]
+    if missing:
+        raise CheckpointError(f"{source}: its contract lacks {', '.join(missing)}; export the weights again")
+    theirs = _architecture(contract["model"], contract["patch_voxels"], strict=strict)
+    ours = _architecture(config_tree(encoder.config), encoder.patch_voxels, strict=strict)
+    differences = differing_keys(theirs, ours)
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise CheckpointError(
+            f"{source}: its encoder is not this model's (source -> model):\n{lines}\n"
+            "set these keys to the source's values, or train from scratch"
+        )
+
+
+def _architecture(model: dict[str, Any], patch_voxels: Sequence[int], *, strict: bool) -> dict[str, Any]:
+    """What must agree between source and model, under the keys that a user writes."""
+    if not strict:
+        return {f"model.{key}": model.get(key) for key in ALWAYS_ALIKE}
+    tree = {f"model.{key}": value for key, value in model.items() if key not in TRAINING_ONLY}
+    # The start value of a layer scale does not matter, the trained ones are loaded; whether there is one does.
+    tree["model.layer_scale"] = "none" if model.get("layer_scale") is None else "trained"
+    return {**tree, "patch_voxels": list(patch_voxels)}
+
+
+def _adapted(
+    name: str, tensor: Tensor, shape: Sequence[int], encoder: Vit, contract: dict[str, Any]
+) -> tuple[Tensor, str]:
+    """The tensor as the model needs it, and what was changed; with another shape still when no rule applies."""
+    if tensor.shape == torch.Size(shape):
+        return tensor, ""
+    channels = int(contract["channels"])
+    if name == PROJECTION and channels != encoder.channels:
+        if channels != 1:
+            return tensor, f" ({channels} -> {encoder.channels} channels; only 1 -> N is defined)"
+        # The channel runs fastest in a patch, so each column is repeated in place.
+        return tensor.repeat_interleave(encoder.channels, dim=1) / encoder.channels, f"1 -> {encoder.channels} channels"
+    if name == POSITIONS and tensor.ndim == 4:
+        grids = f"{' x '.join(map(str, tensor.shape[:3]))} -> {' x '.join(map(str, encoder.grid))} patches"
+        return resize_table(tensor, encoder.grid), f"interpolated, {grids}"
+    return tensor, ""
+
+
+def _summary(contract: dict[str, Any]) -> str:
+    model = " ".join(f"model.{key}={value}" for key, value in contract["model"].items() if key not in TRAINING_ONLY)
+    return f"patch_voxels={contract['patch_voxels']} {model}"

@@ -1,0 +1,1 @@
+"""A run or a store -> tables, charts, pictures, one HTML page."""

@@ -1,0 +1,234 @@
+"""`mimscale inspect STORE_OR_RUN_DIR [VOLUME] [--verify] [--png [FILE]]`: what is in it, and whether it is whole."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mimscale.config import split_arguments, verb_parser
+from mimscale.console import print_json, print_table, say
+from mimscale.errors import ConfigError, DataError
+from mimscale.report.data import read_receipts
+from mimscale.store import layout
+from mimscale.store.layout import read_info
+from mimscale.store.manifest import Manifest, VolumeRow, load_manifest, row_tree
+
+MIB = 2**20
+
+
+def main(argv: list[str]) -> int:
+    """The verb `inspect`."""
+    parser = verb_parser("inspect", "What a store, one of its volumes, or a run directory holds.")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--verify", action="store_true", help="check every byte; exit 3 when something is damaged")
+    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="a picture of VOLUME, default VOLUME.png")
+    arguments = parser.parse_args(argv)
+    words, overrides = split_arguments(arguments.words)
+    if overrides or len(words) not in (1, 2):
+        raise ConfigError(f"expected STORE_OR_RUN_DIR [VOLUME], got {arguments.words}")
+    folder = Path(words[0])
+    if arguments.png is not None and len(words) != 2:
+        raise ConfigError("--png shows one volume: mimscale inspect STORE VOLUME --png [FILE]")
+    if len(words) == 2:
+        return _show_volume(folder, words[1], arguments.png, as_json=arguments.json)
+    if layout.info_path(folder).exists():
+        return (
+            _verify_store(folder, as_json=arguments.json) if arguments.verify else _show_store(folder, arguments.json)
+        )
+    if (folder / "config.yaml").exists():
+        return _show_run(folder, as_json=arguments.json, verify=arguments.verify)
+    raise DataError(f"{folder}: neither a store (no store.json) nor a run directory (no config.yaml)")
+
+
+def describe_store(store: Path) -> dict[str, Any]:
+    """Counts, grids and sizes of a store.
+
+    Raises:
+        DataError: no store, or one whose ingest has not ended.
+    """
+    info, manifest = read_info(store), load_manifest(store)
+    rows = [manifest.row(index) for index in range(len(manifest))]
+    stored_bytes = sum(row.length_bytes for row in rows)
+    raw_bytes = sum(_raw_bytes(row) for row in rows)
+    receipts = list(read_receipts(store))
+    return {
+        "format_version": info.format_version,
+        "modality": info.modality,
+        "codec": info.codec,
+        "chunk_voxels": info.chunk_voxels,
+        "parts": info.num_parts,
+        "ingest_hash": info.ingest_hash,
+        "overlays": {name: list(overlay.class_names) for name, overlay in info.overlays.items()},
+        "volumes": len(rows),
+        "labelled": {name: sum(name in row.overlays for row in rows) for name in info.overlays},
+        "splits": dict(Counter(row.split for row in rows)),
+        "modalities": dict(Counter(row.modality for row in rows)),
+        "subjects": len({row.subject for row in rows}),
+        "spacings_mm": dict(
+            Counter(" x ".join(f"{edge:g}" for edge in row.spacing_mm) for row in rows).most_common(20)
+        ),
+        "dtypes": dict(Counter(row.dtype for row in rows)),
+        "sources": dict(Counter(receipt["outcome"] for receipt in receipts)),
+        "reasons": dict(Counter(receipt["reason"] for receipt in receipts if receipt.get("reason"))),
+        "raw_bytes": raw_bytes,
+        "stored_bytes": stored_bytes,
+        "compression": round(raw_bytes / stored_bytes, 3) if stored_bytes else None,
+        "disk_bytes": sum(path.stat().st_size for path in store.rglob("*") if path.is_file()),
+    }
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Outcome, step and checkpoints of a run; every checkpoint is read and compared with its manifest.
+
+    Raises:
+        ConfigError: no run directory.
+    """
+    from mimscale.train.checkpoint import tags, why_not_loadable
+    from mimscale.train.run_dir import RunDir
+
+    run = RunDir(folder)
+    tree = run.read_config_tree()
+    outcome, metrics = run.read_outcome(), run.read_metrics()
+    checkpoints = []
+    for tag in tags(run):
+        reason = why_not_loadable(tag)
+        size = sum(path.stat().st_size for path in tag.rglob("*") if path.is_file())
+        step = int(tag.name.removeprefix("step_"))
+        checkpoints.append(
+            {"name": tag.name, "step": step, "bytes": size, "verified": reason is None, "reason": reason}
+        )
+    return {
+        "kind": tree.get("kind"),
+        "store": tree.get("store"),
+        "steps": tree.get("steps"),
+        "last_logged_step": max((line["step"] for line in metrics), default=0),
+        "outcome": dataclasses.asdict(outcome) if outcome else None,
+        "living_ranks": {str(rank): pid for rank, pid in run.living_ranks().items()},
+        "checkpoints": checkpoints,
+    }
+
+
+def draw_volume(store: Path, manifest: Manifest, row: VolumeRow, path: Path) -> None:
+    """Three planes through the middle of the foreground, the first overlay below.
+
+    Raises:
+        DataError: a damaged pack.
+    """
+    import numpy as np
+
+    from mimscale.evaluate.slices import cut_planes, grey_levels
+    from mimscale.report.pictures import volume_picture
+    from mimscale.store.reader import ShardReader
+
+    reader = ShardReader(store, manifest)
+    image = reader.read_volume(row)[0].astype(np.float32)
+    stats = row.stats[0]
+    layers: dict[str, Any] = {"image": grey_levels(image, stats.p0_5, stats.p99_5)}
+    if row.overlays:
+        layers["label"] = reader.read_volume(row, next(iter(row.overlays)))[0]
+    z, y, x = ((start + stop) // 2 for start, stop in row.foreground_box)
+    volume_picture(cut_planes(layers, (z, y, x), row.spacing_mm), path)
+
+
+def _show_store(store: Path, as_json: bool) -> int:
+    tree = describe_store(store)
+    if as_json:
+        print_json(tree)
+        return 0
+    rows = [[key.replace("_", " "), _cell(key, value)] for key, value in tree.items() if value not in ({}, None)]
+    print_table(f"store {store}", ["", ""], rows)
+    manifest = load_manifest(store)
+    listed = [
+        [row.id, row.split, row.modality, _grid(row.shape), _grid(row.spacing_mm), row.dtype, ", ".join(row.overlays)]
+        for row in (manifest.row(index) for index in range(min(20, len(manifest))))
+    ]
+    title = f"volumes (first {len(listed)} of {len(manifest)})"
+    print_table(title, ["volume", "split", "modality", "C x Z x Y x X", "spacing mm", "dtype", "overlays"], listed)
+    return 0
+
+
+def _verify_store(store: Path, *, as_json: bool) -> int:
+    from mimscale.store.verify import verify
+
+    bad = [dataclasses.asdict(item) for item in verify(store)]
+    return _report_bad(store, bad, as_json=as_json)
+
+
+def _report_bad(folder: Path, bad: list[dict[str, Any]], *, as_json: bool) -> int:
+    if as_json:
+        print_json({"ok": not bad, "bad": bad})
+    for item in bad:
+        say(f"damaged: volume {item['volume'] or '-'}, {item['path']}: {item['reason']}")
+    say(f"{folder}: {'every byte is as it was written' if not bad else f'{len(bad)} damaged'}")
+    return DataError.exit_code if bad else 0
+
+
+def _show_volume(store: Path, volume_id: str, png: str | None, *, as_json: bool) -> int:
+    manifest = load_manifest(store)
+    row = manifest.row(manifest.index_of(volume_id))
+    tree = row_tree(row)
+    if png is not None:
+        path = Path(png or f"{volume_id}.png")
+        draw_volume(store, manifest, row, path)
+        tree["png"] = str(path)
+        say(f"picture: {path}")
+    if as_json:
+        print_json(tree)
+    else:
+        print_table(f"volume {volume_id}", ["", ""], [[key, str(value)] for key, value in tree.items()])
+    return 0
+
+
+def _show_run(folder: Path, *, as_json: bool, verify: bool) -> int:
+    tree = describe_run(folder)
+    if verify:
+        bad = [
+            {"volume": "", "path": str(folder / "checkpoints" / tag["name"]), "reason": tag["reason"]}
+            for tag in tree["checkpoints"]
+            if not tag["verified"]
+        ]
+        return _report_bad(folder, bad, as_json=as_json)
+    if as_json:
+        print_json(tree)
+        return 0
+    outcome = tree["outcome"]
+    state = f"{outcome['outcome']} at step {outcome['step']}. {outcome['message']}" if outcome else "no job has ended"
+    rows = [["kind", str(tree["kind"])], ["store", str(tree["store"])], ["outcome", state]]
+    rows.append(["last logged step", f"{tree['last_logged_step']} of {tree['steps']}"])
+    if tree["living_ranks"]:
+        rows.append(
+            ["alive on this host", ", ".join(f"rank {r}: pid {pid}" for r, pid in tree["living_ranks"].items())]
+        )
+    print_table(f"run {folder}", ["", ""], rows)
+    checkpoints = [
+        [
+            tag["name"],
+            f"{tag['bytes'] / MIB:.1f} MiB",
+            "verified" if tag["verified"] else f"NOT USABLE: {tag['reason']}",
+        ]
+        for tag in tree["checkpoints"]
+    ]
+    print_table("checkpoints, newest first", ["name", "size", "state"], checkpoints)
+    return 0
+
+
+def _raw_bytes(row: VolumeRow) -> int:
+    import math
+
+    import numpy as np
+
+    return math.prod(row.shape) * int(np.dtype(row.dtype).itemsize)
+
+
+def _grid(edges: tuple[Any, ...]) -> str:
+    return " x ".join(f"{edge:g}" for edge in edges)
+
+
+def _cell(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / MIB:.1f} MiB"
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{name}: {', '.join(item) if isinstance(item, list) else item}" for name, item in value.items()
+        )
+    return str(value)

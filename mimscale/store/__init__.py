@@ -1,0 +1,1 @@
+"""The on-disk contract: layout, manifest, shard writer, shard reader, verify."""

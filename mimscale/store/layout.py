@@ -1,0 +1,110 @@
+"""Where everything in a store lies, and `store.json`, which says how to read it.
+
+store/store.json
+store/manifest.parquet                       written last
+store/packs/part-00042.zarr.zip
+store/overlays/<name>/part-00042.zarr.zip
+store/receipts/part-00042.jsonl
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mimscale import durable
+from mimscale.config import build_config
+from mimscale.errors import ConfigError, DataError
+from mimscale.store.intensity import IntensityContract
+
+FORMAT_VERSION = 1
+IGNORE_VALUE = 255  # an overlay voxel that no loss and no score may count
+# Blosc settings that the own encoder writes and the own reader decodes: name -> (compressor, level, shuffle).
+CODECS = {"zstd": ("zstd", 3, "bitshuffle"), "fast": ("lz4", 5, "bitshuffle")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlayInfo:
+    """What the numbers of an overlay mean."""
+
+    class_names: tuple[str, ...]  # name of voxel value 0, 1, ...
+    ignore_value: int = IGNORE_VALUE
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreInfo:
+    """The content of `store.json`."""
+
+    format_version: int = FORMAT_VERSION
+    axes: str = "czyx"
+    chunk_voxels: int  # edge of an inner chunk along Z, Y and X; along C it is 1
+    codec: str  # a key of CODECS; the reader leaves any other to zarr-python
+    intensity: IntensityContract
+    modality: str
+    num_parts: int
+    ingest: dict[str, Any]  # the ingest config, without the keys that do not change a voxel or a row
+    ingest_hash: str  # of `ingest`
+    sources_hash: str  # of the planned sources: a store never mixes two plans
+    subject_key_fingerprint: str  # of the key that lies outside the store
+    overlays: dict[str, OverlayInfo] = field(default_factory=dict)
+
+
+def info_path(store: Path) -> Path:
+    """`store.json`."""
+    return store / "store.json"
+
+
+def manifest_path(store: Path) -> Path:
+    """`manifest.parquet`."""
+    return store / "manifest.parquet"
+
+
+def pack_path(store: Path, part: int) -> Path:
+    """The pack that holds the volumes of a part."""
+    return store / "packs" / f"part-{part:05d}.zarr.zip"
+
+
+def overlay_path(store: Path, name: str, part: int) -> Path:
+    """The pack that holds one overlay of the volumes of a part."""
+    return store / "overlays" / name / f"part-{part:05d}.zarr.zip"
+
+
+def receipt_path(store: Path, part: int) -> Path:
+    """One JSON line for each source of a part."""
+    return store / "receipts" / f"part-{part:05d}.jsonl"
+
+
+def duplicates_path(store: Path) -> Path:
+    """One JSON line for each volume whose voxels another volume of the store holds already."""
+    return store / "receipts" / "duplicates.jsonl"
+
+
+def write_info(store: Path, info: StoreInfo) -> None:
+    """Write `store.json`, complete or not at all."""
+    durable.write_json(info_path(store), dataclasses.asdict(info))
+
+
+def read_info(store: Path) -> StoreInfo:
+    """Read `store.json`.
+
+    Raises:
+        DataError: not a store, a store of another format version, or a damaged `store.json`.
+    """
+    path = info_path(store)
+    with durable.explained(DataError, path, "give the folder that `mimscale ingest ... out=STORE` wrote"):
+        text = path.read_bytes()
+    try:
+        tree = json.loads(text)
+        version = tree["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not the description of a store; give a folder that `mimscale ingest` wrote") from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: store format version {version}, this mimscale reads version {FORMAT_VERSION}; "
+            "ingest the sources again, or use the mimscale that wrote the store"
+        )
+    try:
+        return build_config(StoreInfo, tree, str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}\nthe file is damaged: restore it, or ingest the sources again") from None

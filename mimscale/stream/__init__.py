@@ -1,0 +1,1 @@
+"""Store -> batches: sample plan, crops, loader, device prefetch."""

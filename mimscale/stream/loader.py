@@ -1,0 +1,344 @@
+"""Store -> micro-batches, read by worker processes in the order of the plan.
+
+Workers are stateless: worker w of W computes and reads micro-batches w, w + W, w + 2 W ... of its rank, and DataLoader
+hands them out in turn, so they arrive in plan order. Nobody here counts a position: the trainer knows its steps.
+"""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mimscale.errors import ConfigError, DataError
+from mimscale.store.manifest import Manifest
+from mimscale.stream.batch import BadSample, Batch, Plan, SampleReader
+from mimscale.stream.config import StreamConfig
+from mimscale.stream.plan import FixedPlan, Position, SamplePlan
+from mimscale.world import World
+
+__all__ = ["BadSample", "Batch", "StreamLoader", "fixed_batches"]
+
+LOOK_EVERY_S = 2.0  # how often a waiting loader looks whether its workers are alive
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One micro-batch to read."""
+
+    sample_ids: NDArray[np.int64]  # [micro_batch]
+    counted: NDArray[np.bool_] | None = None  # [micro_batch]
+    batch_index: int = 0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way from a worker: DataLoader would bury its text under a traceback."""
+
+    text: str
+
+
+class StreamLoader:
+    """The endless stream of one rank's micro-batches; `accumulation` of them make an optimizer step.
+
+    Use it in a `with` block, or call `close`: it ends the workers.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Path,
+        manifest: Manifest,
+        indices: NDArray[np.int64],
+        plan: SamplePlan,
+        world: World,
+        micro_batch: int,
+        accumulation: int,
+        config: StreamConfig,
+        overlay: str | None = None,
+        start_batch: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        """Prepare; workers start at the first `next`.
+
+        Args:
+            store: the store's folder.
+            manifest: its manifest.
+            indices: the rows of the manifest that the plan was made of.
+            plan: the global order.
+            world: this rank's place.
+            micro_batch: samples of one forward pass on one rank.
+            accumulation: forward passes of an optimizer step.
+            config: workers and limits.
+            overlay: name of the label overlay to read, or None.
+            start_batch: number of global batches that are done.
+            pin_memory: hand out page-locked tensors; by default where there is a CUDA device.
+
+        Raises:
+            ConfigError: micro_batch x accumulation x ranks is not the global batch.
+        """
+        if micro_batch * accumulation * world.size != plan.global_batch:
+            raise ConfigError(
+                f"global_batch={plan.global_batch} is not {micro_batch} samples a micro-batch x {accumulation} "
+                f"accumulation steps x {world.size} ranks = {micro_batch * accumulation * world.size}; "
+                "change one of them"
+            )
+        task = partial(_training_task, plan, world, accumulation, start_batch)
+        dataset = _MicroBatches(store, manifest, indices, plan, overlay, task)
+        self._plan = plan
+        self._batches = _Batches(dataset, config, pin_memory)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            DataError: more than `max_bad_samples` samples could not be read, or a worker died or hangs.
+        """
+        return next(self._batches)
+
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """What this rank could not read so far, summed over its workers."""
+        return self._batches.bad_samples
+
+    def position(self, batches_done: int) -> Position:
+        """Where the order stands after `batches_done` optimizer steps: pure, whatever workers have fetched ahead."""
+        return self._plan.position(batches_done)
+
+    def close(self) -> None:
+        """End the workers. Safe to call twice."""
+        self._batches.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def fixed_batches(
+    *,
+    store: Path,
+    manifest: Manifest,
+    indices: NDArray[np.int64],
+    plan: FixedPlan,
+    world: World,
+    batch: int,
+    config: StreamConfig,
+    overlay: str | None = None,
+    pin_memory: bool | None = None,
+) -> Iterator[Batch]:
+    """Yield this rank's part of a fixed set of crops: the union over ranks is the same for any number of ranks.
+
+    Every rank yields equally many batches of `batch` samples; a sample with `counted` False only fills up a batch.
+    Closing the generator ends the workers.
+
+    Raises:
+        DataError: as `StreamLoader`.
+    """
+    task = partial(_fixed_task, plan.rank_samples(world.rank, world.size, batch))
+    batches = _Batches(_MicroBatches(store, manifest, indices, plan, overlay, task), config, pin_memory)
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _training_task(plan: SamplePlan, world: World, accumulation: int, start_batch: int, number: int) -> _Task:
+    done, step = divmod(number, accumulation)
+    batch_index = start_batch + done
+    return _Task(plan.rank_samples(batch_index, world.rank, world.size, accumulation)[step], batch_index=batch_index)
+
+
+def _fixed_task(parts: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], number: int) -> _Task | None:
+    return _Task(*parts[number], batch_index=number) if number < len(parts) else None
+
+
+class _MicroBatches(IterableDataset[Batch | _Failure]):
+    """Micro-batches by number, striped over workers. Holds no open file: a worker opens its own after the fork."""
+
+    def __init__(
+        self,
+        store: Path,
+        manifest: Manifest,
+        indices: NDArray[np.int64],
+        plan: Plan,
+        overlay: str | None,
+        task: Callable[[int], _Task | None],
+    ) -> None:
+        self._open = partial(SampleReader, store, manifest, indices, plan, overlay)
+        self._task = task
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        worker = get_worker_info()
+        number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        try:
+            reader = self._open(shared_memory=worker is not None)
+            while (task := self._task(number)) is not None:
+                yield reader.read(task.sample_ids, task.counted, task.batch_index)
+                number += step
+        except DataError as error:
+            yield _Failure(str(error))
+
+
+class _Batches:
+    """Runs the workers of a dataset, counts bad samples, and turns the ways a worker can fail into words."""
+
+    def __init__(self, dataset: _MicroBatches, config: StreamConfig, pin_memory: bool | None) -> None:
+        self.bad_samples: list[BadSample] = []
+        self._dataset = dataset
+        self._config = config
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._iterator: Iterator[Any] | None = None
+        self._received = 0
+        self._substituted = 0
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            item = self._receive(self._iterator)
+            if isinstance(item, _Failure):
+                raise DataError(item.text)
+            self._count(item)
+        except BaseException:
+            self.close()
+            raise
+        return item
+
+    def close(self) -> None:
+        """End the workers, also ones that hang."""
+        iterator, self._iterator, self._closed = self._iterator, None, True
+        workers = _processes(iterator)
+        if iterator is not None and workers:
+            _loader_iterator(iterator)._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+
+    def _start(self) -> Iterator[Any]:
+        if self._config.workers == 0:
+            return self._unpinned_or_pinned()
+        previous = signal.getsignal(signal.SIGCHLD)
+        with warnings.catch_warnings():
+            # The number of workers is the user's choice; DataLoader compares it with the cores of this process alone.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            # Python 3.12 warns of any fork beside threads. Our workers take no lock that a thread could have held.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            iterator = iter(
+                DataLoader(
+                    self._dataset,
+                    batch_size=None,
+                    num_workers=self._config.workers,
+                    multiprocessing_context=self._config.start_method,
+                    prefetch_factor=self._config.prefetch_batches,
+                    timeout=min(LOOK_EVERY_S, self._config.timeout_s),
+                    pin_memory=self._pin_memory,
+                    worker_init_fn=_start_worker,
+                    # DataLoader draws a seed for its workers: from the global generator it would change the training.
+                    generator=torch.Generator(),
+                )
+            )
+        # DataLoader's handler raises between any two lines of the trainer when a worker dies; `_receive` is clearer.
+        if threading.current_thread() is threading.main_thread() and previous is not None:
+            signal.signal(signal.SIGCHLD, previous)
+        return iterator
+
+    def _unpinned_or_pinned(self) -> Iterator[Batch | _Failure]:
+        for item in self._dataset:
+            yield item.pin_memory() if self._pin_memory and isinstance(item, Batch) else item
+
+    def _receive(self, iterator: Iterator[Any]) -> Batch | _Failure:
+        deadline = time.monotonic() + self._config.timeout_s
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                raise
+            except (RuntimeError, OSError, EOFError) as error:
+                if (dead := _why_dead(_processes(iterator))) is not None:
+                    raise DataError(dead) from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() >= deadline:
+                    raise DataError(self._why_hung(iterator)) from None
+            else:
+                self._received += 1
+                assert isinstance(item, Batch | _Failure)
+                return item
+
+    def _why_hung(self, iterator: Iterator[Any]) -> str:
+        number = self._received % self._config.workers
+        worker = _processes(iterator)[number]
+        # Joining a process that does not answer would only wait.
+        for process in _processes(iterator):
+            process.kill()
+        return (
+            f"loader worker {number} (pid {worker.pid}) has delivered nothing for stream.timeout_s="
+            f"{self._config.timeout_s:g} s; look at the file system of the store, or raise stream.timeout_s"
+        )
+
+    def _count(self, batch: Batch) -> None:
+        if not batch.bad:
+            return
+        self.bad_samples += batch.bad
+        self._substituted += batch.substituted
+        if self._substituted > self._config.max_bad_samples:
+            lines = [f"  {bad.volume_id} (sample {bad.sample_id}): {bad.reason}" for bad in self.bad_samples]
+            raise DataError(
+                f"{self._substituted} samples could not be read, more than stream.max_bad_samples="
+                f"{self._config.max_bad_samples}; repair the store (`mimscale inspect STORE --verify`) or raise the "
+                "limit:\n" + "\n".join(lines)
+            )
+
+
+def _start_worker(worker_id: int) -> None:
+    """Set up a loader process: it belongs to its parent, which alone decides about signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's own handler came along with the fork
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def _loader_iterator(iterator: Iterator[Any]) -> Any:
+    return iterator  # DataLoader's iterator has no public way to reach or end its workers
+
+
+def _processes(iterator: Iterator[Any] | None) -> list[Any]:
+    return list(getattr(iterator, "_workers", ()))
+
+
+def _why_dead(workers: list[Any]) -> str | None:
+    for number, worker in enumerate(workers):
+        # A broken connection may be seen an instant before the process counts as ended.
+        worker.join(timeout=0.1)
+        if worker.exitcode is not None and worker.exitcode != 0:
+            how = f"ended with exit code {worker.exitcode}; its error stands above"
+            if worker.exitcode < 0:
+                how = (
+                    f"was killed by {signal.Signals(-worker.exitcode).name}; when the machine ran out of memory (dmesg "
+                    "says so), lower stream.workers or stream.prefetch_batches"
+                )
+            return f"loader worker {number} (pid {worker.pid}) {how}"
+    return None

@@ -1,0 +1,1 @@
+"""Engine, optimiser, checkpoints, meter and the loops for pretraining and fine-tuning."""

@@ -1,0 +1,58 @@
+"""Our engine config -> DeepSpeed's. A pure function: every value is written, since 0.19.8 changed defaults.
+
+DeepSpeed accepts unknown top-level keys in silence, so nobody writes this tree by hand.
+"""
+
+from typing import Any, Literal
+
+from mimscale.errors import ConfigError
+from mimscale.train.config import EngineConfig
+
+
+def deepspeed_config(
+    config: EngineConfig, *, precision: Literal["fp32", "bf16"], micro_batch: int, accumulation: int, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's config tree for one run.
+
+    Raises:
+        ConfigError: `engine.extra` sets a key that mimscale sets itself.
+    """
+    tree: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": config.clip_grad_norm,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": config.zero_stage > 0,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": config.bucket_elements,
+            "allgather_partitions": True,
+            "allgather_bucket_size": config.bucket_elements,
+            "round_robin_gradients": False,
+            "stage3_prefetch_bucket_size": config.bucket_elements,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "sub_group_size": 1_000_000_000,
+        },
+        # Our optimizer is torch's AdamW; DeepSpeed would rather build its own.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "steps_per_print": 1_000_000_000,
+        "dump_state": False,
+    }
+    taken = sorted(tree.keys() & config.extra.keys())
+    if taken:
+        raise ConfigError(f"engine.extra: {', '.join(taken)} already set by mimscale; use the engine.* fields")
+    return tree | config.extra

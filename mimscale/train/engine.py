@@ -1,0 +1,228 @@
+"""The only place that knows DeepSpeed: start, one optimizer step, save and load.
+
+An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward` and `step`.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, distributed, nn
+
+from mimscale import durable
+from mimscale.errors import LaunchError
+from mimscale.train.config import RunConfig, accumulation
+from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.optim import learning_rate, parameter_groups
+from mimscale.train.ranks import Ranks
+from mimscale.world import World
+
+ENGINE_FOLDER = "engine"
+# DeepSpeed 0.19 still calls collectives by names that torch 2.13 renames; nothing that a user could change.
+for _name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+    warnings.filterwarnings("ignore", f"`torch.distributed.{_name}` is deprecated", FutureWarning)
+
+
+def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
+    """Join the process group of the run.
+
+    Raises:
+        LaunchError: DS_ACCELERATOR asks for an accelerator that this machine does not have.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR")
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise LaunchError(
+            "DS_ACCELERATOR=cuda, but torch sees no CUDA device here; set DS_ACCELERATOR=cpu to use the CPU"
+        )
+    os.environ["DS_ACCELERATOR"] = kind = wanted or ("cuda" if has_cuda else "cpu")
+    os.environ.update(world.environment())
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if kind == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints there; standard output is for results
+        deepspeed.init_distributed(
+            dist_backend="nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(minutes=collective_timeout_min),
+            verbose=False,
+        )
+    return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def leave_ranks() -> None:
+    """Leave the process group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO, with AdamW.
+
+    Args:
+        model: fp32 weights, the same on every rank.
+        config: the run's config.
+        ranks: the processes that share the work.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.zero_stage: int = config.engine.zero_stage
+        self.precision = self._precision(config)
+        self._config = config
+        if config.engine.deterministic and ranks.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        groups = parameter_groups(model, config.optim, config.model.depth)
+        self._lr_scales = [group["lr_scale"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
+        tree = deepspeed_config(
+            config.engine,
+            precision=self.precision,
+            micro_batch=config.micro_batch,
+            accumulation=accumulation(config, ranks.world.size),
+            world_size=ranks.world.size,
+        )
+        with contextlib.redirect_stdout(sys.stderr):
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=tree, dist_init_required=False
+            )
+        self._files = _CheckpointFiles(self._deepspeed.checkpoint_engine)
+        self._deepspeed.checkpoint_engine = self._files
+        # DeepSpeed copies a recovery script beside each save, outside the calls that we watch for a full disk.
+        self._deepspeed._copy_recovery_script = lambda save_path: None
+
+    def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:
+        if config.engine.precision == "auto":
+            return "bf16" if self.ranks.device.type == "cuda" and self.zero_stage > 0 else "fp32"
+        return config.engine.precision
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself. Under ZeRO-3 its weights are sharded outside of forward and backward."""
+        module = self._deepspeed.module
+        assert isinstance(module, nn.Module)
+        return module
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward."""
+        return self._deepspeed(*inputs)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout; training mode comes back afterwards."""
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._deepspeed.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch; DeepSpeed divides by the number of micro-batches and reduces at the last."""
+        self._deepspeed.backward(loss)
+
+    def seed_micro_batch(self, step: int, micro_index: int) -> None:
+        """Seed dropout and drop-path from (seed, step, micro-batch, rank), so that no generator needs saving."""
+        index = (
+            step * accumulation(self._config, self.ranks.world.size) + micro_index
+        ) * self.ranks.world.size + self.ranks.world.rank
+        torch.manual_seed((self._config.seed << 40) + index)
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set every group's rate for `step`; returns the base rate."""
+        rate = learning_rate(self._config.optim, step, self._config.steps)
+        groups = self._deepspeed.optimizer.param_groups
+        for group, scale in zip(groups, self._lr_scales, strict=True):
+            group["lr"] = rate * scale
+        return rate
+
+    def step(self) -> None:
+        """End one micro-batch: the last of a step updates the weights."""
+        self._deepspeed.step()
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self._deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def save(self, folder: Path, step: int) -> list[OSError]:
+        """Write this rank's part of weights and optimizer state into `folder`. A collective.
+
+        Returns:
+            The write errors of this rank. They are returned, not raised: a rank that left here would leave the others
+            waiting inside DeepSpeed.
+        """
+        self._files.errors.clear()
+        self._deepspeed.save_checkpoint(
+            str(folder),
+            tag=ENGINE_FOLDER,
+            # Without this key DeepSpeed cannot convert the checkpoint to another number of ranks later.
+            client_state={"universal_checkpoint_info": {}, "iteration": step},
+            save_latest=False,
+        )
+        return list(self._files.errors)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same number of ranks and the same ZeRO stage. A collective."""
+        loaded, _ = self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_lr_scheduler_states=False)
+        assert loaded is not None, f"DeepSpeed did not load {folder}, whose manifest verified"
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """All weights in fp32 on the CPU, on rank 0; empty elsewhere. A collective under ZeRO-3 and in bf16."""
+        if self.zero_stage < 3 and self.precision == "fp32":
+            if not self.ranks.is_first:
+                return {}
+            return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            if self.ranks.is_first:
+                weights[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter))
+        return weights
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's full shape: ZeRO-3 leaves an empty tensor in its place and the shape in `ds_shape`."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    assert isinstance(shape, torch.Size)
+    return shape
+
+
+class _CheckpointFiles:
+    """DeepSpeed's checkpoint files, flushed to disk, with write errors collected instead of raised."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.errors: list[OSError] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file and flush it."""
+        try:
+            self._inner.save(state_dict, path)
+            durable.fsync_file(Path(path))
+        except OSError as error:
+            self.errors.append(error)
+        except RuntimeError as error:  # torch reports a failed write of a tensor this way, with the reason in the text
+            self.errors.append(OSError(f"{path}: {error}"))
+
+
+def prebuild() -> None:
+    """Let DeepSpeed build its shared-memory op now, in one process, instead of in all ranks of the first run."""
+    join_ranks(World())
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    prebuild()

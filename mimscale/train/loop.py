@@ -1,0 +1,134 @@
+"""The training loop. It says what happens in each step and nothing about how."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mimscale.errors import DataError
+from mimscale.stream.batch import Batch
+from mimscale.train.meter import Meter
+from mimscale.world import World
+
+
+class Stepper(Protocol):
+    """What the loop needs of an engine; see `mimscale.train.engine.Engine`."""
+
+    def seed_micro_batch(self, step: int, micro_index: int) -> None:
+        """Seed dropout."""
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set and return the rate of a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch."""
+
+    def step(self) -> None:
+        """End a micro-batch; the last one of a step updates the weights."""
+
+    def grad_norm(self) -> float:
+        """Global norm before clipping."""
+
+
+class Together(Protocol):
+    """What the loop needs of the ranks; see `mimscale.train.ranks.Ranks`."""
+
+    world: World
+
+    def sum(self, values: dict[str, Tensor | float]) -> Any:
+        """Start a reduction; `.wait()` gives the sums over all ranks."""
+
+
+def train(
+    *,
+    first_step: int,
+    steps: int,
+    accumulation: int,
+    engine: Stepper,
+    ranks: Together,
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    meter: Meter,
+    stop_wanted: Callable[[], bool],
+    save: Callable[[int], None],
+    save_due: Callable[[int], bool],
+    validate: Callable[[], dict[str, float]],
+    validation_due: Callable[[int], bool],
+) -> int:
+    """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
+
+    A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
+    and nobody waits for it.
+    """
+    pending = _Pending(meter, ranks.world.size)
+    for step in range(first_step, steps):
+        loss_sum: Tensor | float = 0.0
+        substituted = 0
+        sample_ids: list[int] = []
+        volume_ids: list[str] = []
+        with meter.span("step_s"):
+            rate = engine.set_learning_rate(step)
+            for micro_index in range(accumulation):
+                with meter.span("data_wait_s"):
+                    batch = next(batches)
+                engine.seed_micro_batch(step, micro_index)
+                loss = loss_of(batch)
+                engine.backward(loss)
+                engine.step()
+                loss_sum = loss_sum + loss.detach().double() / accumulation
+                substituted += batch.substituted
+                sample_ids += batch.sample_ids.tolist()
+                volume_ids += batch.volume_ids
+            stopping = pending.finish()
+        meter.record_samples(step + 1, sample_ids)
+        sums = {"loss": loss_sum, "stop": float(stop_wanted()), "substituted": float(substituted), **meter.take_spans()}
+        pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), volume_ids)
+
+        done = step + 1
+        if validation_due(done):
+            pending.finish()
+            meter.log_validation(done, validate())
+        if save_due(done) or done == steps or stopping:
+            pending.finish()
+            save(done)
+        if stopping:
+            return done
+    pending.finish()
+    return max(first_step, steps)
+
+
+class _Pending:
+    """The sums of the step before: read once, one step late."""
+
+    def __init__(self, meter: Meter, world_size: int) -> None:
+        self._meter = meter
+        self._world_size = world_size
+        self._under_way: tuple[int, float, float, Any, list[str]] | None = None
+        self._stop_seen = False
+
+    def begin(self, step: int, rate: float, grad_norm: float, sums: Any, volume_ids: list[str]) -> None:
+        """Remember what to read later."""
+        self._under_way = (step, rate, grad_norm, sums, volume_ids)
+
+    def finish(self) -> bool:
+        """Read, check and log the sums under way; True once any rank asked to stop.
+
+        Raises:
+            DataError: the loss is not finite; this rank's volumes of that step are named.
+        """
+        if self._under_way is not None:
+            step, rate, grad_norm, sums, volume_ids = self._under_way
+            self._under_way = None
+            shared = sums.wait()
+            means = {name: value / self._world_size for name, value in shared.items()}
+            if not abs(means["loss"]) < float("inf"):
+                raise DataError(
+                    f"step {step}: the loss is {means['loss']}; this rank trained on volumes {', '.join(volume_ids)}. "
+                    "Look at them (`mimscale inspect STORE VOLUME --png FILE`), or lower optim.lr; the last checkpoint "
+                    "lies before it"
+                )
+            self._stop_seen = self._stop_seen or shared["stop"] > 0
+            values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
+            values |= {"lr": rate, "grad_norm": grad_norm, "substituted": shared["substituted"]}
+            self._meter.log_step(step, values)
+        return self._stop_seen

@@ -1,0 +1,52 @@
+"""Losses of fine-tuning.
+
+B batch | K classes, background included | Z Y X volume, voxels
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_CLASS = 255
+
+
+def dice_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Soft Dice plus cross-entropy, equal parts, background included; computed in fp32.
+
+    The Dice part is that of Milletari et al. 2016, arXiv:1606.04797, sec. 3, with plain (not squared) sums in the
+    denominator, for each sample and class, then averaged.
+
+    Args:
+        logits: [B, K, Z, Y, X].
+        label: [B, Z, Y, X], integer classes; 255 counts nowhere.
+
+    Returns:
+        [] the mean over samples.
+    """
+    logits = logits.float()
+    label = label.long()
+    counted = (label != IGNORED_CLASS).unsqueeze(1)  # [B, 1, Z, Y, X]
+    target = F.one_hot(label.where(counted.squeeze(1), 0), logits.shape[1]).movedim(-1, 1) * counted
+    probability = logits.softmax(dim=1) * counted
+    voxels = (2, 3, 4)
+    overlap = (probability * target).sum(voxels)  # [B, K]
+    total = probability.sum(voxels) + target.sum(voxels)
+    dice = 1 - (2 * overlap + 1e-5) / (total + 1e-5)
+    # Mean over each sample's own voxels first, so that cutting a batch into micro-batches changes nothing.
+    voxel_loss = F.cross_entropy(logits, label, ignore_index=IGNORED_CLASS, reduction="none")
+    cross_entropy = voxel_loss.sum((1, 2, 3)) / counted.sum((1, 2, 3, 4)).clamp(min=1)
+    return dice.mean() + cross_entropy.mean()
+
+
+@torch.no_grad()
+def overlap_counts(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """For Dice over many crops: voxels in both, and voxels in either, summed over the batch; [K] each, float64."""
+    counted = label != IGNORED_CLASS
+    predicted = logits.argmax(dim=1)
+    both, either = [], []
+    for class_index in range(logits.shape[1]):
+        in_prediction = (predicted == class_index) & counted
+        in_label = (label == class_index) & counted
+        both.append((in_prediction & in_label).sum())
+        either.append(in_prediction.sum() + in_label.sum())
+    return torch.stack(both).double(), torch.stack(either).double()

@@ -1,0 +1,234 @@
+"""The run directory: where everything of one run lies, and who may write to it.
+
+    config.yaml        the resolved config                    metrics.jsonl   one object a logged step
+    contract.json      what the weights expect of their input heartbeat.json  step and time, rewritten while alive
+    outcome.json       how the last job of this run ended     checkpoints/    step_00000100/ ...
+    pids/              one file a living rank                 jobs.jsonl      one object a submitted job
+    lock.json          the one writer                         logs/, evaluate/, report/
+
+No torch here: `status`, `inspect` and `submit` read run directories on login nodes.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mimscale import durable
+from mimscale.config import differing_keys
+from mimscale.errors import ConfigError, LaunchError
+from mimscale.world import Process
+
+OutcomeName = Literal["finished", "interrupted", "failed"]
+# A lock of another host counts as dead after this long without a heartbeat.
+LOCK_EXPIRES_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a job of a run ended. Launchers change exit codes; this file does not."""
+
+    outcome: OutcomeName
+    exit_code: int
+    step: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run directory, and the small files that more than one stage reads."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Step and time, rewritten while the run is alive."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def outcome(self) -> Path:
+        """How the last job ended."""
+        return self.path / "outcome.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a committed checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Standard output and error of the jobs."""
+        return self.path / "logs"
+
+    @property
+    def pids(self) -> Path:
+        """One file a living rank."""
+        return self.path / "pids"
+
+    @property
+    def jobs(self) -> Path:
+        """One JSON object a submitted job."""
+        return self.path / "jobs.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sample ids a rank and step, when `meter.record_samples` asks for them."""
+        return self.path / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores, predictions and reconstructions."""
+        return self.path / "evaluate"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page and its pictures."""
+        return self.path / "report"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes to this run directory now."""
+        return self.path / "lock.json"
+
+    def read_outcome(self) -> Outcome | None:
+        """How the last job ended, or None when none has ended."""
+        if not self.outcome.exists():
+            return None
+        return Outcome(**json.loads(self.outcome.read_text()))
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Record how the job ended."""
+        durable.write_json(self.outcome, vars(outcome))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every logged step. A last line cut short by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def read_config_tree(self) -> dict[str, Any]:
+        """The resolved config as a plain tree.
+
+        Raises:
+            ConfigError: the folder is no run directory.
+        """
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path}: no config.yaml, so this is no run directory; check run_dir=")
+        tree = yaml.safe_load(self.config.read_text())
+        assert isinstance(tree, dict)
+        return tree
+
+    def living_ranks(self) -> dict[int, int]:
+        """Rank -> process id of the ranks on this host that are alive."""
+        alive = {}
+        for file in sorted(self.pids.glob("rank*.json")):
+            process = Process(**json.loads(file.read_text()))
+            if process.is_alive():
+                alive[int(file.stem.removeprefix("rank"))] = process.pid
+        return alive
+
+    @contextmanager
+    def registered(self, rank: int) -> Iterator[None]:
+        """Keep this process's id in `pids/` while the block runs, so that it can be signalled."""
+        file = self.pids / f"rank{rank:05d}.json"
+        durable.write_json(file, vars(Process.this()))
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+    def move_aside(self) -> None:
+        """Keep an existing run under a name with the time in it, and leave the directory free.
+
+        Raises:
+            LaunchError: a job is writing to it.
+        """
+        if self.path.exists():
+            if self.lock.exists():
+                self._remove_dead_lock()
+            self.path.rename(self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+
+    def open(self, tree: dict[str, Any], text: str, *, free_keys: frozenset[str]) -> None:
+        """Make the run directory, or check that this config may continue the run that is in it.
+
+        Args:
+            tree: the new config, plain.
+            text: the same config as YAML, written to config.yaml.
+            free_keys: keys (or prefixes ending in a dot) that may change between jobs of one run.
+
+        Raises:
+            ConfigError: the run in the directory was made with another config; every differing key is named.
+        """
+        if self.config.exists():
+            differing = [
+                line
+                for line in differing_keys(self.read_config_tree(), tree)
+                if not any(line.startswith(f"{key}:") or (key[-1] == "." and line.startswith(key)) for key in free_keys)
+            ]
+            if differing:
+                raise ConfigError(
+                    f"{self.path}: holds a run with another config; these may not change when it continues:\n  "
+                    + "\n  ".join(differing)
+                    + "\nUse another run_dir, put the old values back, or start over with --fresh"
+                )
+        durable.write_text(self.config, text)
+
+    @contextmanager
+    def locked(self, job_id: str) -> Iterator[None]:
+        """Hold the run directory's lock: an O_EXCL file, because flock and mtime lie on some parallel file systems.
+
+        Raises:
+            LaunchError: another job is writing here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        entry = {"job": job_id, "time_s": time.time(), "process": vars(Process.this())}
+        for _ in range(2):
+            try:
+                descriptor = os.open(self.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                break
+            except FileExistsError:
+                self._remove_dead_lock()
+        else:
+            raise LaunchError(f"{self.path}: another job took the lock at the same moment; try again")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(entry, file)
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+
+    def _remove_dead_lock(self) -> None:
+        try:
+            holder = json.loads(self.lock.read_text())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            self.lock.unlink(missing_ok=True)  # its writer was killed in the middle of it
+            return
+        process = Process(**holder["process"])
+        here = process.host == socket.gethostname()
+        beat_s = json.loads(self.heartbeat.read_text())["time_s"] if self.heartbeat.exists() else 0.0
+        alive = process.is_alive() if here else time.time() - max(beat_s, holder["time_s"]) < LOCK_EXPIRES_S
+        if alive:
+            raise LaunchError(
+                f"{self.path}: job {holder['job']} (process {process.pid} on {process.host}) is writing here; "
+                "wait for it, cancel it, or use another run_dir"
+            )
+        self.lock.unlink(missing_ok=True)

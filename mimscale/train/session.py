@@ -1,0 +1,305 @@
+"""One job of a run, from the empty process to outcome.json: what pretraining and fine-tuning share."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mimscale import durable
+from mimscale.config import config_tree, config_yaml
+from mimscale.console import say
+from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.models.transfer import save_weights
+from mimscale.store.layout import StoreInfo, read_info
+from mimscale.store.manifest import Manifest, load_manifest
+from mimscale.stream.batch import Batch
+from mimscale.stream.loader import StreamLoader, fixed_batches
+from mimscale.stream.plan import FixedPlan, Position, SamplePlan
+from mimscale.train.build import weights_contract
+from mimscale.train.checkpoint import Checkpoints
+from mimscale.train.config import FREE_KEYS, RunConfig, accumulation
+from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.loop import train
+from mimscale.train.meter import Meter
+from mimscale.train.ranks import Ranks
+from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.world import StopRequest, World
+
+# What torch says when the process at the other end of a collective is gone.
+LOST_PEER_TEXTS = ("Connection closed", "Connection reset", "remote process", "Broken pipe", "Timed out")
+
+
+class Objective(Protocol):
+    """What distinguishes pretraining from fine-tuning."""
+
+    overlay: str | None  # of the store, when the loss needs labels
+
+    def build(self, channels: int) -> nn.Module:
+        """The model, its weights drawn from torch's generator, which is seeded the same on every rank."""
+
+    def prepare(self, model: nn.Module, data: "TrainingData") -> None:
+        """Bring a model to its state at step 0 (transfer, class prior). Not called when a run continues."""
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """[] the mean loss of a micro-batch on the device."""
+
+    def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
+        """Sums over a batch that add up over batches and ranks; `samples` among them."""
+
+    def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums over all validation crops -> metrics."""
+
+
+class TrainingData:
+    """The store as one run sees it: its train and validation volumes and the order of the samples.
+
+    Raises:
+        DataError: no store, or no volume that the config selects.
+    """
+
+    def __init__(self, config: RunConfig, overlay: str | None) -> None:
+        self.config = config
+        self.overlay = overlay
+        self.info: StoreInfo = read_info(config.store)
+        if overlay is not None and overlay not in self.info.overlays:
+            known = ", ".join(self.info.overlays) or "none"
+            raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
+        self.manifest: Manifest = load_manifest(config.store)
+        wanted = {} if config.modality is None else {"modality": config.modality}
+        self.train: NDArray[np.int64] = self._labelled(self.manifest.select(split="train", **wanted))
+        self.validation = self._labelled(self.manifest.select(split="val", **wanted))[: config.validation.max_volumes]
+        if not len(self.train):
+            raise DataError(
+                f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}; "
+                f"see `mimscale inspect {config.store}`"
+            )
+        self.channels = self.manifest.row(int(self.train[0])).shape[0]
+        self.plan = SamplePlan.of(
+            self.manifest,
+            self.train,
+            seed=config.seed,
+            crop_voxels=config.crop_voxels,
+            config=config.stream,
+            global_batch=config.global_batch,
+        )
+
+    def _labelled(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of these volumes, those that have the overlay, when there is one."""
+        if self.overlay is None:
+            return indices
+        has_label = [self.overlay in self.manifest.row(int(index)).overlays for index in indices]
+        labelled: NDArray[np.int64] = indices[np.array(has_label, dtype=bool)]
+        return labelled
+
+    def loader(self, world: World, start_batch: int) -> StreamLoader:
+        """Micro-batches of this rank from global batch `start_batch` on."""
+        return StreamLoader(
+            store=self.config.store,
+            manifest=self.manifest,
+            indices=self.train,
+            plan=self.plan,
+            config=self.config.stream,
+            world=world,
+            micro_batch=self.config.micro_batch,
+            accumulation=accumulation(self.config, world.size),
+            overlay=self.overlay,
+            start_batch=start_batch,
+        )
+
+    def contract(self, step: int, precision: str) -> dict[str, Any]:
+        """What travels with the weights of `step`."""
+        return weights_contract(
+            self.config, self.info, channels=self.channels, step=step, precision=precision, overlay=self.overlay
+        )
+
+    def validation_batches(self, world: World) -> Iterator[Batch]:
+        """Crops that never change, dealt out to the ranks; every rank gets the same number of batches."""
+        config = self.config
+        plan = FixedPlan.of(
+            self.manifest,
+            self.validation,
+            seed=config.seed,
+            crop_voxels=config.crop_voxels,
+            config=replace(config.stream, crops_per_volume=config.validation.crops_per_volume),
+        )
+        return fixed_batches(
+            store=config.store,
+            manifest=self.manifest,
+            indices=self.validation,
+            plan=plan,
+            world=world,
+            batch=config.micro_batch,
+            config=config.stream,
+            overlay=self.overlay,
+        )
+
+
+def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tuple[Outcome, dict[str, Any]]:
+    """Run or continue a training run, together with the other ranks; returns how it ended and the last metrics.
+
+    Raises:
+        MimscaleError: what went wrong, after it was written to outcome.json.
+    """
+    world = World.from_environment(os.environ)
+    accumulation(config, world.size)
+    run = RunDir(config.run_dir)
+    stop = StopRequest()
+    try:
+        with ExitStack() as stack:
+            ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
+            stack.callback(leave_ranks)
+            if world.is_first:
+                # Opened here and not inside `first_does`, so that the lock is held as long as the job lasts.
+                stack.enter_context(_Claim(ranks, run, config, fresh))
+            else:
+                ranks.first_does(lambda: None)
+            stack.enter_context(run.registered(world.rank))
+            outcome, metrics = _train(config, objective, run, ranks, stop, stack)
+    except Exception as error:
+        failure = _as_failure(error, world, config)
+        if run.path.exists() and not run.outcome.exists():  # the first rank to fail says why
+            run.write_outcome(Outcome(outcome="failed", exit_code=failure.exit_code, step=-1, message=str(failure)))
+        if failure is error:
+            raise
+        traceback.print_exc()
+        raise failure from error
+    finally:
+        stop.hand_back()
+    return outcome, metrics
+
+
+class _Claim:
+    """Rank 0's hold on the run directory. The other ranks learn whether it worked."""
+
+    def __init__(self, ranks: Ranks, run: RunDir, config: RunConfig, fresh: bool) -> None:
+        self._ranks, self._run, self._config, self._fresh = ranks, run, config, fresh
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Claim":
+        self._ranks.first_does(self._take)
+        return self
+
+    def _take(self) -> None:
+        run, config = self._run, self._config
+        if self._fresh:
+            run.move_aside()
+        with durable.explained(DataError, run.path, "choose another run_dir or free space"):
+            self._stack.enter_context(run.locked(os.environ.get("MIMSCALE_JOB_ID", "none")))
+            run.open(config_tree(config), config_yaml(config), free_keys=FREE_KEYS)
+            run.outcome.unlink(missing_ok=True)
+
+    def __exit__(self, *details: object) -> None:
+        self._stack.close()
+
+
+def _train(
+    config: RunConfig, objective: Objective, run: RunDir, ranks: Ranks, stop: StopRequest, stack: ExitStack
+) -> tuple[Outcome, dict[str, Any]]:
+    world = ranks.world
+    deadline_s = None if config.stop_after_min is None else time.monotonic() + 60 * config.stop_after_min
+    data = TrainingData(config, objective.overlay)
+    torch.manual_seed(config.seed)
+    model = objective.build(data.channels)
+    if not any(run.checkpoints.glob("step_*")):
+        objective.prepare(model, data)
+    engine = Engine(model, config, ranks)
+
+    def write_weights(folder: Path, step: int) -> None:
+        weights = engine.full_weights()
+        if ranks.is_first:
+            save_weights(folder, weights, data.contract(step, engine.precision))
+
+    checkpoints = Checkpoints(run, config.checkpoint, engine, ranks, write_weights)
+    restored = checkpoints.restore()
+    first_step = 0
+    if restored.position is not None:
+        first_step = data.plan.batches_done(Position.from_dict(restored.position))
+        assert first_step == restored.step, f"step {restored.step} stands at the data of step {first_step}"
+        if ranks.is_first:
+            say(f"{run.path}: continues at step {first_step} of {config.steps}")
+    meter = stack.enter_context(Meter(run, config.meter, world, steps=config.steps, global_batch=config.global_batch))
+    meter.start(first_step)
+    loader = data.loader(world, first_step)
+    stack.callback(loader.close)
+
+    def stop_wanted() -> bool:
+        return stop.received is not None or (deadline_s is not None and time.monotonic() > deadline_s)
+
+    def validate() -> dict[str, float]:
+        sums: dict[str, Tensor | float] = {}
+        with engine.evaluating():
+            for batch in data.validation_batches(world):
+                for name, value in objective.validation_sums(engine, batch.to(ranks.device)).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return objective.validation_metrics(ranks.sum(sums).wait())
+
+    def validation_due(step: int) -> bool:
+        every = config.validation.every_steps
+        return every > 0 and len(data.validation) > 0 and (step % every == 0 or step == config.steps)
+
+    done = train(
+        first_step=first_step,
+        steps=config.steps,
+        accumulation=accumulation(config, world.size),
+        engine=engine,
+        ranks=ranks,
+        batches=loader,
+        loss_of=lambda batch: objective.loss(engine, batch.to(ranks.device)),
+        meter=meter,
+        stop_wanted=stop_wanted,
+        save=lambda step: checkpoints.save(step, data.plan.position(step).to_dict()),
+        save_due=checkpoints.due,
+        validate=validate,
+        validation_due=validation_due,
+    )
+    finished = done >= config.steps
+    outcome = Outcome(
+        outcome="finished" if finished else "interrupted",
+        exit_code=0 if finished else INTERRUPTED_EXIT_CODE,
+        step=done,
+        message="" if finished else "stopped by request; the same command continues",
+    )
+    if ranks.is_first:
+        run.write_outcome(outcome)
+        say(f"{run.path}: {outcome.outcome} at step {done} of {config.steps}")
+    return outcome, {"step": done, "outcome": outcome.outcome, **meter.last_metrics}
+
+
+def _as_failure(error: Exception, world: World, config: RunConfig) -> MimscaleError:
+    """The error that a user sees: ours as they are, a lost peer by its name, anything else as a bug."""
+    if isinstance(error, MimscaleError):
+        return error
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER_TEXTS):
+        return LostRankError(
+            f"rank {world.rank} on {world.node}: another rank is gone or hangs ({str(error).splitlines()[0]}); "
+            f"see the other ranks' logs, then give the same command again: it continues from the last checkpoint"
+        )
+    return MimscaleError(f"rank {world.rank} on {world.node}: {type(error).__name__}: {error}")
+
+
+def session_main(config: RunConfig, objective: Objective, *, fresh: bool, as_json: bool) -> int:
+    """Run a session as a verb's body; returns the exit code."""
+    world = World.from_environment(os.environ)
+    try:
+        outcome, metrics = run_session(config, objective, fresh=fresh)
+    except MimscaleError as error:
+        if world.size == 1:
+            raise
+        # A rank that fails alone must not wait for its peers in a library's exit handler.
+        sys.stderr.write(f"mimscale: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+    if as_json and world.is_first:
+        print(json.dumps(metrics, sort_keys=True), flush=True)
+    return outcome.exit_code

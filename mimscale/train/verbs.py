@@ -1,0 +1,69 @@
+"""The command lines of `pretrain` and `finetune`. Torch comes in only when training starts, so `--check` is instant."""
+
+import argparse
+import sys
+
+from mimscale.config import config_yaml, load_verb_config, verb_parser
+from mimscale.errors import ConfigError
+from mimscale.models.config import mask_grid, patch_grid, unetr_halvings
+from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+
+
+def pretrain_main(argv: list[str]) -> int:
+    """`mimscale pretrain RECIPE store=STORE run_dir=DIR [key=value ...]`."""
+    parser = verb_parser("pretrain", "Train a masked autoencoder. An existing run_dir continues.")
+    _add_flags(parser)
+    arguments = parser.parse_args(argv)
+    config = load_verb_config(PretrainConfig, arguments.words, needs_recipe=True)
+    check_run(config)
+    if arguments.check:
+        sys.stdout.write(config_yaml(config))
+        return 0
+    from mimscale.train.pretrain import MaskedReconstruction
+    from mimscale.train.session import session_main
+
+    return session_main(config, MaskedReconstruction(config), fresh=arguments.fresh, as_json=arguments.json)
+
+
+def finetune_main(argv: list[str]) -> int:
+    """`mimscale finetune RECIPE store=STORE run_dir=DIR [init_from=RUN_DIR] [key=value ...]`."""
+    parser = verb_parser("finetune", "Train a UNETR, from a pretrained encoder or from scratch.")
+    _add_flags(parser)
+    arguments = parser.parse_args(argv)
+    config = load_verb_config(FinetuneConfig, arguments.words, needs_recipe=True)
+    check_run(config)
+    if arguments.check:
+        sys.stdout.write(config_yaml(config))
+        return 0
+    from mimscale.train.finetune import Segmentation
+    from mimscale.train.session import session_main
+
+    return session_main(config, Segmentation(config), fresh=arguments.fresh, as_json=arguments.json)
+
+
+def check_run(config: RunConfig) -> None:
+    """The rules between the parts of a config, all of them before anything is started.
+
+    Raises:
+        ConfigError: crop, patch and mask do not fit each other, or the head cannot be built for the patch.
+    """
+    problems = []
+    try:
+        patch_grid(config.crop_voxels, config.patch_voxels)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        if isinstance(config, PretrainConfig):
+            mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
+        elif isinstance(config, FinetuneConfig):
+            unetr_halvings(config.patch_voxels)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--json", action="store_true", help="final metrics as JSON on stdout")

@@ -1,0 +1,170 @@
+"""Damage on disk: every read says so, and names the volume."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from store_samples import config_of, make_store, opened, write_pairs
+
+from mimscale.cli import main
+from mimscale.errors import DataError
+from mimscale.ingest.run import ingest
+from mimscale.store import layout, shard
+from mimscale.store.manifest import load_manifest
+from mimscale.store.verify import verify
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("pristine"), count=4)
+
+
+@pytest.fixture
+def store(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "store")
+
+
+def flip(path, byte):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 0x10
+    path.write_bytes(data)
+
+
+def read_all(store, row, overlay=None):
+    return opened(store)[1].read_volume(row, overlay)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 0.9])
+def test_a_flipped_bit_in_a_chunk_is_named_with_volume_pack_and_chunk(store, where):
+    row = load_manifest(store).row(1)
+    data_bytes = row.length_bytes - shard.index_bytes(row.shape, 16)
+    flip(layout.pack_path(store, row.part), row.offset_bytes + int(where * data_bytes))
+    with pytest.raises(
+        DataError, match=rf"volume {row.id}: .*part-0000{row.part}\.zarr\.zip: chunk \(0, .*crc32c.*--verify"
+    ):
+        read_all(store, row)
+    (bad,) = [bad for bad in verify(store) if "chunk" in bad.reason]
+    assert (bad.volume, bad.path) == (row.id, str(layout.pack_path(store, row.part)))
+
+
+def test_chunks_beside_the_damaged_one_can_be_read(store):
+    manifest, reader = opened(store)
+    row = manifest.row(1)
+    whole = reader.read_volume(row)
+    flip(layout.pack_path(store, row.part), row.offset_bytes + 5)  # the first chunk
+    box = opened(store)[1].read(row, (16, 16, 16), (5, 16, 16))
+    assert np.array_equal(box, whole[:, 16:21, 16:32, 16:32])
+
+
+def test_a_flipped_bit_in_the_index_is_named(store):
+    row = load_manifest(store).row(0)
+    flip(layout.pack_path(store, row.part), row.offset_bytes + row.length_bytes - 20)
+    with pytest.raises(DataError, match=rf"volume {row.id}: .*the shard index has a wrong crc32c"):
+        read_all(store, row)
+    assert row.id in {bad.volume for bad in verify(store)}
+
+
+def test_a_damaged_overlay_is_named(store):
+    row = load_manifest(store).row(2)
+    place = row.overlays["label"]
+    flip(layout.overlay_path(store, "label", place.part), place.offset_bytes + 9)
+    with pytest.raises(DataError, match=rf"volume {row.id}: .*overlays/label/part"):
+        read_all(store, row, "label")
+    assert read_all(store, row).shape == row.shape
+    assert row.id in {bad.volume for bad in verify(store) if "overlays" in bad.path}
+
+
+def test_a_truncated_pack_is_named(store):
+    row = load_manifest(store).row(0)
+    os.truncate(layout.pack_path(store, row.part), row.offset_bytes + row.length_bytes // 2)
+    with pytest.raises(DataError, match=rf"volume {row.id}: .*truncated: ends at byte"):
+        read_all(store, row)
+    reasons = [bad.reason for bad in verify(store) if bad.path == str(layout.pack_path(store, row.part))]
+    assert any("truncated" in reason for reason in reasons)
+    assert any("not a readable pack" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("overlay", [None, "label"])
+def test_a_missing_pack_is_an_error_and_not_air(store, overlay):
+    row = load_manifest(store).row(0)
+    path = layout.overlay_path(store, overlay, row.part) if overlay else layout.pack_path(store, row.part)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: No such file.*volume {row.id} lies in it"):
+        read_all(store, row, overlay)
+    assert row.id in {bad.volume for bad in verify(store)}
+
+
+def test_a_pack_of_another_store_under_this_name_is_an_error(store, tmp_path):
+    row = load_manifest(store).row(0)
+    other = make_store(tmp_path / "other", count=2, chunk_voxels=8)
+    shutil.copy(layout.pack_path(other, 0), layout.pack_path(store, row.part))
+    with pytest.raises(DataError, match=f"volume {row.id}"):
+        read_all(store, row)
+
+
+def test_verify_sees_a_flipped_bit_outside_of_every_shard(store):
+    assert verify(store) == []
+    row = load_manifest(store).row(0)
+    path = layout.pack_path(store, row.part)
+    flip(path, path.read_bytes().index(b'"millimeter"') + 3)
+    assert [bad.path for bad in verify(store)] == [str(path)]
+
+
+def test_a_damaged_pack_is_repaired_as_the_error_says(store, pristine):
+    row = load_manifest(store).row(0)
+    path = layout.pack_path(store, row.part)
+    before = path.read_bytes()
+    path.unlink()
+    layout.receipt_path(store, row.part).unlink()
+    shutil.copy(pristine.parent / "store.subject_key", store.parent / "store.subject_key")
+    folder = pristine.parent / "sources"
+    sources = {kind: str(folder / kind / "*.nii.gz") for kind in ("images", "labels")}
+    ingest(config_of(sources, store, parts=2, chunk_voxels=16))
+    assert path.read_bytes() == before
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A folder on a disk of 400 kB; where mounting is not allowed, a disk that is full when it is flushed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode == 0:
+        yield folder
+        subprocess.run(["umount", folder], check=True)
+        return
+    real_fsync = os.fsync
+
+    def fsync(descriptor):
+        if ".zarr.zip" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    yield folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_leaves_no_half_written_pack(small_disk, tmp_path, capsys, workers):
+    if workers == 2 and not os.path.ismount(small_disk):
+        return  # the stand-in for a full disk works in this process only
+    sources = write_pairs(tmp_path / "s", 4, (64, 64, 64))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"sources": sources, "class_names": ["a", "b", "c"], "workers": workers}))
+    assert main(["ingest", str(recipe), f"out={small_disk}/store", "parts=2"]) == 3
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"store/(packs|overlays/label)/part-0000\d\.zarr\.zip: the disk is full \(\d+ bytes free\)", printed
+    )
+    assert "free some space and run the same command again" in printed
+    left = [path for path in (small_disk / "store").rglob("*") if path.is_file()]
+    for path in left:
+        assert path.name == "store.json" or path.suffix == ".jsonl" or path.name.endswith(".zarr.zip"), path
+        if path.name.endswith(".zarr.zip"):
+            assert subprocess.run(["python3", "-m", "zipfile", "-t", path], capture_output=True).returncode == 0
+    assert not (small_disk / "store" / "manifest.parquet").exists()

@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from small_segmentation import SOURCES, make_finetune_run, make_store
+
+from mimscale.cli import main
+from mimscale.store import layout
+from mimscale.store.manifest import load_manifest
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data"), labelled=("aaaa", "bbbb"))
+
+
+def write_receipts(store):
+    lines = [{"id": name, "outcome": "stored", "row": {}} for name in SOURCES]
+    lines.append({"id": "dddd", "outcome": "quarantined", "reason": "truncated", "detail": "ends early"})
+    path = layout.receipt_path(store, 0)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_store_tells_its_volumes_grids_sizes_and_what_became_of_its_sources(store, capsys):
+    write_receipts(store)
+    assert main(["inspect", str(store), "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["volumes"] == 3
+    assert tree["splits"] == {"val": 3}
+    assert tree["labelled"] == {"label": 2}
+    assert tree["sources"] == {"stored": 3, "quarantined": 1}
+    assert tree["reasons"] == {"truncated": 1}
+    assert tree["spacings_mm"].keys() == {"2 x 1.5 x 1", "3 x 1 x 0.5", "2 x 1 x 1"}
+    voxels = sum(int(np.prod(shape)) for _, shape, _ in SOURCES.values())
+    assert tree["raw_bytes"] == 2 * voxels
+    assert tree["compression"] == pytest.approx(tree["raw_bytes"] / tree["stored_bytes"], abs=1e-3)
+    assert tree["disk_bytes"] > tree["stored_bytes"]
+
+
+def test_the_same_is_told_to_a_person_on_stderr(store, capsys):
+    assert main(["inspect", str(store)]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "compression" in err
+    assert "bbbb" in err
+
+
+def test_a_whole_store_verifies(store, capsys):
+    assert main(["inspect", str(store), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "bad": []}
+
+
+def test_a_flipped_byte_is_found_named_and_exits_with_3(tmp_path, capsys):
+    store = make_store(tmp_path / "data")
+    manifest = load_manifest(store)
+    row = manifest.row(manifest.index_of("bbbb"))
+    pack = layout.pack_path(store, 0)
+    data = bytearray(pack.read_bytes())
+    data[row.offset_bytes + 50] ^= 1
+    pack.write_bytes(data)
+    assert main(["inspect", str(store), "--verify", "--json"]) == 3
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["ok"] is False
+    assert {item["volume"] for item in tree["bad"]} == {"bbbb"}
+    assert tree["bad"][0].keys() == {"volume", "path", "reason"}
+
+
+@pytest.mark.parametrize(("volume", "rows"), [("aaaa", 2), ("cccc", 1)])
+def test_a_volume_is_drawn_with_its_labels_below_when_it_has_some(volume, rows, store, tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    assert main(["inspect", str(store), volume, "--png", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["png"] == str(path)
+    picture = imread(path)[..., :3]
+    assert picture.std() > 0.1
+    coloured = (np.ptp(picture, axis=2) > 0.2).any()
+    assert coloured == (rows == 2)
+
+
+def test_a_picture_is_named_after_its_volume_by_default(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", str(store), "bbbb", "--png"]) == 0
+    assert (tmp_path / "bbbb.png").exists()
+
+
+def test_a_volume_is_described_without_a_picture(store, capsys):
+    assert main(["inspect", str(store), "bbbb", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["source_orientation"] == "LPI"
+    assert "png" not in tree
+
+
+def test_a_run_tells_how_it_ended_and_which_checkpoints_are_whole(tmp_path, store, capsys):
+    run = make_finetune_run(tmp_path / "run", store)
+    (run / "outcome.json").write_text(
+        json.dumps({"outcome": "interrupted", "exit_code": 75, "step": 5, "message": "saved"})
+    )
+    broken = run / "checkpoints" / "step_00000007"
+    broken.mkdir()
+    assert main(["inspect", str(run), "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["outcome"]["outcome"] == "interrupted"
+    assert [(tag["step"], tag["verified"]) for tag in tree["checkpoints"]] == [(7, False), (5, True)]
+    assert "manifest.json" in tree["checkpoints"][0]["reason"]
+    assert tree["checkpoints"][1]["bytes"] > 0
+    assert main(["inspect", str(run)]) == 0
+    assert "NOT USABLE" in capsys.readouterr().err
+    assert main(["inspect", str(run), "--verify", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["bad"][0]["path"].endswith("step_00000007")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["{tmp}"], 3, "neither a store (no store.json) nor a run directory (no config.yaml)"),
+        (["{store}", "zzzz"], 3, "volume 'zzzz': not among the 3 volumes"),
+        (["{store}", "--png", "x.png"], 2, "--png shows one volume"),
+        ([], 2, "expected STORE_OR_RUN_DIR [VOLUME]"),
+    ],
+)
+def test_what_cannot_be_inspected_is_said(words, code, text, store, tmp_path, capsys):
+    assert main(["inspect", *(word.format(store=store, tmp=tmp_path) for word in words)]) == code
+    assert text in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""Verbs of the login node start at once: they import neither torch nor monai (1.6 to 5 s each)."""
+
+import subprocess
+import sys
+
+import pytest
+
+RUN = ["store=/none", "run_dir=/none/run"]
+VERBS = {
+    "help": ["--help"],
+    "recipes": ["recipes"],
+    "one recipe": ["recipes", "demo/pretrain"],
+    "pretrain --check": ["pretrain", "demo/pretrain", *RUN, "--check"],
+    "finetune --check": ["finetune", "demo/finetune", *RUN, "--check"],
+    "ingest --check": ["ingest", "demo/ingest", "sources=/none", "out=/none", "--check"],
+    "evaluate --check": ["evaluate", *RUN, "--check"],
+    "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
+    "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
+}
+PROGRAM = """
+import sys
+from mimscale.cli import main
+code = main(sys.argv[1:])
+loaded = sorted({"torch", "monai", "deepspeed"} & sys.modules.keys())
+print("loaded:", loaded, "code:", code)
+"""
+
+
+@pytest.mark.parametrize("words", VERBS.values(), ids=VERBS.keys())
+def test_a_login_nodes_verb_imports_no_torch(words):
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[-1] == "loaded: [] code: 0", ended.stdout[-300:] + ended.stderr
+
+
+def test_help_needs_nothing_but_the_verb_table():
+    program = "import sys; from mimscale.cli import main; main(['--help']); print(sorted(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    modules = ended.stdout.splitlines()[-1]
+    assert not any(f"'{name}'" in modules for name in ("numpy", "pydantic", "yaml", "rich", "submitit"))

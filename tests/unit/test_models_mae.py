@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from mimscale.models.config import MaeConfig, MaskConfig, VitConfig
+from mimscale.models.mae import MaskedAutoencoder, visible_indices
+from mimscale.models.masking import draw_masks
+
+CROP, PATCH = (8, 12, 16), (4, 4, 8)  # a grid of 2 x 3 x 2
+
+
+def small_mae(channels=1, vit=None, **changes):
+    torch.manual_seed(0)
+    return MaskedAutoencoder(
+        VitConfig(**{"dim": 36, "depth": 2, "heads": 3, **(vit or {})}),
+        MaeConfig(**{"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, **changes}),
+        crop_voxels=CROP,
+        patch_voxels=PATCH,
+        channels=channels,
+    )
+
+
+def masks(count, ratio=0.75):
+    return torch.from_numpy(draw_masks(range(count), CROP, PATCH, MaskConfig(ratio=ratio)))
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_every_parameter_gets_a_gradient(positions, checkpoint_activations):
+    model = small_mae(vit={"positions": positions, "checkpoint_activations": checkpoint_activations})
+    model(torch.randn(12, 1, *CROP), masks(12)).loss.backward()
+    without = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert without == []
+
+
+def test_the_encoder_sees_only_visible_patches():
+    model, hidden = small_mae(), masks(2)
+    seen = []
+    model.encoder.projection.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    image = torch.randn(2, 1, *CROP)
+    before = model(image, hidden).prediction
+    assert seen[0].shape == (2, 3, 4 * 4 * 8)  # 3 of 12 patches reach the projection
+    changed = torch.where(model.reconstruct(image, hidden).hidden, image + 5, image)
+    assert torch.equal(model(changed, hidden).prediction, before)
+
+
+def test_visible_patches_come_in_the_order_of_the_grid():
+    hidden = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    assert visible_indices(hidden).tolist() == [[1, 3], [0, 3]]
+
+
+@pytest.mark.parametrize("rows", [[[True, False], [True, True]], [[True, True]], [[False, False]]])
+def test_a_batch_of_unequal_or_useless_masks_is_refused(rows):
+    with pytest.raises(ValueError, match="each sample must hide the same number of its 2 patches, some, not all"):
+        visible_indices(torch.tensor(rows))
+
+
+@pytest.mark.parametrize("target", ["raw", "patch_normalised"])
+def test_weights_cast_to_bf16_give_an_fp32_loss_close_to_the_exact_one(target):
+    model, image, hidden = small_mae(target=target), torch.randn(4, 1, *CROP), masks(4)
+    exact = model(image, hidden).loss
+    output = model.bfloat16()(image, hidden)
+    assert output.prediction.dtype == torch.bfloat16
+    assert output.loss.dtype == torch.float32
+    assert abs(output.loss - exact) < 0.01 * exact
+    output.loss.backward()
+    assert all(value.grad.isfinite().all() for value in model.parameters())
+
+
+def test_the_target_keeps_fp32_when_weights_are_bf16():
+    model = small_mae().bfloat16()
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    image = torch.full((1, 1, *CROP), 1.001)  # in bf16 this is 1
+    assert model(image, masks(1)).loss.item() == pytest.approx(1.001, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["raw", "patch_normalised"])
+def test_a_reconstruction_keeps_visible_voxels_and_predicts_hidden_ones_in_image_units(target):
+    model, image, hidden = small_mae(2, target=target), 50 + 3 * torch.randn(2, 2, *CROP), masks(2, 0.5)
+    pictures = model.reconstruct(image, hidden)
+    mask = pictures.hidden.expand_as(image)
+    assert mask.float().mean() == 0.5
+    assert torch.equal(pictures.combined[~mask], image[~mask])
+    assert torch.equal(pictures.combined[mask], pictures.predicted[mask])
+    assert torch.equal(pictures.visible, torch.where(mask, 0, image))
+    if target == "patch_normalised":
+        assert (pictures.predicted - 50).abs().mean() < 10

@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import pytest
+from fakes import FileEngine, OneRank, checkpoints_of
+
+from mimscale.errors import CheckpointError
+from mimscale.train import checkpoint
+from mimscale.train.run_dir import RunDir
+from mimscale.world import World
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+def saved(run, *steps, keep=9):
+    engine = FileEngine()
+    checkpoints = checkpoints_of(run, engine, keep=keep)
+    for step in steps:
+        engine.state = step
+        checkpoints.save(step, {"samples_done": 2 * step})
+    return checkpoints
+
+
+def test_a_saved_state_is_restored_with_its_position(run):
+    saved(run, 10, 20)
+    engine = FileEngine()
+    restored = checkpoints_of(run, engine).restore()
+    assert (engine.state, restored.step, restored.position) == (20, 20, {"samples_done": 40})
+
+
+def test_a_run_without_checkpoints_starts_at_step_0(run):
+    restored = checkpoints_of(run, FileEngine()).restore()
+    assert (restored.step, restored.position) == (0, None)
+
+
+def test_only_the_newest_ones_are_kept(run):
+    saved(run, 1, 2, 3, 4, keep=2)
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000004", "step_00000003"]
+    assert (run.checkpoints / "newest").read_text() == "step_00000004\n"
+    assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(bytes(data))
+
+
+BREAKS = {
+    "sha256 differs": lambda tag: flip_a_byte(tag / "engine" / "zero_pp_rank_0_state.json"),
+    "bytes instead of": lambda tag: (tag / "weights.safetensors").write_text(""),
+    "is missing": lambda tag: (tag / "weights.safetensors").unlink(),
+    "no readable manifest.json": lambda tag: (tag / "manifest.json").unlink(),
+    "no readable manifest.json (Expecting": lambda tag: (tag / "manifest.json").write_text("{"),
+    "manifest version 7": lambda tag: (tag / "manifest.json").write_text('{"manifest_version": 7}'),
+}
+
+
+@pytest.mark.parametrize("reason", BREAKS)
+def test_a_broken_newest_checkpoint_is_passed_over_loudly(run, capsys, reason):
+    saved(run, 10, 20)
+    BREAKS[reason](run.checkpoints / "step_00000020")
+    engine = FileEngine()
+    assert checkpoints_of(run, engine).restore().step == 10
+    assert engine.state == 10
+    heard = capsys.readouterr().err
+    assert "step_00000020" in heard
+    assert reason in heard
+
+
+def test_when_all_are_broken_each_is_named_and_the_run_does_not_start_from_step_0(run):
+    saved(run, 10, 20)
+    flip_a_byte(run.checkpoints / "step_00000010" / "weights.safetensors")
+    (run.checkpoints / "step_00000020" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints_of(run, FileEngine()).restore()
+    message = str(caught.value)
+    assert "step_00000010: weights.safetensors has other bytes" in message
+    assert "step_00000020: no readable manifest.json" in message
+    assert caught.value.exit_code == 4
+
+
+def test_a_file_name_that_points_out_of_the_checkpoint_is_refused(run):
+    saved(run, 10)
+    path = run.checkpoints / "step_00000010" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../../outside"] = {"bytes": 0, "sha256": ""}
+    path.write_text(json.dumps(manifest))
+    assert checkpoint.why_not_loadable(path.parent) == "../../outside points out of the checkpoint"
+
+
+def test_another_number_of_ranks_is_refused_in_words(run):
+    saved(run, 10)
+    checkpoints = checkpoints_of(run, FileEngine())
+    checkpoints._ranks = type("Two", (OneRank,), {"world": World(size=2)})()
+    with pytest.raises(CheckpointError, match="saved by 1 rank\\(s\\) at ZeRO stage 1, this run has 2 at stage 1"):
+        checkpoints.restore()
+
+
+def test_a_write_error_leaves_the_last_good_checkpoint_and_nothing_half_written(run):
+    checkpoints = saved(run, 10)
+    checkpoints._engine.errors.append(OSError("no space left"))
+    with pytest.raises(CheckpointError, match=r"step_00000020: not saved .*\n  rank 0: no space left"):
+        checkpoints.save(20, {"samples_done": 40})
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
+    assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+def test_ranks_at_different_samples_do_not_commit(run):
+    checkpoints = saved(run, 10)
+
+    class Disagreeing(OneRank):
+        def gather(self, item):
+            return [item, item | {"rank": 1, "position": {"samples_done": 39}}]
+
+    checkpoints._ranks = Disagreeing()
+    with pytest.raises(CheckpointError, match="rank 1 stands at another sample: {'samples_done': 39}"):
+        checkpoints.save(20, {"samples_done": 40})
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
+
+
+def test_a_second_save_of_the_same_step_does_nothing(run):
+    checkpoints = saved(run, 10)
+    shutil.rmtree(run.checkpoints / "step_00000010")
+    checkpoints.save(10, {})
+    assert checkpoint.tags(run) == []
