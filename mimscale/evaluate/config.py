@@ -21,6 +21,7 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = (
         "auto"  # where the model runs: auto, cpu, cuda; whole volumes are always put together in main memory
     )
+    threads: int | None = None  # CPU threads of the network; null: all cores that this process may use
     nsd_tolerance_mm: float = 2.0  # a surface point counts as right within this distance
     save_predictions: bool = True  # write evaluate/predictions/<volume>.nii.gz on the source grid
     store_grid: bool = True  # Dice on the store's grid too, as a second column
@@ -32,4 +33,6 @@ class EvaluateConfig:
             raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
         if self.pictures < 0:
             raise ValueError(f"pictures={self.pictures}: must be at least 0")
+        if self.threads is not None:
+            require_positive("evaluate", threads=self.threads)
         require_positive("evaluate", batch=self.batch, crops=self.crops, nsd_tolerance_mm=self.nsd_tolerance_mm)

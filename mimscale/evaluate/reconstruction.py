@@ -91,7 +91,7 @@ def evaluate_reconstruction(
             crops.append(entry)
     return {
         "error": ERROR_NAMES[run_config.mae.loss],
-        "unit": "in units of the normalised intensity",
+        "unit": "of normalised intensities",
         "baseline": (
             "the mean of the crop's visible voxels"
             if run_config.mae.target == "raw"

@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.evaluate.checkpoints import find_checkpoint
     from mimscale.evaluate.reconstruction import evaluate_reconstruction
     from mimscale.evaluate.segmentation import evaluate_segmentation
-    from mimscale.evaluate.weights import check_contract, choose_device, load_model
+    from mimscale.evaluate.weights import check_contract, choose_device, cpu_threads, load_model
     from mimscale.models.mae import MaskedAutoencoder
     from mimscale.store.layout import read_info
     from mimscale.store.manifest import load_manifest
@@ -71,11 +71,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     overlay = run_config.overlay if isinstance(run_config, FinetuneConfig) else None
     check_contract(contract, info, store, overlay)
     say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
-    if isinstance(run_config, FinetuneConfig):
-        scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
-    else:
-        assert isinstance(model, MaskedAutoencoder)
-        scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
+    with cpu_threads(config.threads):
+        if isinstance(run_config, FinetuneConfig):
+            scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
+        else:
+            assert isinstance(model, MaskedAutoencoder)
+            scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
     tree = {
         "kind": run_config.kind,
         "checkpoint": tag.name,

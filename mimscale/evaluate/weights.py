@@ -1,5 +1,8 @@
 """The network of a run, with the weights of one of its checkpoints, ready to answer."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,17 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: this machine has no CUDA device that PyTorch sees; use device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def cpu_threads(wanted: int | None) -> Iterator[None]:
+    """Compute on this many threads inside the block; None: on all cores that the process may use.
+
+    Training runs a process a core and one thread each (OMP_NUM_THREADS=1); evaluation is one process.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -23,6 +23,7 @@ class VolumeFacts:
     id: str
     source: str  # file name of the source, "" when nothing says so
     origin: str | None  # "real", "derived", or None when nothing says so
+    description: str = ""  # what a real volume of a cohort is
     split: str
     shape: str  # Z Y X
     spacing: str  # Z Y X, mm
@@ -51,6 +52,9 @@ class StoreFacts:
             "real": len(real),
             "derived": origins.count("derived"),
             "unknown": origins.count(None),
+            "descriptions": [
+                f"{volume.source} is {volume.description}" for volume in self.volumes if volume.description
+            ],
             "real_names": ", ".join(real) or "a real volume that is not in this store",
             "sentence": f"Store {self.path}: {len(self.volumes)} {self.modality} volumes ({counts}).",
         }
@@ -95,30 +99,34 @@ def read_receipts(store: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def origin_of(source: Path) -> str | None:
-    """ "real" or "derived", as the cohort's own list says; None for a file of no cohort."""
+def origin_of(source: Path) -> tuple[str | None, str]:
+    """ "real" or "derived" as the cohort's own list says, and what a real one is; None for a file of no cohort."""
     for folder in source.parents[:2]:
-        origins = _cohort_origins(folder / COHORT_FILE)
-        if origins is not None:
-            return origins.get(source.name.partition(".")[0])
-    return None
+        subjects = _cohort(folder / COHORT_FILE)
+        if subjects is not None:
+            entry = subjects.get(source.name.partition(".")[0], {})
+            return entry.get("kind"), str(entry.get("origin", ""))
+    return None, ""
 
 
 @lru_cache(maxsize=64)
-def _cohort_origins(path: Path) -> dict[str, str] | None:
-    """Subject (a file's name up to its first dot) -> origin, of a cohort.json; None when there is none."""
+def _cohort(path: Path) -> dict[str, dict[str, Any]] | None:
+    """Subject (a file's name up to its first dot) -> how it was made, of a cohort.json; None when there is none."""
     try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError):
+        subjects = json.loads(path.read_text())["subjects"]
+    except (OSError, ValueError, KeyError):
         return None
-    return {name: entry["kind"] for name, entry in tree["subjects"].items()}
+    assert isinstance(subjects, dict)
+    return subjects
 
 
 def _volume_facts(row: VolumeRow, source: Path | None) -> VolumeFacts:
+    origin, description = origin_of(source) if source else (None, "")
     return VolumeFacts(
         id=row.id,
         source=source.name if source else "",
-        origin=origin_of(source) if source else None,
+        origin=origin,
+        description=description,
         split=row.split,
         shape=" x ".join(map(str, row.shape[1:])),
         spacing=" x ".join(f"{edge:.3g}" for edge in row.spacing_mm),

@@ -48,6 +48,7 @@ def write_page(runs: Sequence[RunFacts], stores: Sequence[StoreFacts], folder: P
         "pretrain": _pretrain_view(pretrain, origins, folder) if pretrain else None,
         "finetune": _finetune_view(finetune, origins, folder) if finetune else None,
         "throughput": _throughput_view(runs, folder),
+        "jobs": [{"run": run.name, **job} for run in runs for job in run.jobs],
         "versions": _versions(runs),
         "footer": footer,
     }

@@ -31,7 +31,7 @@ class Segmentation:
         """The UNETR."""
         return build_unetr(self._config, channels)
 
-    def prepare(self, model: nn.Module, data: TrainingData) -> None:
+    def prepare(self, model: nn.Module, data: TrainingData, *, is_first: bool) -> None:
         """Load the pretrained encoder, strictly, and set the output bias to the classes' shares of the training voxels.
 
         Raises:
@@ -42,12 +42,15 @@ class Segmentation:
         model.set_class_prior(self._class_voxels(data))
         source = self._config.init_from
         if source is None:
-            say("encoder from scratch (init_from is not set)")
+            if is_first:
+                say("encoder from scratch (init_from is not set)")
             return
         run = RunDir(source)
         tag = newest(run) if run.checkpoints.exists() else source
         tensors, contract = load_weights(tag if tag is not None else source)
-        load_encoder(model, tensors, contract, source=str(source)).show()
+        report = load_encoder(model, tensors, contract, source=str(source))
+        if is_first:
+            report.show()
 
     def _class_voxels(self, data: TrainingData) -> list[float]:
         config = self._config

@@ -26,7 +26,7 @@ class MaskedReconstruction:
         """The masked autoencoder."""
         return build_mae(self._config, channels)
 
-    def prepare(self, model: nn.Module, data: TrainingData) -> None:
+    def prepare(self, model: nn.Module, data: TrainingData, *, is_first: bool) -> None:
         """Nothing: a masked autoencoder starts from random weights."""
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:

@@ -48,8 +48,11 @@ class Objective(Protocol):
     def build(self, channels: int) -> nn.Module:
         """The model, its weights drawn from torch's generator, which is seeded the same on every rank."""
 
-    def prepare(self, model: nn.Module, data: "TrainingData") -> None:
-        """Bring a model to its state at step 0 (transfer, class prior). Not called when a run continues."""
+    def prepare(self, model: nn.Module, data: "TrainingData", *, is_first: bool) -> None:
+        """Bring a model to its state at step 0 (transfer, class prior). Not called when a run continues.
+
+        Every rank does it alike; the first one tells the user.
+        """
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """[] the mean loss of a micro-batch on the device."""
@@ -212,7 +215,7 @@ def _train(
     torch.manual_seed(config.seed)
     model = objective.build(data.channels)
     if not any(run.checkpoints.glob("step_*")):
-        objective.prepare(model, data)
+        objective.prepare(model, data, is_first=ranks.is_first)
     engine = Engine(model, config, ranks)
 
     def write_weights(folder: Path, step: int) -> None:

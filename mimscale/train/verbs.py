@@ -13,7 +13,7 @@ def pretrain_main(argv: list[str]) -> int:
     """`mimscale pretrain RECIPE store=STORE run_dir=DIR [key=value ...]`."""
     parser = verb_parser("pretrain", "Train a masked autoencoder. An existing run_dir continues.")
     _add_flags(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = load_verb_config(PretrainConfig, arguments.words, needs_recipe=True)
     check_run(config)
     if arguments.check:
@@ -29,7 +29,7 @@ def finetune_main(argv: list[str]) -> int:
     """`mimscale finetune RECIPE store=STORE run_dir=DIR [init_from=RUN_DIR] [key=value ...]`."""
     parser = verb_parser("finetune", "Train a UNETR, from a pretrained encoder or from scratch.")
     _add_flags(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = load_verb_config(FinetuneConfig, arguments.words, needs_recipe=True)
     check_run(config)
     if arguments.check:

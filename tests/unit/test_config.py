@@ -80,7 +80,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
 
 
 def test_an_unknown_recipe_lists_the_packaged_ones():
-    with pytest.raises(ConfigError, match="no packaged recipe; packaged are: .*demo/pretrain"):
+    with pytest.raises(ConfigError, match=r"no packaged recipe; packaged are: .*demo/pretrain"):
         config.load_config(PretrainConfig, "no_such_recipe")
 
 

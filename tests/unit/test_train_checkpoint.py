@@ -117,7 +117,7 @@ def test_ranks_at_different_samples_do_not_commit(run):
             return [item, item | {"rank": 1, "position": {"samples_done": 39}}]
 
     checkpoints._ranks = Disagreeing()
-    with pytest.raises(CheckpointError, match="rank 1 stands at another sample: {'samples_done': 39}"):
+    with pytest.raises(CheckpointError, match=r"rank 1 stands at another sample: {'samples_done': 39}"):
         checkpoints.save(20, {"samples_done": 40})
     assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
 
