@@ -7,7 +7,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # DeepSpeed chooses its accelerator from what it finds on the machine that it runs on; a login node has no GPU, so say it.
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install demo test check format bench clean debian-test-data prebuild
 
@@ -34,8 +33,8 @@ prebuild: .venv/installed-test
 	$(BIN)/python -m mimscale.train.engine
 
 test: .venv/installed-test debian-test-data prebuild ## install what tests need and run all of them
-	$(BIN)/python -m pytest tests/unit tests/numerics
-	$(BIN)/python -m pytest tests/integration tests/fault
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/numerics
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/fault
 
 check: .venv/installed-check ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

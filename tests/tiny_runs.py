@@ -6,6 +6,7 @@ SHAPES = [(40, 36, 44)] * 8
 
 
 def pretrain_words(store: Path, run_dir: Path, *more: str) -> list[str]:
+    """`mimscale pretrain ...` for 20 steps: anisotropic patches, non-cubic crops, accumulation 2 on two ranks."""
     return [
         "pretrain",
         "demo/pretrain",

@@ -26,7 +26,7 @@ class EvaluateConfig:
     save_predictions: bool = True  # write evaluate/predictions/<volume>.nii.gz on the source grid
     store_grid: bool = True  # Dice on the store's grid too, as a second column
     pictures: int = 4  # volumes of which slices are kept for the report
-    crops: int = 2  # pretraining runs: fixed crops per volume, each with a fixed mask
+    crops: int = 4  # pretraining runs: fixed crops per volume, each with a fixed mask
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:

@@ -4,9 +4,11 @@ A fine-tuning run is scored on segmentation, a pretraining run on reconstruction
 Results go to run_dir/evaluate: scores.json, and cases.csv, predictions/, slices/ or reconstructions/.
 """
 
+import shutil
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from mimscale import durable
@@ -71,6 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     overlay = run_config.overlay if isinstance(run_config, FinetuneConfig) else None
     check_contract(contract, info, store, overlay)
     say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
+    _clear(run.evaluation)
     with cpu_threads(config.threads):
         if isinstance(run_config, FinetuneConfig):
             scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
@@ -92,6 +95,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     durable.write_json(run.evaluation / "scores.json", tree)
     say(f"scores: {run.evaluation / 'scores.json'} ({tree['seconds']:.0f} s)")
     return tree
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier evaluation wrote, so that no file of other weights stands beside new scores."""
+    for name in ("scores.json", "cases.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("predictions", "slices", "reconstructions"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _show(scores: dict[str, Any]) -> None:

@@ -172,7 +172,10 @@ def _reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], fold
         name = f"{run.name}_reconstruction_{crop['volume']}_{crop['crop']}.png"
         assert len(spacing_mm) == 3
         reconstruction_picture(cut_planes(layers, (z, y, x), spacing_mm), folder / name)
-        caption = f"{_described(crop['volume'], origins)}, crop {crop['crop']}: middle slices. Coloured: hidden."
+        caption = (
+            f"{_described(crop['volume'], origins)}, crop {crop['crop']}, the one with most to find: middle slices."
+        )
+        caption += " Coloured: hidden."
         pictures.append({"file": name, "volume": crop["volume"], "caption": caption})
     return pictures
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale.evaluate.slices import PLANES, Plane
+from mimscale.evaluate.slices import Plane
 from mimscale.report.charts import INK, new_figure, save_figure
 
 # Class 1, 2, ...; distinguishable with red-green blindness and on grey.
@@ -112,6 +112,3 @@ def _rgb(colour: str) -> Sequence[float]:
 def legend(class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Name and colour of every class but the background, for the page."""
     return [{"name": name, "colour": class_colour(number)} for number, name in enumerate(class_names) if number > 0]
-
-
-__all__ = ["PLANES", "class_colour", "legend", "reconstruction_picture", "segmentation_picture", "volume_picture"]

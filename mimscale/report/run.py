@@ -1,5 +1,6 @@
 """`mimscale report RUN_DIR [RUN_DIR ...] [out=DIR]`: one page of one or more runs."""
 
+import dataclasses
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -8,7 +9,7 @@ from mimscale import durable
 from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, say
 from mimscale.errors import ConfigError, MimscaleError
-from mimscale.report.data import StoreFacts, read_store
+from mimscale.report.data import read_store
 from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.page import render, write_page
 
@@ -55,8 +56,6 @@ def _store_of(run: RunFacts) -> Path:
 
 def _with_distinct_names(runs: list[RunFacts]) -> list[RunFacts]:
     """Two runs may have the same folder name: then the folder above tells them apart, or a number."""
-    import dataclasses
-
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
@@ -64,6 +63,3 @@ def _with_distinct_names(runs: list[RunFacts]) -> list[RunFacts]:
     if len(set(named)) < len(named):
         named = [f"{name}_{index}" for index, name in enumerate(names, start=1)]
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, named, strict=True)]
-
-
-__all__ = ["StoreFacts", "main", "write_report"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimscale import durable
 from mimscale.console import say
+from mimscale.errors import CheckpointError
 from mimscale.train.config import MeterConfig
 from mimscale.train.run_dir import RunDir
 from mimscale.world import World
@@ -105,7 +106,8 @@ class Meter:
         say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
-        with self._run.metrics.open("a") as file:
+        way_out = "free space, then give the same command again"
+        with durable.explained(CheckpointError, self._run.metrics, way_out), self._run.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():

@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,7 +172,8 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
     except Exception as error:
         failure = _as_failure(error, world, config)
         if run.path.exists() and not run.outcome.exists():  # the first rank to fail says why
-            run.write_outcome(Outcome(outcome="failed", exit_code=failure.exit_code, step=-1, message=str(failure)))
+            with suppress(OSError):  # on a full disk the message on stderr has to do
+                run.write_outcome(Outcome(outcome="failed", exit_code=failure.exit_code, step=-1, message=str(failure)))
         if failure is error:
             raise
         traceback.print_exc()

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from processes import is_alive
 from store_samples import config_of, make_store, write_pairs
 
 from mimscale import durable
@@ -27,14 +28,6 @@ def packs_of(store):
 def children_of(pid):
     tasks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
     return [int(task) for task in tasks]
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("workers", [1, 2])

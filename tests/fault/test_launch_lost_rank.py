@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from launch_fake_verb import Place, wait_until
+from processes import is_alive
 
 from launch.folder import JobFolder, job_folders
-from mimscale.train.run_dir import is_alive
 
 
 def _only_folder(place: Place) -> JobFolder:

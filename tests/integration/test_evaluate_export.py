@@ -53,7 +53,7 @@ def test_an_unzipped_pack_is_a_zarr_group_of_its_volumes(store, tmp_path, capsys
 
 def test_exported_weights_are_those_of_the_checkpoint_with_contract_and_card(store, tmp_path):
     run = make_finetune_run(tmp_path / "run", store)
-    evaluate(EvaluateConfig(run_dir=run, batch=4, pictures=0, save_predictions=False, store_grid=False))
+    evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=0, save_predictions=False, store_grid=False))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",

@@ -27,7 +27,7 @@ def run(tmp_path_factory, store):
 
 @pytest.fixture(scope="module")
 def scores(run):
-    return evaluate(EvaluateConfig(run_dir=run, batch=4, pictures=2))
+    return evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=2))
 
 
 @pytest.mark.parametrize("volume", SOURCES)
@@ -54,7 +54,7 @@ def test_a_network_that_is_right_scores_one_and_its_files_equal_the_source_label
     run = make_finetune_run(tmp_path / "run", store)
     contract = json.loads(next((run / "checkpoints").glob("step_*/contract.json")).read_text())
     monkeypatch.setattr(weights, "load_model", lambda *arguments: (Threshold(), contract))
-    scores = evaluate(EvaluateConfig(run_dir=run, batch=4, pictures=0))
+    scores = evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=0))
     assert scores["mean"]["with_background"]["dice"] == 1.0
     assert scores["mean"]["without_background"] == {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0}
     assert scores["store_grid"]["mean"]["with_background"]["dice"] == 1.0
@@ -99,8 +99,17 @@ def test_slices_are_kept_for_as_many_volumes_as_asked_for(run, scores):
     assert planes["axial"].layers["truth"].max() == 2
 
 
-def test_the_verb_prints_scores_as_json_on_stdout_and_the_table_on_stderr(run, store, capsys, scores):
-    words = [f"run_dir={run}", f"store={store}", "save_predictions=false", "store_grid=false", "pictures=0", "batch=4"]
+def test_the_verb_prints_scores_as_json_on_stdout_and_the_table_on_stderr(store, capsys, tmp_path):
+    run = make_finetune_run(tmp_path / "run", store)
+    words = [
+        "threads=1",
+        f"run_dir={run}",
+        f"store={store}",
+        "save_predictions=false",
+        "store_grid=false",
+        "pictures=0",
+        "batch=4",
+    ]
     assert main(["evaluate", *words, "--json"]) == 0
     out, err = capsys.readouterr()
     tree = json.loads(out)
@@ -108,33 +117,42 @@ def test_the_verb_prints_scores_as_json_on_stdout_and_the_table_on_stderr(run, s
     assert tree["mean"].keys() == {"with_background", "without_background"}
     assert "without background" in err
     assert "evaluate 3 volumes" in err
+    assert sorted(path.name for path in (run / "evaluate").iterdir()) == ["cases.csv", "scores.json"]
+
+
+def test_a_new_evaluation_leaves_nothing_of_the_one_before(store, tmp_path):
+    run = make_finetune_run(tmp_path / "run", store)
+    evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=1))
+    assert (run / "evaluate" / "slices").exists()
+    evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=0, save_predictions=False))
+    assert sorted(path.name for path in (run / "evaluate").iterdir()) == ["cases.csv", "scores.json"]
 
 
 def test_volumes_without_label_are_refused_by_name_or_left_out(tmp_path, capsys):
     store = make_store(tmp_path / "data", labelled=("aaaa", "cccc"))
     run = make_finetune_run(tmp_path / "run", store)
-    assert main(["evaluate", f"run_dir={run}"]) == 3
+    assert main(["evaluate", "threads=1", f"run_dir={run}"]) == 3
     assert "1 of 3 volumes of split=val have no overlay 'label': bbbb; leave them out" in capsys.readouterr().err
-    scores = evaluate(EvaluateConfig(run_dir=run, unlabelled="skip", pictures=0, batch=4, store_grid=False))
+    scores = evaluate(EvaluateConfig(threads=1, run_dir=run, unlabelled="skip", pictures=0, batch=4, store_grid=False))
     assert [case["volume"] for case in scores["cases"]] == ["aaaa", "cccc"]
 
 
 def test_a_split_without_any_label_is_an_error(tmp_path, capsys):
     store = make_store(tmp_path / "data", labelled=())
     run = make_finetune_run(tmp_path / "run", store)
-    assert main(["evaluate", f"run_dir={run}", "unlabelled=skip"]) == 3
+    assert main(["evaluate", "threads=1", f"run_dir={run}", "unlabelled=skip"]) == 3
     assert "none of the 3 volumes of split=val has overlay 'label'" in capsys.readouterr().err
 
 
 def test_an_empty_split_is_an_error_that_names_it(run, capsys):
-    assert main(["evaluate", f"run_dir={run}", "split=test"]) == 3
+    assert main(["evaluate", "threads=1", f"run_dir={run}", "split=test"]) == 3
     assert "no volume with {'split': 'test'}" in capsys.readouterr().err
 
 
 def test_a_store_with_another_intensity_contract_is_refused_with_both(tmp_path, store, capsys):
     window = {"kind": "window", "window": [-1000, 1000]}
     run = make_finetune_run(tmp_path / "run", store, intensity=window)
-    assert main(["evaluate", f"run_dir={run}"]) == 2
+    assert main(["evaluate", "threads=1", f"run_dir={run}"]) == 2
     err = capsys.readouterr().err
     assert "[0.0, 1000.0]" in err
     assert "[-1000, 1000]" in err
@@ -142,14 +160,14 @@ def test_a_store_with_another_intensity_contract_is_refused_with_both(tmp_path, 
 
 def test_a_store_with_other_classes_is_refused_with_both(tmp_path, store, capsys):
     run = make_finetune_run(tmp_path / "run", store, class_names=["background", "liver", "spleen"])
-    assert main(["evaluate", f"run_dir={run}"]) == 2
+    assert main(["evaluate", "threads=1", f"run_dir={run}"]) == 2
     err = capsys.readouterr().err
     assert "'grey'" in err
     assert "'liver'" in err
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(run, capsys):
-    assert main(["evaluate", f"run_dir={run}", "checkpoint=step_00000099"]) == 4
+    assert main(["evaluate", "threads=1", f"run_dir={run}", "checkpoint=step_00000099"]) == 4
     assert "step_00000099: no such checkpoint; there are: step_00000005" in capsys.readouterr().err
 
 
@@ -158,7 +176,7 @@ def test_weights_of_another_network_are_refused(tmp_path, store, capsys):
     config = (run / "config.yaml").read_text()
     assert "feature_size: 4" in config
     (run / "config.yaml").write_text(config.replace("feature_size: 4", "feature_size: 6"))
-    assert main(["evaluate", f"run_dir={run}"]) == 4
+    assert main(["evaluate", "threads=1", f"run_dir={run}"]) == 4
     assert "its weights are not those of config.yaml's network" in capsys.readouterr().err
 
 
@@ -173,6 +191,6 @@ def test_a_network_that_answers_nan_is_a_checkpoint_error_that_names_the_volume(
         return model, contract
 
     monkeypatch.setattr(weights, "load_model", broken)
-    assert main(["evaluate", f"run_dir={run}"]) == 4
+    assert main(["evaluate", "threads=1", f"run_dir={run}"]) == 4
     assert "volume aaaa: the network answered with numbers that are not finite" in capsys.readouterr().err
     assert not (run / "evaluate" / "scores.json").exists()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from launch_fake_verb import Place, wait_until
+from processes import is_alive
 
 from launch.folder import job_folders
-from mimscale.train.run_dir import Outcome, is_alive
+from mimscale.train.run_dir import Outcome
 
 
 def test_a_waited_for_job_shows_rank_0_and_returns_the_exit_code_of_its_outcome(tmp_path: Path) -> None:

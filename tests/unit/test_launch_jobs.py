@@ -10,13 +10,14 @@ import pytest
 
 from launch import jobs
 from launch.folder import JobFolder, JobRecord, claim_folder, job_folders, refuse_while_alive
-from launch.jobs import Process, RunVerb, free_port, job_environment
+from launch.jobs import RunVerb, free_port, job_environment
 from launch.profile import Profile
 from launch.submit import main, make_plan
 from launch.supervise import RankEnd, verdict
 from mimscale.config import config_tree
 from mimscale.errors import ConfigError, LaunchError
 from mimscale.train.config import PretrainConfig
+from mimscale.world import Process
 
 LOCAL = Profile(executor="local", processes_per_node=2, threads_per_process=1, accelerator="cpu")
 

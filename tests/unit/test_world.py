@@ -14,7 +14,9 @@ def test_alone_is_a_world_of_one():
 
 def test_torchrun_variables_are_read():
     environment = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1234"}
-    world = World.from_environment(environment)
+    with pytest.raises(LaunchError, match="8 ranks on more than one node, but MASTER_ADDR"):
+        World.from_environment(environment)
+    world = World.from_environment(environment | {"MASTER_ADDR": "node1"})
     assert (world.rank, world.size, world.local_rank, world.local_size, world.master_port) == (3, 8, 1, 2, 1234)
     assert not world.is_first
 
@@ -30,7 +32,7 @@ def test_half_of_a_launchers_variables_is_an_error():
 
 
 def test_a_rank_outside_of_the_world_is_an_error():
-    environment = {"RANK": "8", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment = {"RANK": "8", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}
     with pytest.raises(LaunchError, match="rank 8 of 8"):
         World.from_environment(environment)
 

@@ -36,8 +36,9 @@ finetune=(mimscale submit finetune demo/finetune store="$demo/store" --wait)
 run "${finetune[@]}" run_dir="$demo/finetune" init_from="$demo/pretrain"
 run "${finetune[@]}" run_dir="$demo/scratch"
 
-for arm in pretrain finetune scratch; do
-  run mimscale evaluate run_dir="$demo/$arm" store="$demo/store"
+run mimscale evaluate run_dir="$demo/pretrain" store="$demo/store"
+for arm in finetune scratch; do
+  run mimscale evaluate run_dir="$demo/$arm" store="$demo/store" overlap=0.25
 done
 run mimscale report "$demo/pretrain" "$demo/finetune" "$demo/scratch" out="$demo/report"
 printf '\nDone in %d s. Open %s in a browser.\n' "$((SECONDS - started))" "$demo/report/index.html"

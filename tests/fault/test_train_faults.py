@@ -1,0 +1,97 @@
+"""What a training run says and leaves behind when something is wrong."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from rank_pool import run_ranks
+from stream_stores import write_store
+from tiny_runs import SHAPES, pretrain_words
+
+from mimscale.train import checkpoint
+from mimscale.train.run_dir import RunDir
+
+pytestmark = pytest.mark.two_process
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    write_store(folder, SHAPES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory) -> list[str]:
+    """The words of a run that has finished 4 steps with two checkpoints."""
+    words = pretrain_words(store, tmp_path_factory.mktemp("runs") / "run", "steps=4", "checkpoint.every_steps=2")
+    (ended,) = run_ranks(words, size=1)
+    assert ended.code == 0, ended.err
+    return words
+
+
+def run_of(words: list[str]) -> RunDir:
+    return RunDir(Path(next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))))
+
+
+def test_a_run_of_another_model_is_refused_with_exit_code_2(finished):
+    (ended,) = run_ranks([*finished, "model.depth=3", "seed=5"], size=1)
+    assert ended.code == 2
+    assert "model.depth: 2 -> 3" in ended.err
+    assert "seed: 0 -> 5" in ended.err
+
+
+def test_another_number_of_ranks_is_refused_with_exit_code_4_on_every_rank(finished):
+    ended = run_ranks([*finished, "steps=6"], size=2)
+    assert [rank.code for rank in ended] == [4, 4]
+    assert "saved by 1 rank(s) at ZeRO stage 2, this run has 2 at stage 2" in ended[0].err
+
+
+def test_a_store_that_is_none_is_a_data_error(tmp_path):
+    (ended,) = run_ranks(pretrain_words(tmp_path / "nothing", tmp_path / "run"), size=1)
+    assert ended.code == 3
+    assert str(tmp_path / "nothing") in ended.err
+    assert RunDir(tmp_path / "run").read_outcome().outcome == "failed"
+
+
+def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names_each(finished):
+    run = run_of(finished)
+    for tag in checkpoint.tags(run):
+        shard = next(tag.glob("engine/*optim_states.pt"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    (ended,) = run_ranks([*finished, "steps=6"], size=1)
+    assert ended.code == 4
+    assert "step_00000002: engine/" in ended.err
+    assert "step_00000004: engine/" in ended.err
+    assert "never goes back to step 0 by itself" in ended.err
+    outcome = run.read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 4)
+    assert max(line["step"] for line in run.read_metrics()) == 4, "it trained after all"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that holds one checkpoint of this run, but not two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        from conftest import skip_unless
+
+        skip_unless(False, "a file system of limited size can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_both_ranks_with_exit_code_4_and_keeps_the_last_good_checkpoint(store, small_disk):
+    run = RunDir(small_disk / "run")
+    words = pretrain_words(store, run.path, "checkpoint={every_steps: 2, keep: 9}")
+    ended = run_ranks(words, size=2)
+    assert [rank.code for rank in ended] == [4, 4], ended[0].err
+    assert "not saved (" in ended[0].err
+    assert "bytes are free on its disk" in ended[0].err
+    good = checkpoint.newest(run)
+    assert good is not None
+    assert checkpoint.tags(run)[0] == good, "a broken checkpoint has a final name"
+    assert not list(run.checkpoints.glob(".tmp-*"))
