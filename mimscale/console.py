@@ -19,8 +19,9 @@ LOG_LINE_EVERY_S = 5.0
 
 
 def human() -> Console:
-    """The console for human text (stderr)."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """The console for human text (stderr). A log file has no width of its own; rich would cut tables at 80 columns."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True, width=120)
 
 
 def say(message: str) -> None:

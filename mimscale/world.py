@@ -62,7 +62,9 @@ class World:
         except ValueError as error:
             raise LaunchError(f"{', '.join(names)}: {error}; each must be a whole number") from None
         if local_size < size and "MASTER_ADDR" not in environment:
-            raise LaunchError(f"{size} ranks on more than one node, but MASTER_ADDR does not say where rank 0 is; set it")
+            raise LaunchError(
+                f"{size} ranks on more than one node, but MASTER_ADDR does not say where rank 0 is; set it"
+            )
         return cls(
             rank=rank,
             size=size,

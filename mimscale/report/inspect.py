@@ -139,11 +139,11 @@ def _show_store(store: Path, as_json: bool) -> int:
     print_table(f"store {store}", ["", ""], rows)
     manifest = load_manifest(store)
     listed = [
-        [row.id, row.split, row.modality, _grid(row.shape), _grid(row.spacing_mm), row.dtype, ", ".join(row.overlays)]
+        [row.id, row.split, _grid(row.shape[1:]), _grid(row.spacing_mm), row.dtype]
         for row in (manifest.row(index) for index in range(min(20, len(manifest))))
     ]
     title = f"volumes (first {len(listed)} of {len(manifest)})"
-    print_table(title, ["volume", "split", "modality", "C x Z x Y x X", "spacing mm", "dtype", "overlays"], listed)
+    print_table(title, ["volume", "split", "Z x Y x X", "mm", "dtype"], listed)
     return 0
 
 

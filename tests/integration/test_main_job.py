@@ -12,7 +12,12 @@ import pytest
 
 pytestmark = pytest.mark.two_process
 
-SMALL = ["crop_voxels=[24, 24, 24]", "model={dim: 36, depth: 2, heads: 2}", "validation={every_steps: 10}"]
+SMALL = [
+    "crop_voxels=[24, 24, 24]",
+    "model={dim: 36, depth: 2, heads: 2}",
+    "validation={every_steps: 10}",
+    "optim.warmup_steps=1",
+]
 
 
 def mimscale(*words: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -50,7 +55,8 @@ def test_each_run_finishes_with_the_documented_metrics(job):
         lines = [line for line in metrics(job / arm) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, 13))
         assert {"lr", "samples_per_s", "data_wait_s", "step_s", "grad_norm"} <= lines[0].keys()
-        assert lines[-1]["loss"] < lines[0]["loss"]
+        losses = [line["loss"] for line in lines]
+        assert sum(losses[-4:]) < sum(losses[:4])  # crops differ from step to step, so single losses do not compare
     assert any("val_dice" in line for line in metrics(job / "finetune"))
 
 
