@@ -25,11 +25,13 @@ from launch.folder import JobFolder, JobRecord, append_job, claim_folder, job_fo
 from launch.follow import follow
 from launch.jobs import JOB_SIGNALS, RunVerb, free_port, job_environment
 from launch.profile import Accelerator, Profile, load_profile, resolve_accelerator, resolve_processes, resolve_threads
+from launch.snapshot import snapshot_code
 from mimscale import cli, console, durable
 from mimscale.config import build_config, config_tree, config_yaml, parse_yaml, tree_hash
 from mimscale.errors import ConfigError, LaunchError
 from mimscale.store.layout import read_info
 from mimscale.train.config import FREE_KEYS, FinetuneConfig, PretrainConfig, RunConfig, accumulation
+from mimscale.train.environment import COMMIT_VARIABLE, this_commit
 from mimscale.train.run_dir import RunDir
 from mimscale.world import Process
 
@@ -227,9 +229,13 @@ def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[in
         master_port=record.master_port,
     )
     job: submitit.Job[int]
-    if plan.profile.executor == "debug":
+    code = None
+    if plan.profile.executor == "debug":  # runs in this process, by the code that is loaded already
         job = DebugExecutor(folder.path).submit(task)
     else:
+        code = snapshot_code(plan.run.code)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH"))))
+        environment[COMMIT_VARIABLE] = this_commit()
         job = SupervisedExecutor(folder, processes=plan.processes, environment=environment).submit(task)
         record = replace(record, supervisor=Process.of(int(job.job_id)))
     folder.write(replace(record, job_id=job.job_id))
@@ -244,6 +250,7 @@ def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[in
             "processes": record.processes,
             "config_hash": record.config_hash,
             "folder": str(folder.path.relative_to(plan.run.path)),
+            "code": None if code is None else str(code.relative_to(plan.run.path)),
             "command": shlex.join(["mimscale", "submit", *argv]),
         },
     )

@@ -1,4 +1,8 @@
-"""Is a process still there?"""
+"""Is a process still there, and locks of processes that are not ours."""
+
+import json
+import socket
+from pathlib import Path
 
 from mimscale.world import Process
 
@@ -6,3 +10,9 @@ from mimscale.world import Process
 def is_alive(pid: int) -> bool:
     """True when a process with this id runs now and is no zombie."""
     return Process.of(pid).is_alive()
+
+
+def write_lock(path: Path, holder: str, *, pid: int, host: str | None = None) -> None:
+    """A lock file as another process would have left it."""
+    process = Process(pid=pid, host=host or socket.gethostname(), start_ticks=1)
+    path.write_text(json.dumps({"holder": holder, "since_unix_s": 0.0, "process": vars(process)}))

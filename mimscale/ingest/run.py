@@ -1,12 +1,8 @@
 """`mimscale ingest`: volumes -> store, restartable, with the same bytes whatever the number of workers."""
 
-import json
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from mimscale.ingest.config import OUTSIDE_HASH, ImageLabel, IngestConfig
 from mimscale.ingest.convert import convert_part, read_receipt
 from mimscale.ingest.pool import process_pool
 from mimscale.ingest.sources import PlannedSource
+from mimscale.lock import sole_writer
 from mimscale.store import layout
 
 Lines = list[dict[str, Any]]
@@ -78,7 +75,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     store = Path(config.out)
     with durable.explained(DataError, store, "choose another out"):
         store.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(store), process_pool(config.workers, len(found.pairs)) as pool:
+    with sole_writer(store / _LOCK_NAME, "another ingest"), process_pool(config.workers, len(found.pairs)) as pool:
         planned = list(_hash_all(pool, found.pairs, config.subject_pattern))
         parts = sources.plan_parts(planned, config)
         key = merge.subject_key(store, config.subject_key)
@@ -185,43 +182,6 @@ def _write_or_compare_info(
 
 _LOCK_NAME = "ingest.lock"
 _OURS = {_LOCK_NAME, "packs", "overlays", "receipts"}
-
-
-@contextmanager
-def _sole_writer(store: Path) -> Iterator[None]:
-    """One ingest at a time: a file made with O_EXCL, which works on every file system (flock does not)."""
-    path = store / _LOCK_NAME
-    host = socket.gethostname()
-    if path.exists() and _is_dead(path, host):
-        path.unlink(missing_ok=True)
-    try:
-        with path.open("x") as file:
-            json.dump({"host": host, "pid": os.getpid()}, file)
-    except FileExistsError:
-        raise ConfigError(
-            f"{store}: another ingest works on it ({path.read_text().strip()}); wait for it, or remove {path} "
-            "when that process is gone"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; choose another out or free some space") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _is_dead(path: Path, host: str) -> bool:
-    """True when the lock's process ran on this machine and is gone."""
-    try:
-        owner = json.loads(path.read_text())
-        if owner["host"] != host:
-            return False
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, OSError):
-        return False
-    return False
 
 
 def _remove_leftovers(store: Path) -> None:

@@ -4,17 +4,16 @@
     contract.json      what the weights expect of their input heartbeat.json  step and time, rewritten while alive
     outcome.json       how the last job of this run ended     checkpoints/    step_00000100/ ...
     pids/              one file a living rank                 jobs.jsonl      one object a submitted job
-    lock.json          the one writer                         logs/, evaluate/, report/
+    lock.json          the one writer                         env.json        versions and settings of the newest job
+    code/              copies of the code that jobs import    logs/, evaluate/, report/
 
 No torch here: `status`, `inspect` and `submit` read run directories on login nodes.
 """
 
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +22,11 @@ import yaml
 
 from mimscale import durable
 from mimscale.config import differing_keys
-from mimscale.errors import ConfigError, LaunchError
+from mimscale.errors import ConfigError
+from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.world import Process
 
 OutcomeName = Literal["finished", "interrupted", "failed"]
-# A lock of another host counts as dead after this long without a heartbeat.
-LOCK_EXPIRES_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,16 @@ class RunDir:
     def jobs(self) -> Path:
         """One JSON object a submitted job."""
         return self.path / "jobs.jsonl"
+
+    @property
+    def code(self) -> Path:
+        """Copies of the code that the jobs import, one folder a version."""
+        return self.path / "code"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, host and settings of the newest job."""
+        return self.path / "env.json"
 
     @property
     def samples(self) -> Path:
@@ -161,8 +169,7 @@ class RunDir:
             LaunchError: a job is writing to it.
         """
         if self.path.exists():
-            if self.lock.exists():
-                self._remove_dead_lock()
+            refuse_if_held(self.lock, self._last_beat_s)
             self.path.rename(self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
 
     def open(self, tree: dict[str, Any], text: str, *, free_keys: frozenset[str]) -> None:
@@ -190,45 +197,16 @@ class RunDir:
                 )
         durable.write_text(self.config, text)
 
-    @contextmanager
-    def locked(self, job_id: str) -> Iterator[None]:
-        """Hold the run directory's lock: an O_EXCL file, because flock and mtime lie on some parallel file systems.
+    def locked(self, job_id: str) -> AbstractContextManager[None]:
+        """Hold the run directory's lock.
 
         Raises:
             LaunchError: another job is writing here.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        entry = {"job": job_id, "time_s": time.time(), "process": vars(Process.this())}
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                break
-            except FileExistsError:
-                self._remove_dead_lock()
-        else:
-            raise LaunchError(f"{self.path}: another job took the lock at the same moment; try again")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(entry, file)
-        try:
-            yield
-        finally:
-            self.lock.unlink(missing_ok=True)
+        return sole_writer(self.lock, f"job {job_id}", self._last_beat_s)
 
-    def _remove_dead_lock(self) -> None:
+    def _last_beat_s(self) -> float | None:
         try:
-            holder = json.loads(self.lock.read_text())
+            return float(json.loads(self.heartbeat.read_text())["time_s"])
         except FileNotFoundError:
-            return
-        except ValueError:
-            self.lock.unlink(missing_ok=True)  # its writer was killed in the middle of it
-            return
-        process = Process(**holder["process"])
-        here = process.host == socket.gethostname()
-        beat_s = json.loads(self.heartbeat.read_text())["time_s"] if self.heartbeat.exists() else 0.0
-        alive = process.is_alive() if here else time.time() - max(beat_s, holder["time_s"]) < LOCK_EXPIRES_S
-        if alive:
-            raise LaunchError(
-                f"{self.path}: job {holder['job']} (process {process.pid} on {process.host}) is writing here; "
-                "wait for it, cancel it, or use another run_dir"
-            )
-        self.lock.unlink(missing_ok=True)
+            return None

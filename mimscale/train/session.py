@@ -30,6 +30,7 @@ from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.environment import job_record
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
 from mimscale.train.ranks import Ranks
@@ -201,6 +202,7 @@ class _Claim:
         with durable.explained(DataError, run.path, "choose another run_dir or free space"):
             self._stack.enter_context(run.locked(os.environ.get("MIMSCALE_JOB_ID", "none")))
             run.open(config_tree(config), config_yaml(config), free_keys=FREE_KEYS)
+            durable.write_json(run.environment, job_record(os.environ))
             run.outcome.unlink(missing_ok=True)
 
     def __exit__(self, *details: object) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from processes import is_alive
+from processes import is_alive, write_lock
 from store_samples import config_of, make_store, write_pairs
 
 from mimscale import durable
@@ -89,7 +89,7 @@ def test_the_lock_and_litter_of_a_dead_ingest_are_cleared(tmp_path):
     store = make_store(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (store / "ingest.lock").write_text(json.dumps({"host": os.uname().nodename, "pid": dead.pid}))
+    write_lock(store / "ingest.lock", "an ingest", pid=dead.pid)
     litter = store / "packs" / ".tmp-part-00001.zarr.zip.77"
     litter.write_bytes(b"half a pack")
     sources = {kind: str(tmp_path / "sources" / kind / "*.nii.gz") for kind in ("images", "labels")}

@@ -8,10 +8,11 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import skip_unless
+from processes import write_lock
 from store_samples import config_of, make_store, opened, phantom, rows_of, write_nifti, write_pairs
 
 from mimscale.cli import main
-from mimscale.errors import ConfigError, DataError
+from mimscale.errors import ConfigError, DataError, LaunchError
 from mimscale.ingest.geometry import to_source_grid
 from mimscale.ingest.run import ingest
 from mimscale.store.manifest import load_manifest
@@ -221,9 +222,9 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 
 def test_a_second_ingest_at_once_is_refused(tmp_path):
     store = make_store(tmp_path)
-    (store / "ingest.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    write_lock(store / "ingest.lock", "another ingest", pid=1, host="elsewhere")
     sources = {kind: str(tmp_path / "sources" / kind / "*.nii.gz") for kind in ("images", "labels")}
-    with pytest.raises(ConfigError, match=r"another ingest works on it .*elsewhere.*remove .*ingest\.lock"):
+    with pytest.raises(LaunchError, match=r"another ingest .*elsewhere\) is writing here.*remove .*ingest\.lock"):
         ingest(config_of(sources, store, parts=2, chunk_voxels=16))
 
 

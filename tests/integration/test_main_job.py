@@ -10,6 +10,8 @@ import nibabel
 import numpy as np
 import pytest
 
+from mimscale import cli
+
 pytestmark = pytest.mark.two_process
 
 SMALL = [
@@ -58,6 +60,15 @@ def test_each_run_finishes_with_the_documented_metrics(job):
         losses = [line["loss"] for line in lines]
         assert sum(losses[-4:]) < sum(losses[:4])  # crops differ from step to step, so single losses do not compare
     assert any("val_dice" in line for line in metrics(job / "finetune"))
+
+
+def test_a_job_runs_a_copy_of_the_code_and_says_so(job):
+    record = json.loads((job / "pretrain" / "env.json").read_text())
+    code = Path(record["code"])
+    assert code.parent == job / "pretrain" / "code"
+    assert (code / "mimscale" / "cli.py").read_bytes() == Path(cli.__file__).read_bytes()
+    assert record["packages"]["torch"]
+    assert record["environment"]["OMP_NUM_THREADS"]
 
 
 def test_the_transfer_is_reported_and_both_arms_follow_the_same_plan(job):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import write_lock
 
 from mimscale.errors import ConfigError, LaunchError
 from mimscale.train.config import FREE_KEYS
@@ -50,7 +51,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     with run.locked("first"), pytest.raises(LaunchError, match=r"job first .* is writing here"), run.locked("second"):
         pass
     with run.locked("third"):
-        assert json.loads(run.lock.read_text())["job"] == "third"
+        assert json.loads(run.lock.read_text())["holder"] == "job third"
     assert not run.lock.exists()
 
 
@@ -59,8 +60,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     run.path.mkdir()
     finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     dead = int(finished.stdout)
-    entry = {"job": "dead", "process": vars(Process(dead, socket.gethostname(), 1)), "time_s": 0.0}
-    run.lock.write_text(json.dumps(entry))
+    write_lock(run.lock, "job 1", pid=dead)
     with run.locked("new"):
         assert json.loads(run.lock.read_text())["process"]["pid"] == os.getpid()
 
@@ -68,7 +68,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
-    run.lock.write_text(json.dumps({"job": "far", "process": vars(Process(1, "elsewhere", 1)), "time_s": 0.0}))
+    write_lock(run.lock, "job far", pid=1, host="elsewhere")
     run.heartbeat.write_text(json.dumps({"time_s": 4e9}))
     with pytest.raises(LaunchError, match="job far"), run.locked("new"):
         pass
@@ -98,3 +98,24 @@ def test_ranks_are_listed_while_they_live(tmp_path):
 def test_a_later_process_with_the_same_id_is_another_one():
     assert Process.this().is_alive()
     assert not Process(os.getpid(), socket.gethostname(), start_ticks=1).is_alive()
+
+
+def test_a_lock_that_is_no_lock_is_not_taken_over(tmp_path):
+    run = RunDir(tmp_path)
+    run.lock.write_text("{")
+    with pytest.raises(LaunchError, match=r"no lock file of this version; remove it"), run.locked("new"):
+        pass
+
+
+def test_of_many_that_want_the_lock_at_once_exactly_one_gets_it(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from mimscale.train.run_dir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).locked('a'):\n    print('mine', flush=True); time.sleep(3)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    said = [process.communicate(timeout=60) for process in started]
+    assert [out for out, _ in said].count(b"mine\n") == 1
+    assert sum(b"is writing here" in err or b"at the same moment" in err for _, err in said) == 3

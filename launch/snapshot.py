@@ -1,0 +1,43 @@
+"""A copy of the code for each job: what is edited while a job waits or is interrupted does not change the job."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import launch
+import mimscale
+from mimscale import durable
+from mimscale.errors import LaunchError
+
+PACKAGES = (mimscale, launch)
+SUFFIXES = (".py", ".yaml", ".html")
+
+
+def snapshot_code(code: Path) -> Path:
+    """Copy the running packages into `code/<hash of their bytes>`; returns that folder. The same code is kept once.
+
+    Raises:
+        LaunchError: the disk is full or not writable.
+    """
+    files: dict[str, Path] = {}
+    for package in PACKAGES:
+        assert package.__file__ is not None
+        root = Path(package.__file__).parent
+        for path in sorted(root.rglob("*")):
+            if path.suffix in SUFFIXES:
+                files[f"{root.name}/{path.relative_to(root)}"] = path
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    final = code / digest.hexdigest()[:16]
+    if final.exists():
+        return final
+    temporary = final.with_name(durable.TEMPORARY_PREFIX + final.name)
+    with durable.explained(LaunchError, final, "free space or choose another run_dir"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name, path in files.items():
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        durable.rename_folder(temporary, final)
+    return final

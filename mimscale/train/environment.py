@@ -1,0 +1,66 @@
+"""What a job ran with: versions, host, code and the settings that matter, without secrets. No torch here."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mimscale", "torch", "deepspeed", "monai", "zarr", "numcodecs", "numpy", "submitit", "pydantic")
+# Only what is named here is written: tokens and passwords have any name.
+RECORDED = ("CUDA_VISIBLE_DEVICES", "MASTER_PORT", "OMP_", "DS_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "MIMSCALE_")
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
+# Set by the launcher, whose snapshot of the code is no git checkout.
+COMMIT_VARIABLE = "MIMSCALE_COMMIT"
+
+
+def job_record(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What env.json says about the job of this process."""
+    code = Path(__file__).parents[2]
+    return {
+        "started_unix_s": time.time(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": str(code),
+        "commit": environment.get(COMMIT_VARIABLE) or git_commit(code),
+        "environment": recorded_variables(environment),
+    }
+
+
+def recorded_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change how a job computes or communicates."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(RECORDED) and not any(word in name for word in SECRET_WORDS)
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` is the top of, with `-dirty` when files differ; None when it is none."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here, or somebody else's checkout
+
+
+def this_commit() -> str:
+    """The commit of the code that runs now, for a job that will run a copy of it; empty when unknown."""
+    return os.environ.get(COMMIT_VARIABLE) or git_commit(Path(__file__).parents[2]) or ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
