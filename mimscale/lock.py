@@ -1,15 +1,19 @@
 """One writer at a time: a lock file that appears complete or not at all, and says who holds it.
 
 flock and modification times lie on some parallel file systems (Lustre may be mounted without them), so neither is used.
+While a lock is held, a thread writes the time into a file beside it: another host cannot see our process, but it can
+read that.
 """
 
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mimscale import durable
 from mimscale.errors import DataError, LaunchError
@@ -17,68 +21,116 @@ from mimscale.world import Process
 
 # The lock of another host counts as dead when its holder has given no sign of life for so long.
 EXPIRES_S = 600.0
+BEAT_EVERY_S = 60.0
+TAKE_OVER_WAIT_S = 5.0
 
 
 @contextmanager
-def sole_writer(path: Path, holder: str, last_sign_s: Callable[[], float | None] | None = None) -> Iterator[None]:
+def sole_writer(path: Path, holder: str) -> Iterator[None]:
     """Hold the lock `path` while the block runs. The lock of a dead process is taken over.
 
     Args:
         path: the lock file.
         holder: what an error calls us, for example "job 4711".
-        last_sign_s: Unix time of the holder's last sign of life, or None for none yet; without this function the lock
-            of another host stands until somebody removes it.
 
     Raises:
         LaunchError: somebody else holds it.
         DataError: the disk is full or not writable.
     """
     entry = {"holder": holder, "since_unix_s": time.time(), "process": vars(Process.this())}
-    draft = path.with_name(f"{durable.TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    draft = path.with_name(f"{durable.TEMPORARY_PREFIX}{path.name}.{socket.gethostname()}.{os.getpid()}")
     with durable.explained(DataError, path, "free space or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(entry))
     try:
-        _take(path, draft, last_sign_s)
+        _take(path, draft)
     finally:
         draft.unlink(missing_ok=True)
+    released = threading.Event()
+    beating = threading.Thread(target=_beat, args=(_beat_file(path), released), daemon=True)
+    beating.start()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        released.set()
+        beating.join()
+        if _read(path) == entry:  # it may have been taken over while this host stood still
+            path.unlink(missing_ok=True)
+            _beat_file(path).unlink(missing_ok=True)
 
 
-def refuse_if_held(path: Path, last_sign_s: Callable[[], float | None] | None = None) -> None:
-    """Remove the lock of a dead process.
+def refuse_if_held(path: Path) -> None:
+    """Do nothing when `path` does not exist or belongs to a dead process.
 
     Raises:
         LaunchError: its holder lives.
     """
-    try:
-        entry = json.loads(path.read_text())
-        process = Process(**entry["process"])
-    except FileNotFoundError:
+    entry = _read(path)
+    if entry is None:
         return
-    except (ValueError, KeyError, TypeError):
+    try:
+        process, since_s = Process(**entry["process"]), float(entry["since_unix_s"])
+    except (KeyError, TypeError, ValueError):
         raise LaunchError(f"{path}: no lock file of this version; remove it when nobody writes here") from None
     if process.host == socket.gethostname():
         alive = process.is_alive()
     else:
-        sign_s = max(entry["since_unix_s"], (last_sign_s() if last_sign_s else None) or 0.0)
-        alive = last_sign_s is None or time.time() - sign_s < EXPIRES_S
+        beat = _read(_beat_file(path)) or {}
+        alive = time.time() - max(since_s, beat.get("time_s", 0.0)) < EXPIRES_S
     if alive:
         raise LaunchError(
             f"{path.parent}: {entry['holder']} (process {process.pid} on {process.host}) is writing here; wait for it, "
             f"end it, or use another folder. If that process is gone, remove {path}"
         )
-    path.unlink(missing_ok=True)
 
 
-def _take(path: Path, draft: Path, last_sign_s: Callable[[], float | None] | None) -> None:
-    for _ in range(3):
+def _take(path: Path, draft: Path) -> None:
+    while True:
         try:
             os.link(draft, path)  # like O_EXCL, but with its content in it from the first moment
             return
         except FileExistsError:
-            refuse_if_held(path, last_sign_s)
-    raise LaunchError(f"{path.parent}: others take its lock at the same moment; try again")
+            refuse_if_held(path)
+            _remove_dead(path, draft)
+
+
+def _remove_dead(path: Path, draft: Path) -> None:
+    """Remove the lock of a dead process: one taker at a time, or the second would remove the first one's new lock."""
+    guard = path.with_name(f"{path.name}.take-over")
+    deadline_s = time.monotonic() + TAKE_OVER_WAIT_S
+    while True:
+        try:
+            os.link(draft, guard)
+            break
+        except FileExistsError:
+            if time.monotonic() > deadline_s:
+                raise LaunchError(f"{guard}: left by a process that was killed; remove it") from None
+            time.sleep(0.05)
+    try:
+        refuse_if_held(path)  # again, now that nobody else can change it
+        path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
+
+
+def _beat_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.alive")
+
+
+def _beat(file: Path, released: threading.Event) -> None:
+    while True:
+        with suppress(OSError):  # a full disk: the writer itself will say so
+            durable.write_json(file, {"time_s": time.time()})
+        if released.wait(BEAT_EVERY_S):
+            return
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A lock or beat file; None when there is none, empty when it is none of ours."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}

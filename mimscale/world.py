@@ -4,6 +4,7 @@ Everything about rank and size comes from here. Sources, in this order: torchrun
 otherwise a single process.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from mimscale.errors import LaunchError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,8 @@ class World:
         elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
         else:
-            return cls(node=socket.gethostname())
+            # Alone nobody else must find the port, so the system chooses: two runs on one host do not collide.
+            return cls(node=socket.gethostname(), master_port=0)
         missing = [name for name in names if name not in environment]
         if missing:
             raise LaunchError(
@@ -119,6 +123,13 @@ def _state_and_start(pid: int) -> tuple[str, int]:
     except OSError:
         return "", -1
     return fields[0], int(fields[19])
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent ends, in whatever way. Does nothing but on Linux."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 class StopRequest:

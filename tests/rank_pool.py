@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +19,14 @@ from pathlib import Path
 from mimscale.cli import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mimscale.train.pretrain", "mimscale.train.finetune", "mimscale.train.session"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "mimscale.train.pretrain",
+        "mimscale.train.finetune",
+        "mimscale.train.session",
+        "torch._inductor.compile_fx",  # DeepSpeed imports it when an engine starts
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def ignore_known_warnings() -> None:
+    """The message-scoped exceptions of the engine; imported late, because it brings torch."""
+    from mimscale.train.engine import ignore_known_warnings as ignore
+
+    ignore()
+
+
 def _be_rank(
     words: list[str], environment: dict[str, str], out: Path, err: Path, signal_rank: int, signal_step: int
 ) -> None:
@@ -54,6 +69,8 @@ def _be_rank(
     os.environ.clear()
     os.environ.update(environment)
     faulthandler.enable(all_threads=True)
+    warnings.simplefilter("error")
+    ignore_known_warnings()
     if signal_step >= 0:
         _signal_after(signal_rank, signal_step)
     sys.exit(main(words))

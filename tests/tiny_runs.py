@@ -23,5 +23,6 @@ def pretrain_words(store: Path, run_dir: Path, *more: str) -> list[str]:
         "checkpoint={every_steps: 100, keep: 2}",
         "meter={record_samples: true, tensorboard: false}",
         "validation={every_steps: 10}",
+        "engine.bucket_elements=2000",  # so that a step's gradients travel in several buckets
         *more,
     ]

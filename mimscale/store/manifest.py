@@ -193,7 +193,12 @@ def load_manifest(store: Path) -> Manifest:
     ):
         data = path.read_bytes()
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(
+            # Without Arrow's threads: trainers fork their loader workers after this, and forks lose threads.
+            pa.BufferReader(data),
+            use_threads=False,
+            pre_buffer=False,
+        )
     except pa.ArrowException as error:
         raise DataError(f"{path}: damaged ({error}); remove it and run the same ingest command again") from None
     if not table.schema.equals(SCHEMA):

@@ -25,7 +25,7 @@ from mimscale.store.manifest import Manifest
 from mimscale.stream.batch import BadSample, Batch, Plan, SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
-from mimscale.world import World
+from mimscale.world import World, die_with_parent
 
 __all__ = ["BadSample", "Batch", "StreamLoader", "fixed_batches"]
 
@@ -254,7 +254,7 @@ class _Batches:
                     prefetch_factor=self._config.prefetch_batches,
                     timeout=min(LOOK_EVERY_S, self._config.timeout_s),
                     pin_memory=self._pin_memory,
-                    worker_init_fn=_start_worker,
+                    worker_init_fn=partial(_start_worker, threading.current_thread() is threading.main_thread()),
                     # DataLoader draws a seed for its workers: from the global generator it would change the training.
                     generator=torch.Generator(),
                 )
@@ -312,11 +312,16 @@ class _Batches:
             )
 
 
-def _start_worker(worker_id: int) -> None:
-    """Set up a loader process: it belongs to its parent, which alone decides about signals."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's own handler came along with the fork
+def _start_worker(from_main_thread: bool, worker_id: int) -> None:
+    """Set up a loader process: it belongs to its parent, which alone decides about signals.
+
+    Ctrl-C and a scheduler's TERM reach the whole process group. The trainer then finishes its step and saves, and needs
+    its workers until it ends them; a trainer that is killed takes them along.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if from_main_thread:  # the kernel takes the end of the thread that forked for the end of the parent
+        die_with_parent(signal.SIGKILL)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 

@@ -184,9 +184,9 @@ class Checkpoints:
     def _find(self) -> str | None:
         for litter in self._run.checkpoints.glob(f"{durable.TEMPORARY_PREFIX}*"):  # of a save that was killed
             if litter.is_dir():
-                shutil.rmtree(litter)
+                shutil.rmtree(litter, ignore_errors=True)  # somebody may still read from it
             else:
-                litter.unlink()
+                litter.unlink(missing_ok=True)
         tag = newest(self._run)
         return str(tag) if tag else None
 
@@ -250,11 +250,16 @@ class Checkpoints:
             "saved_unix_s": time.time(),
             "files": files,
         }
+        for folder in {(temporary / name).parent for name in files}:
+            durable.fsync_folder(folder)
         durable.write_json(temporary / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)  # only a broken one of the same step, which `restore` passed over
         durable.rename_folder(temporary, final)
-        durable.write_text(self._run.checkpoints / "newest", final.name + "\n")
-        self._prune(final)
+        try:  # it is committed: what follows may fail, but is no reason to stop a run
+            durable.write_text(self._run.checkpoints / "newest", final.name + "\n")
+            self._prune(final)
+        except OSError as error:
+            say(f"{final}: committed, but clearing up older checkpoints failed ({error}); the next save tries again")
 
     def _prune(self, newest_good: Path) -> None:
         kept = [tag for tag in tags(self._run) if tag <= newest_good][: self._config.keep]

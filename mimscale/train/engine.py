@@ -27,9 +27,20 @@ from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
 ENGINE_FOLDER = "engine"
-# DeepSpeed 0.19 still calls collectives by names that torch 2.13 renames; nothing that a user could change.
-for _name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-    warnings.filterwarnings("ignore", f"`torch.distributed.{_name}` is deprecated", FutureWarning)
+
+
+def ignore_known_warnings() -> None:
+    """Silence what nobody here can change.
+
+    DeepSpeed 0.19 calls collectives by names that torch has renamed, and imports torch's compiler, which uses what
+    torch itself deprecates.
+    """
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
+
+
+ignore_known_warnings()
 
 
 def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
@@ -46,6 +57,9 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
         )
     os.environ["DS_ACCELERATOR"] = kind = wanted or ("cuda" if has_cuda else "cpu")
     os.environ.update(world.environment())
+    if os.access(sys.prefix, os.W_OK):
+        # DeepSpeed builds an op on first use. Environments that share the default cache rebuild it in turns.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if kind == "cuda":
         torch.cuda.set_device(world.local_rank)
@@ -78,6 +92,7 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
+        self._stage_0_norm: Tensor | float = 0.0
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -147,12 +162,15 @@ class Engine:
 
     def step(self) -> None:
         """End one micro-batch: the last of a step updates the weights."""
+        if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+            # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self._stage_0_norm = nn.utils.get_total_norm(gradients)
         self._deepspeed.step()
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
-        norm = self._deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return float(self._stage_0_norm if self.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
 
     def save(self, folder: Path, step: int) -> list[OSError]:
         """Write this rank's part of weights and optimizer state into `folder`. A collective.
@@ -206,6 +224,13 @@ class _CheckpointFiles:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make the folder of the files."""
+        try:
+            self._inner.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.errors.append(error)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file and flush it."""

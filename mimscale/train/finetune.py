@@ -1,6 +1,7 @@
 """`mimscale finetune`: a UNETR learns to segment, from a pretrained encoder or from scratch, by the same plan."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mimscale.train.build import build_unetr
 from mimscale.train.checkpoint import newest
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.losses import dice_cross_entropy, overlap_counts
+from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
 from mimscale.train.session import TrainingData
 
@@ -31,7 +33,7 @@ class Segmentation:
         """The UNETR."""
         return build_unetr(self._config, channels)
 
-    def prepare(self, model: nn.Module, data: TrainingData, *, is_first: bool) -> None:
+    def prepare(self, model: nn.Module, data: TrainingData, ranks: Ranks) -> None:
         """Load the pretrained encoder, strictly, and set the output bias to the classes' shares of the training voxels.
 
         Raises:
@@ -42,14 +44,14 @@ class Segmentation:
         model.set_class_prior(self._class_voxels(data))
         source = self._config.init_from
         if source is None:
-            if is_first:
+            if ranks.is_first:
                 say("encoder from scratch (init_from is not set)")
             return
-        run = RunDir(source)
-        tag = newest(run) if run.checkpoints.exists() else source
-        tensors, contract = load_weights(tag if tag is not None else source)
+        # Rank 0 chooses: while the source still trains, another rank might find a newer checkpoint.
+        folder = ranks.first_does(lambda: _weights_folder(source))
+        tensors, contract = load_weights(folder)
         report = load_encoder(model, tensors, contract, source=str(source))
-        if is_first:
+        if ranks.is_first:
             report.show()
 
     def _class_voxels(self, data: TrainingData) -> list[float]:
@@ -96,3 +98,9 @@ class Segmentation:
         foreground = [value for name, value in dice.items() if name != "val_dice_0"]
         mean = {"val_dice": sum(foreground) / len(foreground)} if foreground else {}
         return {"val_loss": sums["loss"] / sums["samples"], **mean, **dice}
+
+
+def _weights_folder(source: Path) -> Path:
+    """The newest good checkpoint of a run directory, or the folder itself when weights were exported into it."""
+    tag = newest(RunDir(source)) if RunDir(source).checkpoints.exists() else None
+    return source if tag is None else tag

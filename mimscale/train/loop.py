@@ -1,5 +1,6 @@
 """The training loop. It says what happens in each step and nothing about how."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ def train(
         done = step + 1
         if validation_due(done):
             pending.finish()
-            meter.log_validation(done, validate())
+            meter.log_validation(done, _finite(done, validate()))
         if save_due(done) or done == steps or stopping:
             pending.finish()
             save(done)
@@ -95,6 +96,13 @@ def train(
             return done
     pending.finish()
     return max(first_step, steps)
+
+
+def _finite(step: int, values: dict[str, float]) -> dict[str, float]:
+    wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if wrong:
+        raise DataError(f"validation after step {step}: {wrong}; lower optim.lr, or look at the validation volumes")
+    return values
 
 
 class _Pending:
@@ -121,9 +129,10 @@ class _Pending:
             self._under_way = None
             shared = sums.wait()
             means = {name: value / self._world_size for name, value in shared.items()}
-            if not abs(means["loss"]) < float("inf"):
+            if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
                 raise DataError(
-                    f"step {step}: the loss is {means['loss']}; this rank trained on volumes {', '.join(volume_ids)}. "
+                    f"step {step}: the loss is {means['loss']}, its gradient norm {grad_norm}; this rank trained on "
+                    f"volumes {', '.join(volume_ids)}. "
                     "Look at them (`mimscale inspect STORE VOLUME --png FILE`), or lower optim.lr; the last checkpoint "
                     "lies before it"
                 )

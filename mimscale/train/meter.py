@@ -7,7 +7,8 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,11 @@ class Meter:
             )
         if now - self._last_beat_s >= HEARTBEAT_EVERY_S or step == self._steps:
             self._last_beat_s = now
-            beat = {"step": step, "steps": self._steps, "time_s": time.time(), "loss": values["loss"]}
-            durable.write_json(self._run.heartbeat, beat | {"samples_per_s": values["samples_per_s"]})
+            beat = {name: values[name] for name in ("loss", "samples_per_s")}
+            with self._writing(self._run.heartbeat):
+                durable.write_json(
+                    self._run.heartbeat, {"step": step, "steps": self._steps, "time_s": time.time(), **beat}
+                )
 
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Write the validation after `step` steps."""
@@ -106,19 +110,25 @@ class Meter:
         say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
-        way_out = "free space, then give the same command again"
-        with durable.explained(CheckpointError, self._run.metrics, way_out), self._run.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        with self._writing(self._run.metrics):
+            with self._run.metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def record_samples(self, step: int, sample_ids: list[int]) -> None:
         """Write which samples this rank trained on in a step, when the config asks for it."""
         if self._config.record_samples:
-            self._run.samples.mkdir(parents=True, exist_ok=True)
-            with (self._run.samples / f"rank{self._world.rank:05d}.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "sample_ids": sample_ids}) + "\n")
+            path = self._run.samples / f"rank{self._world.rank:05d}.jsonl"
+            with self._writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps({"step": step, "sample_ids": sample_ids}) + "\n")
+
+    @staticmethod
+    def _writing(path: Path) -> AbstractContextManager[None]:
+        return durable.explained(CheckpointError, path, "free space, then give the same command again")
 
     def __enter__(self) -> "Meter":
         return self

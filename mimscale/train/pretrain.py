@@ -11,6 +11,7 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import normalise
 from mimscale.train.build import build_mae
 from mimscale.train.config import PretrainConfig
+from mimscale.train.ranks import Ranks
 from mimscale.train.session import TrainingData
 
 
@@ -26,7 +27,7 @@ class MaskedReconstruction:
         """The masked autoencoder."""
         return build_mae(self._config, channels)
 
-    def prepare(self, model: nn.Module, data: TrainingData, *, is_first: bool) -> None:
+    def prepare(self, model: nn.Module, data: TrainingData, ranks: Ranks) -> None:
         """Nothing: a masked autoencoder starts from random weights."""
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ import yaml
 
 from mimscale import durable
 from mimscale.config import differing_keys
-from mimscale.errors import ConfigError
+from mimscale.errors import ConfigError, DataError
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.world import Process
 
@@ -169,8 +169,12 @@ class RunDir:
             LaunchError: a job is writing to it.
         """
         if self.path.exists():
-            refuse_if_held(self.lock, self._last_beat_s)
-            self.path.rename(self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            refuse_if_held(self.lock)
+            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            with durable.explained(DataError, self.path, "move it aside by hand, or use another run_dir"):
+                self.path.rename(aside)
 
     def open(self, tree: dict[str, Any], text: str, *, free_keys: frozenset[str]) -> None:
         """Make the run directory, or check that this config may continue the run that is in it.
@@ -203,10 +207,4 @@ class RunDir:
         Raises:
             LaunchError: another job is writing here.
         """
-        return sole_writer(self.lock, f"job {job_id}", self._last_beat_s)
-
-    def _last_beat_s(self) -> float | None:
-        try:
-            return float(json.loads(self.heartbeat.read_text())["time_s"])
-        except FileNotFoundError:
-            return None
+        return sole_writer(self.lock, f"job {job_id}")

@@ -49,10 +49,10 @@ class Objective(Protocol):
     def build(self, channels: int) -> nn.Module:
         """The model, its weights drawn from torch's generator, which is seeded the same on every rank."""
 
-    def prepare(self, model: nn.Module, data: "TrainingData", *, is_first: bool) -> None:
-        """Bring a model to its state at step 0 (transfer, class prior). Not called when a run continues.
+    def prepare(self, model: nn.Module, data: "TrainingData", ranks: Ranks) -> None:
+        """Bring a model to its state at step 0 (transfer, class prior), the same on every rank. A collective.
 
-        Every rank does it alike; the first one tells the user.
+        Not called when a run continues.
         """
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
@@ -159,6 +159,7 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
     accumulation(config, world.size)
     run = RunDir(config.run_dir)
     stop = StopRequest()
+    claimed = False
     try:
         with ExitStack() as stack:
             ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
@@ -168,11 +169,13 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
                 stack.enter_context(_Claim(ranks, run, config, fresh))
             else:
                 ranks.first_does(lambda: None)
+            claimed = True
             stack.enter_context(run.registered(world.rank))
             outcome, metrics = _train(config, objective, run, ranks, stop, stack)
     except Exception as error:
         failure = _as_failure(error, world, config)
-        if run.path.exists() and not run.outcome.exists():  # the first rank to fail says why
+        # Before the claim the directory may be another job's. After it, the first rank to fail says why.
+        if claimed and not run.outcome.exists():
             with suppress(OSError):  # on a full disk the message on stderr has to do
                 run.write_outcome(Outcome(outcome="failed", exit_code=failure.exit_code, step=-1, message=str(failure)))
         if failure is error:
@@ -192,7 +195,11 @@ class _Claim:
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Claim":
-        self._ranks.first_does(self._take)
+        try:
+            self._ranks.first_does(self._take)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def _take(self) -> None:
@@ -218,7 +225,7 @@ def _train(
     torch.manual_seed(config.seed)
     model = objective.build(data.channels)
     if not any(run.checkpoints.glob("step_*")):
-        objective.prepare(model, data, is_first=ranks.is_first)
+        objective.prepare(model, data, ranks)
     engine = Engine(model, config, ranks)
 
     def write_weights(folder: Path, step: int) -> None:

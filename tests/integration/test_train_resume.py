@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_pool import run_ranks
+from safetensors.torch import load_file
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
@@ -101,7 +102,55 @@ def test_zero_1_2_and_3_give_the_losses_of_stage_0(straight):
         torch.testing.assert_close(torch.tensor(losses(straight[stage])), reference, rtol=2e-5, atol=0)
 
 
+def test_every_stage_reports_the_same_gradient_norms(straight):
+    norms = [
+        torch.tensor([line["grad_norm"] for line in straight[stage].read_metrics() if "loss" in line])
+        for stage in STAGES
+    ]
+    assert norms[0].min() > 0
+    for other in norms[1:]:
+        torch.testing.assert_close(other, norms[0], rtol=1e-4, atol=0)
+
+
+def test_stage_1_with_overlapping_buckets_and_one_micro_batch_gives_the_losses_of_stage_0(store, tmp_path):
+    runs = [RunDir(tmp_path / f"stage{stage}") for stage in (0, 1)]
+    for stage, run in enumerate(runs):
+        ended = run_ranks(pretrain_words(store, run.path, f"engine.zero_stage={stage}", "micro_batch=4"))
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    for name in ("loss", "grad_norm"):
+        values = [torch.tensor([line[name] for line in run.read_metrics() if "loss" in line]) for run in runs]
+        torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=0)
+
+
 def test_the_ranks_of_a_step_read_different_samples(straight):
     ids = sample_ids(straight[1])
     for step in range(1, 21):
         assert len(set(ids[0, step]) | set(ids[1, step])) == 8
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bf16_run_resumes_to_the_same_bits_and_saves_fp32_weights(stage, store, tmp_path):
+    runs = []
+    for name, signal_step in (("straight", -1), ("stopped", 9)):
+        run = RunDir(tmp_path / name)
+        words = pretrain_words(store, run.path, f"engine.zero_stage={stage}", "engine.precision=bf16")
+        if signal_step > 0:
+            stopped = run_ranks(words, signal_rank=0, signal_step=signal_step)
+            assert [rank.code for rank in stopped] == [75, 75], stopped[0].err
+        ended = run_ranks(words)
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+        runs.append(run)
+    assert losses(runs[0]) == losses(runs[1])
+    tensors = [load_file(run.checkpoints / "step_00000020" / "weights.safetensors") for run in runs]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    weight = tensors[0]["encoder.projection.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float()), "the bf16 copy was saved, not the fp32 master"
+
+
+def test_recomputed_activations_change_no_loss(store, straight, tmp_path):
+    run = RunDir(tmp_path / "run")
+    ended = run_ranks(pretrain_words(store, run.path, "engine.zero_stage=2", "model.checkpoint_activations=true"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert losses(run) == losses(straight[2])

@@ -142,7 +142,9 @@ def test_a_stop_at_the_last_step_finishes(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_volumes_and_is_not_saved(tmp_path):
     keeper = Keeper()
-    with pytest.raises(DataError, match="step 4: the loss is nan; this rank trained on volumes v6, v7"):
+    with pytest.raises(
+        DataError, match=r"step 4: the loss is nan, its gradient norm 0.0; this rank trained on volumes v6, v7"
+    ):
         run(tmp_path, keeper, loss_at=6, every=4)
     assert max(keeper.saved) == 0
 

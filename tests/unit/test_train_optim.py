@@ -62,6 +62,16 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
     assert tree["zero_optimization"]["overlap_comm"] is True
 
 
+def test_stage_1_overlaps_communication_only_without_accumulation():
+    def overlaps(stage, accumulation):
+        config = EngineConfig(zero_stage=stage)
+        tree = deepspeed_config(config, precision="fp32", micro_batch=1, accumulation=accumulation, world_size=2)
+        return tree["zero_optimization"]["overlap_comm"]
+
+    assert [overlaps(stage, 1) for stage in range(4)] == [False, True, True, True]
+    assert [overlaps(stage, 2) for stage in range(4)] == [False, False, True, True]
+
+
 def test_deepspeed_itself_accepts_the_config():
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import write_lock
@@ -65,14 +66,15 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         assert json.loads(run.lock.read_text())["process"]["pid"] == os.getpid()
 
 
-def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
+def test_the_lock_of_another_host_counts_until_its_last_sign_of_life_is_old(tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     write_lock(run.lock, "job far", pid=1, host="elsewhere")
-    run.heartbeat.write_text(json.dumps({"time_s": 4e9}))
+    sign = run.lock.with_name("lock.json.alive")
+    sign.write_text(json.dumps({"time_s": time.time() - 300}))
     with pytest.raises(LaunchError, match="job far"), run.locked("new"):
         pass
-    run.heartbeat.write_text(json.dumps({"time_s": 0.0}))
+    sign.write_text(json.dumps({"time_s": time.time() - 700}))
     with run.locked("new"):
         pass
 
@@ -107,7 +109,10 @@ def test_a_lock_that_is_no_lock_is_not_taken_over(tmp_path):
         pass
 
 
-def test_of_many_that_want_the_lock_at_once_exactly_one_gets_it(tmp_path):
+@pytest.mark.parametrize("left_by_a_dead_process", [False, True])
+def test_of_many_that_want_the_lock_at_once_exactly_one_gets_it(tmp_path, left_by_a_dead_process):
+    if left_by_a_dead_process:
+        write_lock(RunDir(tmp_path).lock, "job 1", pid=2**22 - 1)
     program = (
         "import sys, time; from pathlib import Path; from mimscale.train.run_dir import RunDir\n"
         "with RunDir(Path(sys.argv[1])).locked('a'):\n    print('mine', flush=True); time.sleep(3)"
