@@ -1,4 +1,4 @@
-# install, demo, test, check, bench: CI and the README call these and nothing else.
+# install, demo, test, check: CI and the README call these and nothing else.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,10 +8,12 @@ BIN := .venv/bin
 # DeepSpeed chooses its accelerator from what it finds on the machine that it runs on; a login node has no GPU, so say it.
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench clean debian-test-data prebuild
+.PHONY: help install demo test check format clean debian-test-data
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+.PRECIOUS: .venv/installed-% .venv/op-built-%
 
 .venv/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,7 +22,7 @@ help:
 
 install: .venv/installed-demo ## install into .venv, with the demo's data
 
-demo: install ## the main job on real data, on this machine, without Slurm
+demo: .venv/op-built-demo ## the main job on real data, on this machine, without Slurm
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash mimscale/recipes/demo/run.sh demo
 
 # The second real volume of the tests: Colin27 and its labels. Only root on Debian can install it; elsewhere tests skip.
@@ -29,10 +31,11 @@ debian-test-data:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mricron-data; fi
 
 # DeepSpeed builds its shared-memory op on first use; two processes that build it at once wait for each other's lock.
-prebuild: .venv/installed-test
+.venv/op-built-%: .venv/installed-%
 	$(BIN)/python -m mimscale.train.engine
+	touch $@
 
-test: .venv/installed-test debian-test-data prebuild ## install what tests need and run all of them
+test: .venv/op-built-test debian-test-data ## install what tests need and run all of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/numerics
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/fault
 

@@ -4,6 +4,23 @@ set -euo pipefail
 demo=${1:-demo}
 started=$SECONDS
 
+# What the demo takes at most: the largest drop of the memory that is free for use, looked at twice a second.
+available_kb() { awk '/^MemAvailable:/ {print $2}' /proc/meminfo; }
+memory=$(mktemp)
+(
+  before=$(available_kb)
+  least=$before
+  while sleep 0.5; do
+    now=$(available_kb)
+    if [ "$now" -lt "$least" ]; then
+      least=$now
+      echo $(((before - least) / 1024)) >"$memory"
+    fi
+  done
+) &
+watcher=$!
+trap 'kill $watcher 2>/dev/null; rm -f "$memory"' EXIT
+
 show() { printf '\n\033[1m[%4d s] $ %s\033[0m\n' "$((SECONDS - started))" "$*"; }
 run() {
   show "$@"
@@ -41,4 +58,4 @@ for arm in finetune scratch; do
   run mimscale evaluate run_dir="$demo/$arm" store="$demo/store" overlap=0.25
 done
 run mimscale report "$demo/pretrain" "$demo/finetune" "$demo/scratch" out="$demo/report"
-printf '\nDone in %d s. Open %s in a browser.\n' "$((SECONDS - started))" "$demo/report/index.html"
+printf '\nDone in %d s, at most %d MiB of memory. Open %s in a browser.\n' "$((SECONDS - started))" "$(cat "$memory")" "$demo/report/index.html"
