@@ -235,6 +235,8 @@ def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[in
     else:
         code = snapshot_code(plan.run.code)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH"))))
+        # `python -m` would look into the current folder first, and find the checkout that a user submits from.
+        environment["PYTHONSAFEPATH"] = "1"
         environment[COMMIT_VARIABLE] = this_commit()
         job = SupervisedExecutor(folder, processes=plan.processes, environment=environment).submit(task)
         record = replace(record, supervisor=Process.of(int(job.job_id)))

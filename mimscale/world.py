@@ -86,8 +86,6 @@ class World:
             "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_size),
-            # DeepSpeed's shared-memory all-reduce on the CPU asks for this name.
-            "LOCAL_SIZE": str(self.local_size),
             "MASTER_ADDR": self.master_address,
             "MASTER_PORT": str(self.master_port),
         }

@@ -155,7 +155,7 @@ def _write_or_compare_info(
         overlays=overlays,
     )
     if not layout.info_path(store).exists():
-        strangers = [entry.name for entry in sorted(store.iterdir()) if entry.name not in _OURS]
+        strangers = [entry.name for entry in sorted(store.iterdir()) if not _is_ours(entry.name)]
         if strangers:
             raise ConfigError(f"{store}: not a store, and not empty (it holds {strangers[0]}); choose another out")
         with durable.explained(DataError, store, "choose another out"):
@@ -181,10 +181,15 @@ def _write_or_compare_info(
 
 
 _LOCK_NAME = "ingest.lock"
-_OURS = {_LOCK_NAME, "packs", "overlays", "receipts"}
+_OURS = {"packs", "overlays", "receipts"}
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or _LOCK_NAME in name  # the lock, its holder's sign of life, and drafts of both
 
 
 def _remove_leftovers(store: Path) -> None:
     """Temporary files of an ingest that was killed. Nobody else writes: the lock is ours."""
     for path in store.rglob(f"{durable.TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
+        if _LOCK_NAME not in path.name:  # drafts of others who are about to be refused
+            path.unlink(missing_ok=True)

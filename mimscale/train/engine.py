@@ -57,6 +57,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
         )
     os.environ["DS_ACCELERATOR"] = kind = wanted or ("cuda" if has_cuda else "cpu")
     os.environ.update(world.environment())
+    # With it DeepSpeed maps 69 MB of /dev/shm a rank for an all-reduce that only inference uses, and leaves them there.
+    os.environ.pop("LOCAL_SIZE", None)
     if os.access(sys.prefix, os.W_OK):
         # DeepSpeed builds an op on first use. Environments that share the default cache rebuild it in turns.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

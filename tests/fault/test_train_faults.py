@@ -48,6 +48,13 @@ def test_another_number_of_ranks_is_refused_with_exit_code_4_on_every_rank(finis
     assert "saved by 1 rank(s) at ZeRO stage 2, this run has 2 at stage 2" in ended[0].err
 
 
+def test_a_run_leaves_nothing_in_shared_memory(store, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    ended = run_ranks(pretrain_words(store, tmp_path / "run", "steps=2"), size=2)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert set(os.listdir("/dev/shm")) <= before
+
+
 def test_a_store_that_is_none_is_a_data_error(tmp_path):
     (ended,) = run_ranks(pretrain_words(tmp_path / "nothing", tmp_path / "run"), size=1)
     assert ended.code == 3

@@ -22,7 +22,7 @@ def test_torchrun_variables_are_read():
 
 
 def test_what_deepspeed_needs_is_complete():
-    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     assert World().environment().keys() == names
 
 
