@@ -12,7 +12,7 @@ def is_alive(pid: int) -> bool:
     return Process.of(pid).is_alive()
 
 
-def write_lock(path: Path, holder: str, *, pid: int, host: str | None = None) -> None:
+def write_lock(path: Path, holder: str, *, pid: int, host: str | None = None, since_unix_s: float = 0.0) -> None:
     """A lock file as another process would have left it."""
     process = Process(pid=pid, host=host or socket.gethostname(), start_ticks=1)
-    path.write_text(json.dumps({"holder": holder, "since_unix_s": 0.0, "process": vars(process)}))
+    path.write_text(json.dumps({"holder": holder, "since_unix_s": since_unix_s, "process": vars(process)}))

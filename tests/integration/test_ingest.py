@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import nibabel
@@ -222,7 +223,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 
 def test_a_second_ingest_at_once_is_refused(tmp_path):
     store = make_store(tmp_path)
-    write_lock(store / "ingest.lock", "another ingest", pid=1, host="elsewhere")
+    write_lock(store / "ingest.lock", "another ingest", pid=1, host="elsewhere", since_unix_s=time.time())
     sources = {kind: str(tmp_path / "sources" / kind / "*.nii.gz") for kind in ("images", "labels")}
     with pytest.raises(LaunchError, match=r"another ingest .*elsewhere\) is writing here.*remove .*ingest\.lock"):
         ingest(config_of(sources, store, parts=2, chunk_voxels=16))
