@@ -39,7 +39,7 @@ def convert_part(
         DataError: the store cannot be written. Bad sources raise nothing.
     """
     lines: list[dict[str, Any]] = []
-    stored: set[str] = set()
+    stored: dict[str, str | None] = {}  # id -> hash of its label file
 
     def writer(path: Path) -> PackWriter:
         return PackWriter(path, chunk_voxels=config.chunk_voxels, codec=config.codec)
@@ -52,7 +52,10 @@ def convert_part(
             labels = stack.enter_context(writer(layout.overlay_path(store, config.overlay, part)))
         for source in sources:
             if source.id in stored:
-                lines.append({"id": source.id, "outcome": "duplicate", "of": source.id})
+                line = {"id": source.id, "outcome": "duplicate", "of": source.id}
+                if source.label_sha256 not in (None, stored[source.id]):
+                    line = {"id": source.id, "outcome": "quarantined", **conflicting_labels(source.id)}
+                lines.append(line)
                 continue
             try:
                 image, label = _read_source(source, config, class_names)
@@ -62,11 +65,17 @@ def convert_part(
                 continue
             row = _store(part, source, image, label, config, class_names, pack, labels)
             lines.append({"id": source.id, "outcome": "stored", "row": row_tree(row)})
-            stored.add(source.id)
+            stored[source.id] = source.label_sha256
     path = layout.receipt_path(store, part)
     with durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"):
         durable.write_text(path, "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines))
     return lines
+
+
+def conflicting_labels(kept_id: str) -> dict[str, str]:
+    """Why a source is not stored that has the voxels of `kept_id` and another label map."""
+    detail = f"the image is that of {kept_id}, which has another label map; list the one to keep"
+    return {"reason": "conflicting_labels", "detail": detail}
 
 
 def read_receipt(store: Path, part: int) -> list[dict[str, Any]] | None:

@@ -14,6 +14,7 @@ from typing import Any
 from mimscale import durable
 from mimscale.errors import ConfigError, DataError
 from mimscale.ingest.config import IngestConfig
+from mimscale.ingest.convert import conflicting_labels
 from mimscale.ingest.sources import PlannedSource
 from mimscale.store import layout
 from mimscale.store.manifest import VolumeRow, row_of_receipt, write_manifest
@@ -82,7 +83,10 @@ def merge(
     duplicates = _same_voxels(rows)
     for entry in journal:
         if entry["outcome"] != "quarantined" and entry["id"] in duplicates:
-            entry |= {"outcome": "duplicate", "of": duplicates[entry["id"]]}
+            kept_id = duplicates[entry["id"]]
+            entry |= {"outcome": "duplicate", "of": kept_id}
+            if entry["label"] and _label_hashes(rows[entry["id"]]) != _label_hashes(rows[kept_id]):
+                entry |= {"outcome": "quarantined", **conflicting_labels(kept_id)}
     kept = {volume_id: row for volume_id, row in rows.items() if volume_id not in duplicates}
     held_out = held_out_subjects({subjects[volume_id] for volume_id in kept}, config.val_fraction, config.split_seed)
     final = [
@@ -123,14 +127,21 @@ def held_out_subjects(subjects: set[str], val_fraction: float, split_seed: int) 
 
 
 def _same_voxels(rows: Mapping[str, VolumeRow]) -> dict[str, str]:
-    """Volumes that hold the voxels of another one (as .nii and as .nii.gz, say): id -> the lowest id, which is kept."""
+    """Volumes that hold the voxels of another one (as .nii and as .nii.gz, say): id -> the one that is kept.
+
+    That is the lowest id of those with a label, or of all.
+    """
     first: dict[str, str] = {}
     duplicates = {}
-    for volume_id in sorted(rows):
+    for volume_id in sorted(rows, key=lambda volume_id: (not rows[volume_id].overlays, volume_id)):
         kept = first.setdefault(rows[volume_id].voxels_sha256, volume_id)
         if kept != volume_id:
             duplicates[volume_id] = kept
     return duplicates
+
+
+def _label_hashes(row: VolumeRow) -> dict[str, str]:
+    return {name: overlay.sha256 for name, overlay in row.overlays.items()}
 
 
 def _jsonl(lines: Sequence[dict[str, Any]]) -> str:

@@ -32,6 +32,7 @@ REASONS = {
     "no_orientation": "does not say where its axes point",
     "no_spacing": "an .npy without a .json that says spacing_mm",
     "label_grid_mismatch": "label lies on another grid than its image",
+    "conflicting_labels": "image is stored already, with another label map",
     "unexpected_labels": "label holds values that class_names does not name",
 }
 

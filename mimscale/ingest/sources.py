@@ -187,6 +187,8 @@ def plan_parts(sources: Sequence[PlannedSource], config: IngestConfig) -> list[l
     total_bytes = sum(source.size_bytes for source in sources)
     count = config.parts or max(1, -(-total_bytes // config.part_bytes))
     parts: list[list[PlannedSource]] = [[] for _ in range(count)]
-    for source in sorted(sources, key=lambda source: (source.sha256, source.label_sha256 or "", source.image)):
+    # Of equal images a labelled one comes first, so that it is the one that is kept.
+    by_content = sorted(sources, key=lambda one: (one.sha256, not one.label_sha256, one.label_sha256 or "", one.image))
+    for source in by_content:
         parts[int(source.sha256[16:32], 16) % count].append(source)
     return parts

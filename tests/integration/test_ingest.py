@@ -248,6 +248,28 @@ def test_the_same_scan_is_stored_once(tmp_path):
     assert {line["of"] for line in journal_of(tmp_path / "store").values() if line["outcome"] == "duplicate"} <= kept
 
 
+@pytest.mark.parametrize("copy_of_image", ["same bytes", "same voxels"])
+def test_of_equal_images_the_labelled_one_is_kept_and_another_label_is_no_mere_duplicate(tmp_path, copy_of_image):
+    voxels = phantom(0)
+    image = write_nifti(tmp_path / "s" / "a.nii", voxels)
+    other = image if copy_of_image == "same bytes" else write_nifti(tmp_path / "s" / "b.nii.gz", voxels)
+    first = write_nifti(tmp_path / "s" / "label_1.nii", (voxels > 200).astype(np.uint8))
+    second = write_nifti(tmp_path / "s" / "label_2.nii", (voxels > 350).astype(np.uint8))
+    plain, labelled = str(image), {"image": str(other), "label": str(first)}
+    summary = ingest(config_of([plain, labelled], tmp_path / "one"))
+    assert (summary["stored"], summary["duplicates"], summary["quarantined"]) == (1, 1, 0)
+    (row,) = rows_of(tmp_path / "one")
+    assert row.overlays["label"].class_voxels[1] == (voxels > 200).sum()
+
+    rival = {"image": str(image), "label": str(second)}
+    stores = [tmp_path / "two", tmp_path / "three"]
+    for store, sources in zip(stores, ([plain, labelled, rival], [rival, labelled, plain]), strict=True):
+        summary = ingest(config_of(sources, store))
+        assert summary["stored"] == 1
+        assert summary["reasons"] == {"conflicting_labels": 1}
+    assert rows_of(stores[0])[0].overlays == rows_of(stores[1])[0].overlays
+
+
 def test_subjects_are_hidden_and_never_in_both_splits(tmp_path):
     for subject in ("sub-anna", "sub-bert", "sub-carl", "sub-dora"):
         for session in (1, 2):
