@@ -42,6 +42,8 @@ def test_each_rank_gets_its_place_and_the_threads_and_accelerator_of_the_profile
         assert environment["CUDA_VISIBLE_DEVICES"] == "5"
         assert "SLURM_PROCID" not in environment
         assert environment["MIMSCALE_JOB_ID"]
+        assert environment["PYTHONSAFEPATH"] == "1"
+        assert Path(environment["PYTHONPATH"].split(os.pathsep)[0]).parent == place.run.code
     assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
 
 

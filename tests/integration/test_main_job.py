@@ -2,18 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimscale import cli
 
-pytestmark = pytest.mark.two_process
+# The first test waits for all runs of the fixture.
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(600)]
 
+CHECKOUT = Path(__file__).parents[2]
 SMALL = [
     "crop_voxels=[24, 24, 24]",
     "model={dim: 36, depth: 2, heads: 2}",
@@ -22,13 +27,35 @@ SMALL = [
 ]
 
 
-def mimscale(*words: str, code: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "mimscale.cli", *words], capture_output=True, text=True, timeout=240, env=environment
+def mimscale(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mimscale.cli", *words]
+    process = subprocess.Popen(
+        command,
+        cwd=CHECKOUT,  # as a developer calls it: the code that a job must not import lies right there
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert ended.returncode == code, f"{words}\n{ended.stdout}\n{ended.stderr}"
-    return ended
+    try:
+        out, err = process.communicate(timeout=150)
+    except BaseException:
+        end(process)
+        raise
+    assert process.returncode == 0, f"{words}\n{out}\n{err}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a command and, when it is `submit --wait`, its job, which has a session of its own. Shows what it said."""
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)  # the second ends the job at once, with the stacks of its ranks
+    try:
+        _, shown = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    print(shown, file=sys.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +87,15 @@ def test_each_run_finishes_with_the_documented_metrics(job):
         losses = [line["loss"] for line in lines]
         assert sum(losses[-4:]) < sum(losses[:4])  # crops differ from step to step, so single losses do not compare
     assert any("val_dice" in line for line in metrics(job / "finetune"))
+
+
+def test_tensorboard_shows_the_losses_of_metrics_jsonl(job):
+    for arm in ("pretrain", "finetune", "scratch"):
+        events = EventAccumulator(str(job / arm / "tensorboard"))
+        events.Reload()
+        shown = [(event.step, event.value) for event in events.Scalars("loss")]
+        written = [(line["step"], np.float32(line["loss"])) for line in metrics(job / arm) if "loss" in line]
+        assert shown == written  # events hold float32
 
 
 def test_a_job_runs_a_copy_of_the_code_and_says_so(job):
