@@ -235,7 +235,6 @@ def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[in
     else:
         code = snapshot_code(plan.run.code)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH"))))
-        environment["PYTHONSAFEPATH"] = "1"  # `python -m` would look in the current folder first: in the live checkout
         # `python -m` would look into the current folder first, and find the checkout that a user submits from.
         environment["PYTHONSAFEPATH"] = "1"
         environment[COMMIT_VARIABLE] = this_commit()

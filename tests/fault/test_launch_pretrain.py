@@ -94,7 +94,7 @@ def _end(job: JobFolder) -> None:
         if left:
             with suppress(TimeoutError):
                 wait_until(lambda: not job.living(), timeout_s=2)
-    for log in sorted(job.path.glob("*.out")) + [job.supervisor_log]:
+    for log in [*sorted(job.path.glob("*.out")), job.supervisor_log]:
         print(f"--- {log}\n{log.read_text(errors='replace')[-4000:]}", file=sys.stderr)
 
 
