@@ -107,7 +107,6 @@ class Place:
                 num_parts=1,
                 ingest={},
                 ingest_hash="",
-                sources_hash="",
                 subject_key_fingerprint="",
             ),
         )

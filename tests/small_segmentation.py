@@ -146,7 +146,6 @@ def make_store(folder: Path, split="val", labelled=tuple(SOURCES)):
             num_parts=1,
             ingest={},
             ingest_hash="0",
-            sources_hash="0",
             subject_key_fingerprint="0",
             overlays={"label": OverlayInfo(class_names=CLASSES)},
         ),

@@ -38,6 +38,13 @@ def write_pairs(folder: Path, count: int, shape: tuple[int, ...] = (40, 37, 21))
     return {"images": str(folder / "images" / "*.nii.gz"), "labels": str(folder / "labels" / "*.nii.gz")}
 
 
+def write_key(path: Path) -> str:
+    """A subject key, for stores that must hide subjects in the same way."""
+    path.write_text("5a" * 32)
+    path.chmod(0o600)
+    return str(path)
+
+
 def config_of(sources: Any, out: Path, **options: Any) -> IngestConfig:
     from mimscale.config import build_config
 

@@ -101,7 +101,6 @@ def write_store(
             num_parts=len(rows),
             ingest={},
             ingest_hash="0" * 16,
-            sources_hash="0" * 16,
             subject_key_fingerprint="0" * 16,
             overlays={"label": OverlayInfo(class_names=("a", "b", "c"))} if labels else {},
         ),

@@ -24,6 +24,26 @@ class ImageLabelGlobs:
     labels: str  # glob of the label maps
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatesConfig:
+    """What a volume must be like; each gate that it fails becomes a typed warning in its receipt and its row."""
+
+    action: Literal["report", "quarantine"] = "report"  # quarantine: a volume that fails a gate is not stored
+    min_shape_voxels: int = 16  # warning `small_shape`: an edge has fewer voxels
+    min_field_of_view_mm: float = 40.0  # `small_field_of_view`: an edge is shorter
+    max_spacing_mm: float = 8.0  # `coarse_spacing`: a voxel has a longer edge
+    max_abs_value: float = 1e6  # `extreme_values`: a voxel lies further from 0
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "gates",
+            min_shape_voxels=self.min_shape_voxels,
+            min_field_of_view_mm=self.min_field_of_view_mm,
+            max_spacing_mm=self.max_spacing_mm,
+            max_abs_value=self.max_abs_value,
+        )
+
+
 Sources = str | ImageLabelGlobs | list[str | ImageLabel]
 
 
@@ -39,7 +59,8 @@ class IngestConfig:
     intensity: IntensityContract = field(default_factory=IntensityContract)  # how readers normalise; voxels stay as is
     channels: int = 1  # channels of each source; above 1 the source's fourth axis must have this length
     class_names: tuple[str, ...] = ()  # name of label value 0, 1, ...; a dataset.json may give them instead
-    overlay: str = "label"  # name under which the label maps are stored
+    overlay: str = "label"  # name under which the label maps are stored; another one adds to volumes that are there
+    class_map: dict[int, int] = field(default_factory=dict)  # value in the label files -> value in the store
     chunk_voxels: int = 32  # edge of the smallest readable cube; about a third of the crop edge
     codec: Literal["zstd", "fast"] = "zstd"  # fast (lz4): decodes twice as fast, about 12 % bigger
     part_bytes: int = 2 * 2**30  # source bytes that go into one pack; a part is the unit of work and of restart
@@ -50,8 +71,12 @@ class IngestConfig:
     subject_key: str | None = None  # file with the secret that hides subject names; null: OUT.subject_key
     assume_orientation: bool = False  # accept NIfTI files whose qform and sform codes are both 0
     label_tolerance_voxels: float = 0.1  # how far a label's grid may lie from its image's
+    gates: GatesConfig = field(default_factory=GatesConfig)  # besides what makes a file unusable
     max_quarantined: int | None = None  # exit 3 when more sources than this are unusable; null: only when all are
     workers: int = 2  # processes that convert; changes no byte of the store
+    task: str | None = None  # "3/64": convert the parts of array task 3 of 0 to 63, and build no manifest
+    merge: bool = False  # convert nothing: build the manifest from the receipts of all tasks
+    remove: str | None = None  # withdraw this subject: name as in the sources, or its hidden name in the manifest
 
     def __post_init__(self) -> None:
         require_positive(
@@ -68,6 +93,13 @@ class IngestConfig:
             raise ValueError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.overlay):
             raise ValueError(f"overlay={self.overlay!r}: becomes a folder name; use letters, digits, '_', '-' and '.'")
+        if self.task is not None:
+            task_share(self.task)
+        if sum((self.task is not None, self.merge, self.remove is not None)) > 1:
+            raise ValueError("task, merge and remove: give one of them, they are different steps")
+        for old, new in self.class_map.items():
+            if not 0 <= new <= 255:
+                raise ValueError(f"class_map.{old}={new}: a stored label is a number from 0 to 255")
         if len(self.class_names) > 255:
             raise ValueError(f"class_names: {len(self.class_names)} names, at most 255 fit beside the ignore value 255")
         try:
@@ -78,8 +110,22 @@ class IngestConfig:
             raise ValueError(f"subject_pattern={self.subject_pattern!r}: needs a (group) that holds the subject's name")
 
 
-# What may differ when an ingest is continued: none of these changes a voxel or a row.
-OUTSIDE_HASH = ("sources", "out", "workers", "subject_key", "max_quarantined")
+# Changes no voxel and no row: may differ when an ingest is continued.
+OUTSIDE_HASH = ("sources", "out", "workers", "subject_key", "max_quarantined", "task", "merge", "remove")
+# The same for every volume of a store. All other keys may differ when sources are added later.
+STORE_KEYS = ("chunk_voxels", "codec", "intensity", "val_fraction", "split_seed")
+
+
+def task_share(task: str) -> tuple[int, int]:
+    """`3/64` -> (3, 64): the fourth of 64 array tasks.
+
+    Raises:
+        ValueError: not of this form, or a number out of range.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", task)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"task={task}: expected I/N with I from 0 to N-1, for example task=$SLURM_ARRAY_TASK_ID/64")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,69 +6,67 @@ The receipt is written last. A part with a receipt is finished; one without is d
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale import durable
-from mimscale.errors import DataError
-from mimscale.ingest import geometry, read, statistics
+from mimscale.config import tree_hash
+from mimscale.ingest import geometry, statistics
+from mimscale.ingest.assemble import Grid, Image, Label, read_image, read_label
 from mimscale.ingest.config import IngestConfig
-from mimscale.ingest.read import QuarantineError, ReadOptions, Scan
-from mimscale.ingest.sources import PlannedSource
+from mimscale.ingest.gates import failed_gates
+from mimscale.ingest.plan import PlannedSource
+from mimscale.ingest.read import QuarantineError
+from mimscale.ingest.receipts import Lines, write_receipt
+from mimscale.ingest.subjects import hidden
 from mimscale.store import layout
-from mimscale.store.manifest import OverlayRow, VolumeRow, row_tree
+from mimscale.store.manifest import OverlayRow, VolumeRow, load_manifest, row_tree
 from mimscale.store.writer import PackWriter
 
 LABEL_FILL = 0.0  # chunks of nothing but background are not stored
 
 
-def convert_part(
-    store: Path, part: int, sources: Sequence[PlannedSource], config: IngestConfig, class_names: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Convert the sources of one part, in their order. Returns the lines of its receipt.
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What all parts of a round are converted with."""
 
-    A line is {"id", "outcome": "stored" | "duplicate" | "quarantined", ...}; it names no file and no subject.
+    store: Path
+    config: IngestConfig
+    class_names: tuple[str, ...]
+    key: bytes  # that hides subjects and sources
+    withdrawn: Collection[str] = ()  # hidden names of subjects that must not come back
+
+
+def convert_part(part: int, sources: Sequence[PlannedSource], how: Conversion) -> Lines:
+    """Convert the sources of one part, in their order. Returns the lines of its receipt (see `receipts`).
 
     Raises:
         DataError: the store cannot be written. Bad sources raise nothing.
     """
-    lines: list[dict[str, Any]] = []
+    lines: Lines = []
     stored: dict[str, str | None] = {}  # id -> hash of its label file
-
-    def writer(path: Path) -> PackWriter:
-        return PackWriter(path, chunk_voxels=config.chunk_voxels, codec=config.codec)
-
-    with ExitStack() as stack:
-        # Left in reverse order: the overlay pack gets its final name first, the receipt follows both.
-        pack = stack.enter_context(writer(layout.pack_path(store, part)))
-        labels: PackWriter | None = None
-        if any(source.label for source in sources):
-            labels = stack.enter_context(writer(layout.overlay_path(store, config.overlay, part)))
+    manifest = load_manifest(how.store) if any(source.overlay_of for source in sources) else None
+    with _Packs(part, how) as packs:
         for source in sources:
-            if source.id in stored:
-                line = {"id": source.id, "outcome": "duplicate", "of": source.id}
-                if source.label_sha256 not in (None, stored[source.id]):
-                    line = {"id": source.id, "outcome": "quarantined", **conflicting_labels(source.id)}
-                lines.append(line)
-                continue
             try:
-                image, label = _read_source(source, config, class_names)
+                if hidden(source.subject, how.key) in how.withdrawn:
+                    line: dict[str, Any] = {"outcome": "withdrawn"}
+                elif source.overlay_of is not None:
+                    assert manifest is not None, "loaded above"
+                    there = manifest.row(manifest.index_of(source.overlay_of))
+                    line = _convert_label(part, source, there, how, packs)
+                else:
+                    line = _convert_volume(part, source, how, packs, stored)
             except QuarantineError as error:
-                line = {"id": source.id, "outcome": "quarantined", "reason": error.reason, "detail": error.detail}
-                lines.append(line)
-                continue
-            row = _store(part, source, image, label, config, class_names, pack, labels)
-            lines.append({"id": source.id, "outcome": "stored", "row": row_tree(row)})
-            stored[source.id] = source.label_sha256
-    path = layout.receipt_path(store, part)
-    with durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"):
-        durable.write_text(path, "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines))
+                line = {"outcome": "quarantined", "reason": error.reason, "detail": error.detail}
+            lines.append({"source": source.receipt_key(how.key), **line})
+    write_receipt(how.store, part, lines)
     return lines
 
 
@@ -78,146 +76,153 @@ def conflicting_labels(kept_id: str) -> dict[str, str]:
     return {"reason": "conflicting_labels", "detail": detail}
 
 
-def read_receipt(store: Path, part: int) -> list[dict[str, Any]] | None:
-    """The lines of a finished part, or None for a part that must be done."""
-    path = layout.receipt_path(store, part)
-    if not path.exists():
-        return None
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError:
-        return None  # damaged: the part is done again
-    overlays = {name for line in lines if line["outcome"] == "stored" for name in line["row"]["overlays"]}
-    packs = [layout.pack_path(store, part), *(layout.overlay_path(store, name, part) for name in overlays)]
-    return lines if all(pack.exists() for pack in packs) else None
+class _Packs:
+    """The packs of a part, each begun with its first volume: a part of nothing but bad sources has none."""
+
+    def __init__(self, part: int, how: Conversion) -> None:
+        self._part = part
+        self._how = how
+        self._stack = ExitStack()
+        self._open: dict[Path, PackWriter] = {}
+
+    def __enter__(self) -> "_Packs":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def images(self) -> PackWriter:
+        return self._writer(layout.pack_path(self._how.store, self._part))
+
+    def overlays(self) -> PackWriter:
+        return self._writer(layout.overlay_path(self._how.store, self._how.config.overlay, self._part))
+
+    def _writer(self, path: Path) -> PackWriter:
+        if path not in self._open:
+            config = self._how.config
+            writer = PackWriter(path, chunk_voxels=config.chunk_voxels, codec=config.codec)
+            self._open[path] = self._stack.enter_context(writer)
+        return self._open[path]
 
 
-def _read_source(
-    source: PlannedSource, config: IngestConfig, class_names: tuple[str, ...]
-) -> tuple[Scan, NDArray[np.uint8] | None]:
-    """The image in the file's order, and the label turned to the store's grid: uint8 [1, Z, Y, X]."""
-    if source.problem is not None:
-        raise QuarantineError(*source.problem)
-    options = ReadOptions(channels=config.channels, assume_orientation=config.assume_orientation)
-    image = read.read_scan(Path(source.image), _bytes_as_planned(source.image, source.sha256), options)
-    if source.label is None:
-        return image, None
-    assert source.label_sha256 is not None, "a label that was planned without a problem has a hash"
-    options = ReadOptions(assume_orientation=config.assume_orientation)
-    try:
-        label = read.read_scan(Path(source.label), _bytes_as_planned(source.label, source.label_sha256), options)
-    except QuarantineError as error:
-        raise QuarantineError(error.reason, f"label: {error.detail}") from None
-    return image, _label_on_store_grid(image, label, config.label_tolerance_voxels, len(class_names))
+def _convert_label(
+    part: int, source: PlannedSource, there: VolumeRow, how: Conversion, packs: _Packs
+) -> dict[str, Any]:
+    """A label map alone, for a volume that is stored already."""
+    label = read_label(source, Grid.of_row(there), how.config, how.class_names)
+    overlay = _add_label(part, there.id, label, np.reshape(there.affine, (4, 4)), there.modality, how, packs)
+    return {"outcome": "overlay", "id": there.id, "name": how.config.overlay, "overlay": asdict(overlay)}
 
 
-def _bytes_as_planned(path: str, sha256: str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise QuarantineError("missing_file", "is gone since the ingest was planned") from None
-    except OSError as error:
-        raise QuarantineError("unreadable", str(error.strerror)) from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise QuarantineError(
-            "changed", "its bytes are not those of the plan; run the ingest when nothing writes to it"
-        )
-    return data
-
-
-def _label_on_store_grid(image: Scan, label: Scan, tolerance_voxels: float, classes: int) -> NDArray[np.uint8]:
-    shape_xyz = image.voxels.shape[1:]
-    # A label may be flipped or permuted against its image; the grids are compared in the store's order.
-    turned, affine = geometry.to_store_grid(label.voxels[0], label.affine)
-    _, image_affine = geometry.to_store_grid(image.voxels[0], image.affine)
-    x, y, z = _store_shape_xyz(image)
-    if turned.shape != (z, y, x):
-        raise QuarantineError(
-            "label_grid_mismatch", f"label {label.voxels.shape[1:]}, image {shape_xyz} voxels (x, y, z)"
-        )
-    distance = geometry.grid_distance_voxels(image_affine, affine, (x, y, z))
-    if distance > tolerance_voxels:
-        raise QuarantineError(
-            "label_grid_mismatch", f"grids lie {distance:.3g} voxels apart, label_tolerance_voxels={tolerance_voxels}"
-        )
-    values = np.unique(turned)
-    wrong = [float(v) for v in values if v != int(v) or not (0 <= v < classes or v == layout.IGNORE_VALUE)]
-    if wrong:
-        shown = ", ".join(f"{value:g}" for value in wrong[:5])
-        raise QuarantineError(
-            "unexpected_labels", f"{shown}{', ...' if wrong[5:] else ''}; class_names has {classes} names"
-        )
-    return np.ascontiguousarray(turned, dtype=np.uint8)[None]
-
-
-def _store_shape_xyz(scan: Scan) -> tuple[int, int, int]:
-    z, y, x = geometry.to_store_grid(scan.voxels[0], scan.affine)[0].shape
-    return (x, y, z)
-
-
-def _store(
-    part: int,
-    source: PlannedSource,
-    image: Scan,
-    label: NDArray[np.uint8] | None,
-    config: IngestConfig,
-    class_names: tuple[str, ...],
-    pack: PackWriter,
-    labels: PackWriter | None,
-) -> VolumeRow:
-    turned = [geometry.to_store_grid(channel, image.affine) for channel in image.voxels]
-    volume = np.ascontiguousarray(np.stack([voxels for voxels, _ in turned]))  # [C, Z, Y, X]
-    affine = turned[0][1]
-    spacing_mm = geometry.spacing_zyx_mm(affine)
-    fill = statistics.fill_value(volume, config.modality)
-    stats, box = statistics.describe(volume, config.modality)
-    attributes = {
-        "affine_xyz_to_ras_mm": affine.tolist(),
-        "modality": config.modality,
-        "source_orientation": geometry.axis_codes(image.affine),
-    }
-    place = pack.add(source.id, volume, fill_value=fill, spacing_mm=spacing_mm, attributes=attributes)
-    overlays = {}
+def _convert_volume(
+    part: int, source: PlannedSource, how: Conversion, packs: _Packs, stored: dict[str, str | None]
+) -> dict[str, Any]:
+    config = how.config
+    image = read_image(source, config)
+    label = read_label(source, image.source, config, how.class_names) if source.label else None
+    volume_id = _volume_id(image.source_sha256, config)
+    if volume_id in stored:
+        if label is not None and label.source_sha256 != stored[volume_id]:
+            return {"outcome": "quarantined", **conflicting_labels(volume_id)}
+        return {"outcome": "duplicate", "id": volume_id, "of": volume_id}
+    row, warnings = _add_image(part, source, image, volume_id, how, packs)
     if label is not None:
-        assert labels is not None, "a part with a labelled source has an overlay pack"
-        assert source.label_sha256 is not None, "a label that was read has a hash"
-        there = labels.add(source.id, label, fill_value=LABEL_FILL, spacing_mm=spacing_mm, attributes=attributes)
-        counts = np.bincount(label.reshape(-1), minlength=256)[: len(class_names)]
-        overlays[config.overlay] = OverlayRow(
-            part=part,
-            offset_bytes=there.offset_bytes,
-            length_bytes=there.length_bytes,
-            sha256=there.sha256,
-            source_sha256=source.label_sha256,
-            class_voxels=tuple(map(int, counts)),
-        )
+        row.overlays[config.overlay] = _add_label(part, volume_id, label, image.affine, row.modality, how, packs)
+    stored[volume_id] = None if label is None else label.source_sha256
+    return {"outcome": "stored", "id": volume_id, "row": row_tree(row), "warnings": warnings}
+
+
+def _volume_id(source_sha256: str, config: IngestConfig) -> str:
+    """16 hex digits over the source's bytes and all settings that decide what voxels they become."""
+    settings = tree_hash({"modality": config.modality, "channels": config.channels})
+    return hashlib.sha256(f"{source_sha256} {settings}".encode()).hexdigest()[:16]
+
+
+def _add_image(
+    part: int, source: PlannedSource, image: Image, volume_id: str, how: Conversion, packs: _Packs
+) -> tuple[VolumeRow, dict[str, str]]:
+    config, volume = how.config, image.volume
+    modality = _modality(source, image, config)
+    spacing_mm = geometry.spacing_zyx_mm(image.affine)
+    fill = statistics.fill_value(volume, modality)
+    stats, box = statistics.describe(volume, modality)
+    warnings = dict.fromkeys(image.warnings, "")
+    warnings |= failed_gates(volume, spacing_mm, stats, modality, image.modality_in_file, config.gates)
+    if warnings and config.gates.action == "quarantine":
+        raise QuarantineError(next(iter(warnings)), "; ".join(filter(None, warnings.values())))
+    attributes = _attributes(image.affine, modality)
+    attributes["source_orientation"] = geometry.axis_codes(image.source.affine)
+    place = packs.images().add(volume_id, volume, fill_value=fill, spacing_mm=spacing_mm, attributes=attributes)
     channels, z, y, x = volume.shape
-    source_x, source_y, source_z = image.voxels.shape[1:]
-    return VolumeRow(
-        id=source.id,
-        subject="",  # subject and split are known when all parts are: the manifest gets them
+    row = VolumeRow(
+        id=volume_id,
+        subject=hidden(source.subject, how.key),
         dataset=config.dataset,
         licence=config.licence,
-        modality=config.modality,
-        split="",
+        modality=modality,
+        split="",  # known when all parts are: the manifest gets it
         shape=(channels, z, y, x),
         spacing_mm=spacing_mm,
-        affine=tuple(map(float, affine.reshape(-1))),
+        affine=tuple(map(float, image.affine.reshape(-1))),
         dtype=volume.dtype.name,
         part=part,
         offset_bytes=place.offset_bytes,
         length_bytes=place.length_bytes,
         fill_value=fill,
         sha256=place.sha256,
-        voxels_sha256=_voxels_sha256(volume, affine),
-        source_sha256=source.sha256,
-        source_orientation=geometry.axis_codes(image.affine),
-        source_affine=tuple(map(float, image.affine.reshape(-1))),
-        source_shape=(source_x, source_y, source_z),
+        voxels_sha256=_voxels_sha256(volume, image.affine),
+        source_sha256=image.source_sha256,
+        source_orientation=geometry.axis_codes(image.source.affine),
+        source_affine=tuple(map(float, image.source.affine.reshape(-1))),
+        source_shape=image.source.shape_xyz,
         stats=stats,
         foreground_box=box,
-        overlays=overlays,
+        overlays={},
+        tags=dict(source.tags),
+        acquisition=dict(image.acquisition),
+        warnings=tuple(sorted(warnings)),
     )
+    return row, warnings
+
+
+def _modality(source: PlannedSource, image: Image, config: IngestConfig) -> str:
+    """The list's word first, then the recipe's, then the file's."""
+    if source.modality is not None:
+        return source.modality.lower()
+    return config.modality if config.modality != "other" else image.modality_in_file or "other"
+
+
+def _add_label(
+    part: int,
+    volume_id: str,
+    label: Label,
+    affine: NDArray[np.float64],
+    modality: str,
+    how: Conversion,
+    packs: _Packs,
+) -> OverlayRow:
+    place = packs.overlays().add(
+        volume_id,
+        label.voxels,
+        fill_value=LABEL_FILL,
+        spacing_mm=geometry.spacing_zyx_mm(affine),
+        attributes=_attributes(affine, modality),
+    )
+    counts = np.bincount(label.voxels.reshape(-1), minlength=256)[: len(how.class_names)]
+    return OverlayRow(
+        part=part,
+        offset_bytes=place.offset_bytes,
+        length_bytes=place.length_bytes,
+        sha256=place.sha256,
+        source_sha256=label.source_sha256,
+        class_voxels=tuple(map(int, counts)),
+    )
+
+
+def _attributes(affine: NDArray[np.float64], modality: str) -> dict[str, Any]:
+    return {"affine_xyz_to_ras_mm": affine.tolist(), "modality": modality}
 
 
 def _voxels_sha256(volume: NDArray[Any], affine: NDArray[np.float64]) -> str:

@@ -41,6 +41,18 @@ def to_store_grid(array_xyz: NDArray[Any], affine: NDArray[np.float64]) -> tuple
     return turned.transpose(2, 1, 0), affine @ orientations.inv_ornt_aff(orientation, array_xyz.shape)
 
 
+def store_grid(
+    affine: NDArray[np.float64], shape_xyz: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], tuple[int, int, int]]:
+    """Affine and shape [Z, Y, X] of what `to_store_grid` would make of a source array with this affine and shape."""
+    orientation = orientations.io_orientation(affine)
+    turned: list[int] = [0, 0, 0]
+    for axis, (there, _) in enumerate(orientation):
+        turned[int(there)] = shape_xyz[axis]
+    x, y, z = turned
+    return affine @ orientations.inv_ornt_aff(orientation, shape_xyz), (z, y, x)
+
+
 def to_source_grid(array_zyx: NDArray[Any], row: VolumeRow) -> NDArray[Any]:
     """Turn an array [Z, Y, X] on the grid of a stored volume into the [X, Y, Z] of its source: the exact inverse.
 

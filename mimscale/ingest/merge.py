@@ -1,25 +1,49 @@
-"""The end of an ingest: receipts of all parts -> manifest, with subjects hidden and held-out subjects chosen."""
+"""The end of an ingest: plan and receipts of all parts -> manifest and journal.
+
+Receipts are folded in the order of the plan: what a later round says of a file replaces what an earlier one said.
+"""
 
 import dataclasses
-import hashlib
-import hmac
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mimscale import durable
-from mimscale.errors import ConfigError, DataError
+from mimscale.errors import DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.convert import conflicting_labels
-from mimscale.ingest.sources import PlannedSource
+from mimscale.ingest.plan import Plan, PlannedSource
+from mimscale.ingest.receipts import live_parts, read_receipt
+from mimscale.ingest.subjects import splits
 from mimscale.store import layout
-from mimscale.store.manifest import VolumeRow, row_of_receipt, write_manifest
+from mimscale.store.manifest import VolumeRow, load_manifest, overlay_of_receipt, row_of_receipt, write_manifest
 
-KEY_BYTES = 32
+_WAY_OUT = "free some space and run the same command again; finished parts are kept"
+SHOWN_PARTS = 10
+
+
+@dataclass
+class _Entry:
+    """One source and what became of it; the merge changes its mind about some."""
+
+    source: PlannedSource
+    round_number: int
+    line: dict[str, Any]
+    row: VolumeRow | None = None
+
+    def becomes(self, outcome: str, **more: Any) -> None:
+        kept = {name: value for name, value in self.line.items() if name in ("source", "id")}
+        self.line = {**kept, "outcome": outcome, **more}
+
+
+@dataclass(frozen=True)
+class _Folded:
+    entries: list[_Entry]
+    superseded: int
 
 
 def journal_path(store: Path) -> Path:
@@ -27,121 +51,184 @@ def journal_path(store: Path) -> Path:
     return store.with_name(f"{store.name}.sources.jsonl")
 
 
-def subject_key(store: Path, path: str | None) -> bytes:
-    """The secret that hides subject names; made on first use, readable by its owner only.
+def merge(store: Path, plan: Plan, config: IngestConfig, key: bytes) -> dict[str, Any]:
+    """Write manifest and journal.
+
+    Returns:
+        {"stored", "quarantined", "duplicates", "reasons", "examples", "overlays", "warnings", "superseded", "withdrawn"}:
+        `reasons` and `warnings` are counts, `examples` the first case of each of both. Without a stored volume, and
+        above `max_quarantined`, no manifest is written.
 
     Raises:
-        ConfigError: it is gone although the store was made with it, others may read it, or it is no key.
+        DataError: parts without a receipt (each is named), a subject in two splits, or a full disk.
     """
-    file = Path(path) if path is not None else store.with_name(f"{store.name}.subject_key")
-    if not file.exists():
-        if layout.info_path(store).exists():
-            made_with = layout.read_info(store).subject_key_fingerprint
-            raise ConfigError(
-                f"{file}: the subject key {made_with} of {store} is gone; put it back or give it with subject_key=FILE"
-            )
-        with durable.explained(DataError, file, "choose another out or subject_key"):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as out:
-                out.write(secrets.token_hex(KEY_BYTES) + "\n")
-    with durable.explained(ConfigError, file, "give a key that you may read"):
-        mode, text = file.stat().st_mode & 0o777, file.read_text().strip()
-    if mode & 0o077:
-        raise ConfigError(f"{file}: mode {mode:04o} lets others read the subject key; run chmod 600 {file}")
-    try:
-        key = bytes.fromhex(text)
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise ConfigError(f"{file}: not a subject key ({2 * KEY_BYTES} hex digits); remove it, or restore it")
-    return key
-
-
-def fingerprint(key: bytes) -> str:
-    """What the store tells of its subject key."""
-    return hashlib.sha256(b"mimscale subject key " + key).hexdigest()[:16]
-
-
-def merge(
-    store: Path,
-    parts: Sequence[Sequence[PlannedSource]],
-    receipts: Mapping[int, Sequence[dict[str, Any]]],
-    config: IngestConfig,
-    key: bytes,
-) -> dict[str, Any]:
-    """Write manifest and journal. Returns {"stored", "quarantined", "duplicates", "reasons"}."""
-    rows: dict[str, VolumeRow] = {}
-    subjects: dict[str, str] = {}
-    journal: list[dict[str, Any]] = []
-    for part, planned in enumerate(parts):
-        for source, line in zip(planned, receipts[part], strict=True):
-            if line["outcome"] == "stored":
-                rows[source.id] = row_of_receipt(line["row"])
-                subjects[source.id] = source.subject
-            known = {name: value for name, value in line.items() if name != "row"}
-            journal.append({"source": source.image, "label": source.label, "subject": source.subject, **known})
-    duplicates = _same_voxels(rows)
-    for entry in journal:
-        if entry["outcome"] != "quarantined" and entry["id"] in duplicates:
-            kept_id = duplicates[entry["id"]]
-            entry |= {"outcome": "duplicate", "of": kept_id}
-            if entry["label"] and _label_hashes(rows[entry["id"]]) != _label_hashes(rows[kept_id]):
-                entry |= {"outcome": "quarantined", **conflicting_labels(kept_id)}
-    kept = {volume_id: row for volume_id, row in rows.items() if volume_id not in duplicates}
-    held_out = held_out_subjects({subjects[volume_id] for volume_id in kept}, config.val_fraction, config.split_seed)
-    final = [
-        dataclasses.replace(
-            row,
-            subject=hmac.digest(key, subjects[row.id].encode(), "sha256").hex()[:16],
-            split="val" if subjects[row.id] in held_out else "train",
-        )
-        for row in kept.values()
-    ]
-    outcomes = Counter(entry["outcome"] for entry in journal)
-    reasons = Counter(entry["reason"] for entry in journal if entry["outcome"] == "quarantined")
-    with durable.explained(DataError, store, "free some space and run the same command again; finished parts are kept"):
-        _write_private(journal_path(store), sorted(journal, key=lambda entry: entry["source"]))
-        lines = [{"id": volume_id, "of": other} for volume_id, other in sorted(duplicates.items())]
+    info = layout.read_info(store)
+    folded = _fold(store, plan, info, key)
+    duplicate_of = _drop_duplicates(folded.entries)
+    kept = [(entry.source, entry.row) for entry in folded.entries if entry.row and entry.line["outcome"] == "stored"]
+    _apply_overlays(folded.entries, {row.id: row for _, row in kept}, duplicate_of)
+    split_of = _splits(kept, _splits_before(store), config)
+    rows = [dataclasses.replace(row, split=split_of[source.subject]) for source, row in kept]
+    summary = _summary(folded, len(rows))
+    with durable.explained(DataError, store, _WAY_OUT):
+        _write_private(journal_path(store), _journal(folded.entries))
+        lines = [{"id": volume_id, "of": other} for volume_id, other in sorted(duplicate_of.items())]
         durable.write_text(layout.duplicates_path(store), _jsonl(lines))
-    accepted = config.max_quarantined is None or outcomes["quarantined"] <= config.max_quarantined
-    if final and accepted:
-        write_manifest(store, final)
+    if rows and (config.max_quarantined is None or summary["quarantined"] <= config.max_quarantined):
+        write_manifest(store, rows)
+    return summary
+
+
+def _fold(store: Path, plan: Plan, info: layout.StoreInfo, key: bytes) -> _Folded:
+    """The newest word on every source, oldest round first."""
+    line_of: dict[str, dict[str, Any]] = {}
+    missing = []
+    for part in live_parts(store, info):
+        lines = read_receipt(store, part)
+        if lines is None:
+            missing.append(part)
+        for line in lines or []:
+            line_of.setdefault(line["source"], line)
+    if missing:
+        named = ", ".join(map(str, missing[:SHOWN_PARTS])) + (", ..." if missing[SHOWN_PARTS:] else "")
+        raise DataError(
+            f"{store}: {len(missing)} of {info.num_parts} parts have no receipt ({named}): their tasks have not ended, "
+            "or were killed; run these tasks again, or the ingest without task= and merge="
+        )
+    entries = []
+    newest_round: dict[tuple[tuple[str, ...], ...], int] = {}
+    for number, one in enumerate(plan.rounds):
+        for source in one.sources:
+            entry = _Entry(source, number, line_of[source.receipt_key(key)])
+            if entry.line["outcome"] == "stored":
+                entry.row = row_of_receipt(entry.line["row"])
+            if source.overlay_of is None:
+                newest_round[source.channels] = number
+            entries.append(entry)
+    # A file that was read again in a later round had changed: only what it is now counts.
+    current = [
+        entry
+        for entry in entries
+        if entry.source.overlay_of is not None or newest_round[entry.source.channels] == entry.round_number
+    ]
+    return _Folded(current, superseded=len(entries) - len(current))
+
+
+def _drop_duplicates(entries: Sequence[_Entry]) -> dict[str, str]:
+    """Keep one of the volumes that hold the same voxels (as .nii and as .nii.gz, say); returns id -> id that is kept.
+
+    That is the one of the earliest round, of these one with a label, of these the lowest id. It takes over overlays that
+    only its duplicates have; one with other labels under the same name is quarantined.
+    """
+    first: dict[str, _Entry] = {}
+    duplicate_of: dict[str, str] = {}
+    for entry in sorted(entries, key=_preference):
+        if entry.row is None:
+            continue
+        kept = first.setdefault(entry.row.voxels_sha256, entry)
+        if kept is entry:
+            continue
+        assert kept.row is not None, "only stored volumes are kept"
+        if entry.row.id != kept.row.id:
+            duplicate_of[entry.row.id] = kept.row.id
+        conflict = False
+        for name, overlay in entry.row.overlays.items():
+            conflict |= kept.row.overlays.setdefault(name, overlay).sha256 != overlay.sha256
+        if conflict:
+            entry.becomes("quarantined", **conflicting_labels(kept.row.id))
+        else:
+            entry.becomes("duplicate", of=kept.row.id)
+    for entry in entries:
+        if entry.line["outcome"] == "duplicate" and entry.line["of"] in duplicate_of:
+            entry.line["of"] = duplicate_of[entry.line["of"]]
+    return duplicate_of
+
+
+def _preference(entry: _Entry) -> tuple[Any, ...]:
+    row = entry.row
+    return (entry.round_number, row is None or not row.overlays, entry.line.get("id", ""), row.part if row else 0)
+
+
+def _apply_overlays(
+    entries: Sequence[_Entry], row_of: Mapping[str, VolumeRow], duplicate_of: Mapping[str, str]
+) -> None:
+    """Give volumes the label maps that came later, oldest first: the last one stays."""
+    for entry in entries:
+        if entry.line["outcome"] == "overlay":
+            volume_id = entry.line["id"]
+            row = row_of.get(duplicate_of.get(volume_id, volume_id))
+            if row is None:  # the image was replaced by another one since
+                entry.becomes("superseded")
+            else:
+                row.overlays[entry.line["name"]] = overlay_of_receipt(entry.line["overlay"])
+
+
+def _splits(
+    kept: Sequence[tuple[PlannedSource, VolumeRow]], before: Mapping[str, str], config: IngestConfig
+) -> dict[str, str]:
+    """Subject name -> split. Subjects that a manifest has been written with keep theirs."""
+    asked: dict[str, str | None] = {}
+    decided: dict[str, str] = {}
+    for source, row in kept:
+        split, other = source.split, asked.get(source.subject)
+        if split is not None and row.subject in before:
+            other = before[row.subject]
+        if split is not None and other is not None and other != split:
+            raise DataError(
+                f"subject {row.subject} (hidden name): listed as {split}, but {other} in the store or for another of "
+                "its volumes; all volumes of a subject stay in one split"
+            )
+        asked[source.subject] = split or other
+        if row.subject in before:
+            decided[source.subject] = before[row.subject]
+    return splits(asked, decided, config.val_fraction, config.split_seed)
+
+
+def _splits_before(store: Path) -> dict[str, str]:
+    if not layout.manifest_path(store).exists():
+        return {}
+    manifest = load_manifest(store)
+    return dict(zip(manifest.column("subject").tolist(), manifest.column("split").tolist(), strict=True))
+
+
+def _summary(folded: _Folded, stored: int) -> dict[str, Any]:
+    outcomes = Counter(entry.line["outcome"] for entry in folded.entries)
+    reasons, warnings = Counter[str](), Counter[str]()
+    examples: dict[str, str] = {}
+    for entry in sorted(folded.entries, key=lambda entry: str(entry.line["source"])):
+        line = entry.line
+        found = {line["reason"]: line["detail"]} if line["outcome"] == "quarantined" else line.get("warnings", {})
+        (reasons if line["outcome"] == "quarantined" else warnings).update(found.keys())
+        for reason, detail in found.items():
+            examples.setdefault(reason, f"source {line['source']}{': ' if detail else ''}{detail}")
     return {
-        "stored": len(final),
+        "stored": stored,
         "quarantined": outcomes["quarantined"],
         "duplicates": outcomes["duplicate"],
         "reasons": dict(sorted(reasons.items())),
+        "warnings": dict(sorted(warnings.items())),
+        "examples": examples,
+        "overlays": outcomes["overlay"],
+        "superseded": folded.superseded + outcomes["superseded"],
+        "withdrawn": outcomes["withdrawn"],
     }
 
 
-def held_out_subjects(subjects: set[str], val_fraction: float, split_seed: int) -> set[str]:
-    """The subjects of the validation split: at least one of two or more, never all, for a fraction above 0.
-
-    Subjects are ranked by a hash of seed and name, so the choice depends on no order of files or workers.
-    """
-    if val_fraction == 0 or len(subjects) < 2:
-        return set()
-    count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-    ranked = sorted(subjects, key=lambda name: hashlib.sha256(f"{split_seed} {name}".encode()).digest())
-    return set(ranked[:count])
-
-
-def _same_voxels(rows: Mapping[str, VolumeRow]) -> dict[str, str]:
-    """Volumes that hold the voxels of another one (as .nii and as .nii.gz, say): id -> the one that is kept.
-
-    That is the lowest id of those with a label, or of all.
-    """
-    first: dict[str, str] = {}
-    duplicates = {}
-    for volume_id in sorted(rows, key=lambda volume_id: (not rows[volume_id].overlays, volume_id)):
-        kept = first.setdefault(rows[volume_id].voxels_sha256, volume_id)
-        if kept != volume_id:
-            duplicates[volume_id] = kept
-    return duplicates
-
-
-def _label_hashes(row: VolumeRow) -> dict[str, str]:
-    return {name: overlay.sha256 for name, overlay in row.overlays.items()}
+def _journal(entries: Sequence[_Entry]) -> list[dict[str, Any]]:
+    lines = []
+    for entry in entries:
+        known = {name: value for name, value in entry.line.items() if name not in ("row", "overlay", "source")}
+        source = entry.source
+        lines.append(
+            {
+                "source": source.image[0] if source.image else "",
+                "label": source.label[0] if source.label else None,
+                "subject": source.subject,
+                "receipt": entry.line["source"],
+                **known,
+            }
+        )
+    return sorted(lines, key=lambda line: (line["source"], line["label"] or ""))
 
 
 def _jsonl(lines: Sequence[dict[str, Any]]) -> str:

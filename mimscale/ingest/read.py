@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mimscale.ingest import geometry
 # The reasons that a receipt may hold; scripts count them.
 REASONS = {
     "missing_file": "no such file",
+    "channel_grid_mismatch": "",
     "empty_file": "0 bytes",
     "truncated": "ends early",
     "unreadable": "not a file of its format",
@@ -48,11 +49,20 @@ class QuarantineError(Exception):
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    path: Path
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Scan:
     """What a file holds."""
 
     voxels: NDArray[Any]  # [C, X, Y, Z] in the file's order; uint8, int16, uint16 or float32, little-endian, all finite
     affine: NDArray[np.float64]  # voxel (x, y, z, 1) -> world, RAS+, mm: [4, 4]
+    modality: Any = None
+    header: Any = field(default_factory=dict)
+    warnings: Any = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ class ReadOptions:
     assume_orientation: bool = False
 
 
-def read_scan(path: Path, data: bytes, options: ReadOptions) -> Scan:
+def read_scan(files: Any, options: ReadOptions) -> Scan:
     """Decode the bytes of one volume file.
 
     Args:
@@ -74,6 +84,7 @@ def read_scan(path: Path, data: bytes, options: ReadOptions) -> Scan:
     Raises:
         QuarantineError: with one of REASONS.
     """
+    path, data = files[0].path, files[0].data
     if not data:
         raise QuarantineError("empty_file", "0 bytes")
     for suffix, reader in _READERS.items():
@@ -111,7 +122,7 @@ def _read_nifti(path: Path, data: bytes, options: ReadOptions) -> Scan:
         )
     voxels = _with_channels(raw, options.channels)
     slope, intercept = float(proxy.slope), float(proxy.inter)
-    return Scan(_to_stored_dtype(_scaled(voxels, slope, intercept)), _checked(image.affine))
+    return Scan(to_stored_dtype(_scaled(voxels, slope, intercept)), _checked(image.affine))
 
 
 def _read_npy(path: Path, data: bytes, options: ReadOptions) -> Scan:
@@ -143,7 +154,7 @@ def _read_npy(path: Path, data: bytes, options: ReadOptions) -> Scan:
     if array.ndim != wanted or 0 in array.shape or (wanted == 4 and array.shape[0] != options.channels):
         raise QuarantineError("not_3d", f"shape {array.shape}, channels={options.channels}")
     voxels = array.transpose(2, 1, 0)[None] if wanted == 3 else array.transpose(0, 3, 2, 1)
-    return Scan(_to_stored_dtype(voxels), _checked(np.diag([x, y, z, 1.0])))
+    return Scan(to_stored_dtype(voxels), _checked(np.diag([x, y, z, 1.0])))
 
 
 _READERS: dict[str, Callable[[Path, bytes, ReadOptions], Scan]] = {
@@ -189,7 +200,7 @@ def _scaled(raw: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
     return scaled
 
 
-def _to_stored_dtype(voxels: NDArray[Any]) -> NDArray[Any]:
+def to_stored_dtype(voxels: NDArray[Any]) -> NDArray[Any]:
     """The smallest of uint8 (as it came), int16, uint16 and float32 that loses nothing that float32 can hold."""
     if voxels.dtype.kind == "b":
         voxels = voxels.astype(np.uint8)

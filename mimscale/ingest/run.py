@@ -1,24 +1,30 @@
-"""`mimscale ingest`: volumes -> store, restartable, with the same bytes whatever the number of workers."""
+"""`mimscale ingest`: volumes -> store, restartable, with the same bytes whatever the number of workers or array tasks.
+
+    mimscale ingest RECIPE sources=... out=STORE                  plan, convert, build the manifest
+    mimscale ingest RECIPE sources=... out=STORE task=3/64        plan if nobody has, convert a share of the parts
+    mimscale ingest RECIPE sources=... out=STORE merge=true       build the manifest once all tasks have ended
+    mimscale ingest RECIPE sources=... out=STORE remove=SUBJECT   withdraw a subject
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mimscale import console, durable
-from mimscale.config import config_tree, config_yaml, differing_keys, load_verb_config, tree_hash, verb_parser
-from mimscale.errors import ConfigError, DataError
-from mimscale.ingest import merge, sources
-from mimscale.ingest.config import OUTSIDE_HASH, ImageLabel, IngestConfig
-from mimscale.ingest.convert import convert_part, read_receipt
+from mimscale.config import config_yaml, load_verb_config, verb_parser
+from mimscale.errors import DataError
+from mimscale.ingest import merge, planning, remove
+from mimscale.ingest.config import IngestConfig, task_share
+from mimscale.ingest.convert import Conversion, convert_part
+from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.pool import process_pool
-from mimscale.ingest.sources import PlannedSource
-from mimscale.lock import sole_writer
+from mimscale.ingest.receipts import Lines, read_receipt
+from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.store import layout
-
-Lines = list[dict[str, Any]]
 
 
 def main(argv: list[str]) -> int:
@@ -36,16 +42,11 @@ def main(argv: list[str]) -> int:
     summary = ingest(config)
     if arguments.json:
         console.print_json(summary)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in summary["reasons"].items())
-    console.say(
-        f"{config.out}: {summary['stored']} stored, {summary['duplicates']} duplicate(s), "
-        f"{summary['quarantined']} quarantined{f' ({reasons})' if reasons else ''}; "
-        f"{summary['seconds']:.1f} s, {summary['mb_per_s']:.1f} MB of source files/s"
-    )
+    _say_summary(config, summary)
     limit, journal = config.max_quarantined, merge.journal_path(Path(config.out))
-    if summary["stored"] == 0:
+    if config.task is None and summary["stored"] == 0:
         raise DataError(f"{config.out}: not one source could be stored; see the reason of each in {journal}")
-    if limit is not None and summary["quarantined"] > limit:
+    if config.task is None and limit is not None and summary["quarantined"] > limit:
         raise DataError(
             f"{config.out}: {summary['quarantined']} quarantined, max_quarantined={limit}: the store got no manifest; "
             f"see {journal}, then run the same command with a higher max_quarantined to keep what is good"
@@ -53,143 +54,155 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _say_summary(config: IngestConfig, summary: Mapping[str, Any]) -> None:
+    what = f"{config.out}, task {config.task}" if config.task else config.out
+    more = "".join(f", {summary[name]} {name}" for name in ("overlays", "superseded", "withdrawn") if summary.get(name))
+    console.say(
+        f"{what}: {summary['stored']} stored, {summary['duplicates']} duplicate(s), "
+        f"{summary['quarantined']} quarantined{more}; "
+        f"{summary['seconds']:.1f} s, {summary['mb_per_s']:.1f} MB of source files/s"
+    )
+    for kind in ("reasons", "warnings"):
+        for reason, count in summary.get(kind, {}).items():
+            example = summary.get("examples", {}).get(reason)
+            first = f"; first {example}" if example else ""
+            console.say(f"  {kind.removesuffix('s')} {reason}: {count}{first}")
+    if summary.get("examples"):
+        console.say(f"  which file a source is stands in {merge.journal_path(Path(config.out))}, under `receipt`")
+
+
 def ingest(config: IngestConfig) -> dict[str, Any]:
-    """Convert all sources and write the manifest.
+    """Do what the config asks for: all of an ingest, the share of an array task, the merge, or a removal.
 
     Returns:
-        {"stored", "quarantined", "duplicates", "reasons", "seconds", "mb_per_s"}. Without a stored volume, and above
-        `max_quarantined`, no manifest is written.
+        {"stored", "quarantined", "duplicates", "reasons", "seconds", "mb_per_s", ...}; see `merge.merge`. Of an array
+        task the counts are those of its share, before duplicates of other parts are known.
 
     Raises:
-        ConfigError: the store was made with another config, other sources or another key, or is being written.
-        DataError: sources that match nothing, or a store that cannot be written.
+        ConfigError: the store was made with another config or another key, or is being written.
+        DataError: sources that match nothing, parts that are missing, or a store that cannot be written.
     """
     start = time.monotonic()
-    found = sources.find(config.sources)
-    class_names = config.class_names or found.class_names
-    if not class_names and any(pair.label for pair in found.pairs):
-        raise ConfigError(
-            "class_names: there are label files, and neither the recipe nor a dataset.json names their values; "
-            "set class_names=[background, ...]"
-        )
     store = Path(config.out)
-    with durable.explained(DataError, store, "choose another out"):
-        store.mkdir(parents=True, exist_ok=True)
-    with sole_writer(store / _LOCK_NAME, "another ingest"), process_pool(config.workers, len(found.pairs)) as pool:
-        planned = list(_hash_all(pool, found.pairs, config.subject_pattern))
-        parts = sources.plan_parts(planned, config)
-        key = merge.subject_key(store, config.subject_key)
-        _write_or_compare_info(store, config, class_names, parts, merge.fingerprint(key))
-        _remove_leftovers(store)
-        receipts: dict[int, Lines] = {}
-        for part in range(len(parts)):
-            lines = read_receipt(store, part)
-            if lines is not None:
-                receipts[part] = lines
-        if receipts:
-            console.say(f"{store}: {len(receipts)} of {len(parts)} parts are finished already")
-        todo = [part for part in range(len(parts)) if part not in receipts]
-        done_bytes = sum(source.size_bytes for part in todo for source in parts[part])
-        work = _convert_all(pool, store, parts, todo, config, class_names, receipts)
-        for _ in console.track(work, "ingest", sum(len(parts[part]) for part in todo)):
-            pass
-        summary = merge.merge(store, parts, receipts, config, key)
+    if config.task is not None:
+        summary, done_bytes = _run_task(store, config)
+    elif config.merge or config.remove is not None:
+        layout.read_info(store)  # refuses what is no store
+        with _sole_ingest(store):
+            if config.remove is not None:
+                summary = remove.remove_subject(config)
+            else:
+                work = planning.planned(config)
+                summary = merge.merge(store, work.plan, config, work.key)
+        done_bytes = 0
+    else:
+        found = planning.list_sources(config)  # first: sources that match nothing leave no folder behind
+        _make_folder(store)
+        with _sole_ingest(store):
+            work = planning.plan_now(config, found)
+            _, done_bytes = _convert(work, config, work.parts)
+            summary = merge.merge(store, work.plan, config, work.key)
     seconds = time.monotonic() - start
     return {**summary, "seconds": round(seconds, 3), "mb_per_s": round(done_bytes / 1e6 / seconds, 3)}
 
 
-def _hash_all(
-    pool: ProcessPoolExecutor | None, pairs: Sequence[ImageLabel], subject_pattern: str
-) -> Iterator[PlannedSource]:
-    plan = partial(sources.plan_source, subject_pattern=subject_pattern)
-    results = map(plan, pairs) if pool is None else pool.map(plan, pairs, chunksize=8)
-    yield from console.track(results, "hash sources", len(pairs))
+LOCK_NAME = "ingest.lock"
+
+
+@contextmanager
+def _sole_ingest(store: Path) -> Iterator[None]:
+    """Nobody else converts, merges or removes, and no array task is at work."""
+    with sole_writer(store / LOCK_NAME, "another ingest"):
+        for lock in sorted(store.glob("task-*.lock")):
+            refuse_if_held(lock)
+        yield
+
+
+def _run_task(store: Path, config: IngestConfig) -> tuple[dict[str, Any], int]:
+    assert config.task is not None, "called for an array task"
+    index, count = task_share(config.task)
+    _make_folder(store)
+    refuse_if_held(store / LOCK_NAME)
+    with sole_writer(store / f"task-{index:05d}-of-{count:05d}.lock", f"ingest task {config.task}"):
+        work = planning.planned_by_anyone(config)
+        return _convert(work, config, [part for part in work.parts if part % count == index])
+
+
+def _make_folder(store: Path) -> None:
+    with durable.explained(DataError, store, "choose another out"):
+        store.mkdir(parents=True, exist_ok=True)
+
+
+def _convert(
+    work: planning.Work, config: IngestConfig, parts: Sequence[int]
+) -> tuple[dict[str, Any], int]:
+    """Convert those of `parts` that are not finished. Returns counts over all of them, and the bytes that were read."""
+    store = Path(config.out)
+    receipts: dict[int, Lines] = {}
+    for part in parts:
+        lines = read_receipt(store, part)
+        if lines is not None:
+            receipts[part] = lines
+    if receipts:
+        console.say(f"{store}: {len(receipts)} of {len(parts)} parts are finished already")
+    todo = [part for part in parts if part not in receipts]
+    by_part = {part: sources for one in work.plan.rounds for part, sources in one.by_part().items()}
+    done_bytes = sum(source.size_bytes for part in todo for source in by_part[part])
+    for part in todo if config.task is not None else ("*",):  # other parts may be at work in other tasks
+        _remove_leftovers(store, part)
+    total = sum(len(by_part[part]) for part in todo)
+    with process_pool(config.workers, len(todo)) as pool:
+        for _ in console.track(_convert_all(pool, work, config, todo, by_part, receipts), "ingest", total):
+            pass
+    return _counts(receipts.values()), done_bytes
 
 
 def _convert_all(
     pool: ProcessPoolExecutor | None,
-    store: Path,
-    parts: list[list[PlannedSource]],
-    todo: list[int],
+    work: planning.Work,
     config: IngestConfig,
-    class_names: tuple[str, ...],
+    todo: Sequence[int],
+    by_part: Mapping[int, Sequence[PlannedSource]],
     receipts: dict[int, Lines],
 ) -> Iterator[dict[str, Any]]:
     """Fill `receipts`; yields one line a source as its part is finished."""
+
+    def how(part: int) -> Conversion:
+        return Conversion(
+            store=Path(config.out),
+            config=config,
+            class_names=work.round_of(part).class_names,
+            key=work.key,
+            withdrawn=work.info.withdrawn,
+        )
+
     if pool is None:
         for part in todo:
-            receipts[part] = convert_part(store, part, parts[part], config, class_names)
+            receipts[part] = convert_part(part, by_part[part], how(part))
             yield from receipts[part]
         return
     # The largest first, so that no worker starts a long part when the others have nothing left.
-    todo = sorted(todo, key=lambda part: -sum(source.size_bytes for source in parts[part]))
-    jobs = {pool.submit(convert_part, store, part, parts[part], config, class_names): part for part in todo}
+    todo = sorted(todo, key=lambda part: -sum(source.size_bytes for source in by_part[part]))
+    jobs = {pool.submit(convert_part, part, by_part[part], how(part)): part for part in todo}
     for job in as_completed(jobs):
         receipts[jobs[job]] = job.result()
         yield from receipts[jobs[job]]
 
 
-def _write_or_compare_info(
-    store: Path,
-    config: IngestConfig,
-    class_names: tuple[str, ...],
-    parts: list[list[PlannedSource]],
-    key_fingerprint: str,
-) -> None:
-    tree = {**config_tree(config), "class_names": list(class_names)}
-    tree = {name: value for name, value in tree.items() if name not in OUTSIDE_HASH}
-    planned = [(source.sha256, source.label_sha256, source.problem) for part in parts for source in part]
-    overlays = {}
-    if any(source.label for part in parts for source in part):
-        overlays[config.overlay] = layout.OverlayInfo(class_names=class_names)
-    info = layout.StoreInfo(
-        chunk_voxels=config.chunk_voxels,
-        codec=config.codec,
-        intensity=config.intensity,
-        modality=config.modality,
-        num_parts=len(parts),
-        ingest=tree,
-        ingest_hash=tree_hash(tree),
-        sources_hash=tree_hash(planned),
-        subject_key_fingerprint=key_fingerprint,
-        overlays=overlays,
-    )
-    if not layout.info_path(store).exists():
-        strangers = [entry.name for entry in sorted(store.iterdir()) if not _is_ours(entry.name)]
-        if strangers:
-            raise ConfigError(f"{store}: not a store, and not empty (it holds {strangers[0]}); choose another out")
-        with durable.explained(DataError, store, "choose another out"):
-            layout.write_info(store, info)
-        return
-    old = layout.read_info(store)
-    if old.ingest_hash != info.ingest_hash:
-        raise ConfigError(
-            f"{store}: was made with another config:\n  "
-            + "\n  ".join(differing_keys(old.ingest, info.ingest))
-            + "\nchoose another out, or go back to these values"
-        )
-    if old.sources_hash != info.sources_hash:
-        raise ConfigError(
-            f"{store}: was made from other sources than the {len(planned)} that are there now (a file was added, "
-            "removed or changed); choose another out, or restore the sources"
-        )
-    if old.subject_key_fingerprint != key_fingerprint:
-        raise ConfigError(
-            f"{store}: was made with the subject key {old.subject_key_fingerprint}, this one is {key_fingerprint}; "
-            "give the right one with subject_key=FILE"
-        )
+def _counts(receipts: Iterable[Lines]) -> dict[str, Any]:
+    lines = [line for receipt in receipts for line in receipt]
+    outcomes = Counter(line["outcome"] for line in lines)
+    reasons = Counter(line["reason"] for line in lines if line["outcome"] == "quarantined")
+    return {
+        "stored": outcomes["stored"],
+        "quarantined": outcomes["quarantined"],
+        "duplicates": outcomes["duplicate"],
+        "reasons": dict(sorted(reasons.items())),
+    }
 
 
-_LOCK_NAME = "ingest.lock"
-_OURS = {"packs", "overlays", "receipts"}
-
-
-def _is_ours(name: str) -> bool:
-    return name in _OURS or _LOCK_NAME in name  # the lock, its holder's sign of life, and drafts of both
-
-
-def _remove_leftovers(store: Path) -> None:
-    """Temporary files of an ingest that was killed. Nobody else writes: the lock is ours."""
-    for path in store.rglob(f"{durable.TEMPORARY_PREFIX}*"):
-        if _LOCK_NAME not in path.name:  # drafts of others who are about to be refused
-            path.unlink(missing_ok=True)
+def _remove_leftovers(store: Path, part: int | str) -> None:
+    """Temporary files of a part (`*`: of all) whose ingest was killed."""
+    number = part if isinstance(part, str) else f"{part:05d}"
+    for path in store.rglob(f"{durable.TEMPORARY_PREFIX}part-{number}.*"):
+        path.unlink(missing_ok=True)

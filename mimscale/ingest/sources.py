@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mimscale import durable
@@ -19,25 +19,19 @@ class Found:
     """What `sources` stands for."""
 
     pairs: tuple[ImageLabel, ...]
+    sources: "tuple[Source, ...]" = ()
     class_names: tuple[str, ...] = ()  # as a dataset.json gives them
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedSource:
-    """One source of a plan."""
-
-    image: str
-    label: str | None
-    subject: str  # as the file name says; never written into the store
-    sha256: str  # of the image's bytes (of its path, when there are none to read)
-    label_sha256: str | None
-    size_bytes: int
-    problem: tuple[str, str] | None = None  # reason and detail, when a file could not even be hashed
-
-    @property
-    def id(self) -> str:
-        """The volume id."""
-        return self.sha256[:16]
+class Source:
+    channels: tuple[tuple[str, ...], ...]
+    label: tuple[str, ...] = ()
+    subject: str
+    modality: str | None = None
+    split: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    problem: tuple[str, str] | None = None
 
 
 def stem(path: str) -> str:
@@ -49,7 +43,7 @@ def stem(path: str) -> str:
     return name
 
 
-def find(sources: Sources) -> Found:
+def find(sources: Sources, config: IngestConfig) -> Found:
     """Expand `sources`.
 
     Raises:
@@ -57,7 +51,12 @@ def find(sources: Sources) -> Found:
     """
     found = _find(sources)
     pairs = sorted(set(found.pairs), key=lambda pair: (pair.image, pair.label or ""))
-    return Found(tuple(pairs), found.class_names)
+    out = []
+    for pair in pairs:
+        files = (pair.image,) + ((str(Path(pair.image).with_suffix(".json")),) if pair.image.endswith(".npy") else ())
+        label = (pair.label,) if pair.label else ()
+        out.append(Source(channels=(files,), label=label, subject=subject_of(pair.image, config.subject_pattern)))
+    return Found(tuple(pairs), tuple(out), found.class_names)
 
 
 def _find(sources: Sources) -> Found:
@@ -80,7 +79,7 @@ def _find(sources: Sources) -> Found:
             raise DataError(f"sources: class names {found.class_names} of {source} are not {names}, those before it")
         names = names or found.class_names
         pairs += found.pairs
-    return Found(tuple(pairs), names)
+    return Found(tuple(pairs), (), names)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -145,7 +144,7 @@ def _decathlon(path: Path) -> Found:
         raise DataError(f"{path}: lists no volume under training or test")
     if sorted(numbered) != list(range(len(numbered))):
         raise DataError(f"{path}: labels {sorted(numbered)} must run 0, 1, 2, ... without a gap")
-    return Found(tuple(pairs), tuple(numbered[value] for value in range(len(numbered))))
+    return Found(tuple(pairs), (), tuple(numbered[value] for value in range(len(numbered))))
 
 
 def subject_of(image: str, pattern: str) -> str:
@@ -156,39 +155,3 @@ def subject_of(image: str, pattern: str) -> str:
     return str(groups[0]) if groups else name
 
 
-def plan_source(pair: ImageLabel, subject_pattern: str) -> PlannedSource:
-    """Hash one source. Files that are missing or cannot be read become a `problem`, not an error."""
-    problem: tuple[str, str] | None = None
-    sizes, hashes = [], []
-    for kind, path in (("image", pair.image), ("label", pair.label)):
-        digest = None
-        if path is not None:
-            try:
-                digest = durable.sha256_of_file(Path(path))
-                sizes.append(Path(path).stat().st_size)
-            except FileNotFoundError:
-                problem = problem or ("missing_file", f"no such {kind} file")
-            except OSError as error:
-                problem = problem or ("unreadable", f"{kind}: {error.strerror}")
-        hashes.append(digest)
-    return PlannedSource(
-        image=pair.image,
-        label=pair.label,
-        subject=subject_of(pair.image, subject_pattern),
-        sha256=hashes[0] or hashlib.sha256(f"no bytes at {pair.image}".encode()).hexdigest(),
-        label_sha256=hashes[1],
-        size_bytes=sum(sizes),
-        problem=problem,
-    )
-
-
-def plan_parts(sources: Sequence[PlannedSource], config: IngestConfig) -> list[list[PlannedSource]]:
-    """Which sources go into which part: a hash of a source's bytes decides, so neither workers nor order matter."""
-    total_bytes = sum(source.size_bytes for source in sources)
-    count = config.parts or max(1, -(-total_bytes // config.part_bytes))
-    parts: list[list[PlannedSource]] = [[] for _ in range(count)]
-    # Of equal images a labelled one comes first, so that it is the one that is kept.
-    by_content = sorted(sources, key=lambda one: (one.sha256, not one.label_sha256, one.label_sha256 or "", one.image))
-    for source in by_content:
-        parts[int(source.sha256[16:32], 16) % count].append(source)
-    return parts

@@ -18,7 +18,7 @@ from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
 from mimscale.store.intensity import IntensityContract
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IGNORE_VALUE = 255  # an overlay voxel that no loss and no score may count
 # Blosc settings that the own encoder writes and the own reader decodes: name -> (compressor, level, shuffle).
 CODECS = {"zstd": ("zstd", 3, "bitshuffle"), "fast": ("lz4", 5, "bitshuffle")}
@@ -42,12 +42,14 @@ class StoreInfo:
     codec: str  # a key of CODECS; the reader leaves any other to zarr-python
     intensity: IntensityContract
     modality: str
-    num_parts: int
-    ingest: dict[str, Any]  # the ingest config, without the keys that do not change a voxel or a row
+    num_parts: int  # the number of the next part
+    ingest: dict[str, Any]  # the keys of the ingest config that are the same for every volume
     ingest_hash: str  # of `ingest`
-    sources_hash: str  # of the planned sources: a store never mixes two plans
     subject_key_fingerprint: str  # of the key that lies outside the store
     overlays: dict[str, OverlayInfo] = field(default_factory=dict)
+    withdrawn: tuple[str, ...] = ()  # hidden names of subjects that must not come back
+    rewritten_parts: dict[int, int] = field(default_factory=dict)  # part -> its successor, while a removal is going on
+    removed_parts: tuple[int, ...] = ()  # parts whose successor has taken their place
 
 
 def info_path(store: Path) -> Path:

@@ -6,7 +6,7 @@ N rows | C channels | Z Y X volume, voxels
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,14 @@ class OverlayRow:
     sha256: str  # of the shard
     source_sha256: str
     class_voxels: tuple[int, ...]  # voxels of class 0, 1, ...
+    on_source_grid: bool = False  # its grid is that of the source, turned to RAS+, not that of the stored volume
 
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeRow:
     """One volume of a store."""
 
-    id: str  # first 16 hex digits of source_sha256
+    id: str  # 16 hex digits, of source_sha256 and of the config that decides its voxels
     subject: str  # keyed hash; the key lies outside the store
     dataset: str
     licence: str
@@ -64,6 +65,11 @@ class VolumeRow:
     stats: tuple[ChannelStats, ...]  # one a channel
     foreground_box: Box  # zyx start and stop of all that is no air
     overlays: dict[str, OverlayRow]
+    tags: dict[str, str] = field(default_factory=dict)  # what the list of sources says besides, to filter by
+    acquisition: dict[str, str] = field(default_factory=dict)  # how it was taken: header fields that name nobody
+    warnings: tuple[str, ...] = ()  # what the quality gates found
+    crop_box: Box | None = None  # zyx start and stop, in the source grid turned to RAS+, of what is stored; None: all
+    resampled: bool = False  # its voxels are not those of the source
 
 
 _STATS = pa.struct([(item.name, pa.float64()) for item in dataclasses.fields(ChannelStats)])
@@ -76,6 +82,7 @@ _OVERLAY = pa.struct(
         ("sha256", pa.string()),
         ("source_sha256", pa.string()),
         ("class_voxels", pa.list_(pa.int64())),
+        ("on_source_grid", pa.bool_()),
     ]
 )
 SCHEMA = pa.schema(
@@ -103,8 +110,16 @@ SCHEMA = pa.schema(
         ("stats", pa.list_(_STATS)),
         ("foreground_box", pa.list_(pa.int32(), 6)),
         ("overlays", pa.list_(_OVERLAY)),
+        ("tags", pa.map_(pa.string(), pa.string())),
+        ("acquisition", pa.map_(pa.string(), pa.string())),
+        ("warnings", pa.list_(pa.string())),
+        ("crop_box", pa.list_(pa.int32(), 6)),
+        ("resampled", pa.bool_()),
     ]
 )
+
+
+_MAPS = ("tags", "acquisition")
 
 
 class Manifest:
@@ -171,7 +186,7 @@ def write_manifest(store: Path, rows: Sequence[VolumeRow]) -> None:
     for row in sorted(rows, key=lambda row: row.id):
         tree = row_tree(row)
         tree["overlays"] = [{"name": name, **overlay} for name, overlay in sorted(tree["overlays"].items())]
-        trees.append(tree)
+        trees.append({**tree, **{name: sorted(tree[name].items()) for name in _MAPS}})
     path = layout.manifest_path(store)
     with (
         durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"),
@@ -207,9 +222,10 @@ def load_manifest(store: Path) -> Manifest:
 
 
 def row_tree(row: VolumeRow) -> dict[str, Any]:
-    """A row as plain lists, numbers and text; the foreground box is six numbers."""
+    """A row as plain lists, numbers and text; a box is six numbers."""
     tree = dataclasses.asdict(row)
-    tree["foreground_box"] = [edge for axis in row.foreground_box for edge in axis]
+    tree["foreground_box"] = _flat(row.foreground_box)
+    tree["crop_box"] = None if row.crop_box is None else _flat(row.crop_box)
     return tree
 
 
@@ -219,12 +235,31 @@ def row_of_receipt(tree: dict[str, Any]) -> VolumeRow:
     return _row_of_tree({**tree, "overlays": overlays})
 
 
+def overlay_of_receipt(tree: dict[str, Any]) -> OverlayRow:
+    """The overlay that `dataclasses.asdict` made into JSON."""
+    return OverlayRow(**{**tree, "class_voxels": tuple(tree["class_voxels"])})
+
+
 def _row_of_tree(tree: dict[str, Any]) -> VolumeRow:
-    z0, z1, y0, y1, x0, x1 = tree.pop("foreground_box")
     overlays = {}
-    for overlay in tree.pop("overlays"):
+    for overlay in tree["overlays"]:
         fields = {name: value for name, value in overlay.items() if name != "name"}
-        overlays[overlay["name"]] = OverlayRow(**{**fields, "class_voxels": tuple(overlay["class_voxels"])})
-    stats = tuple(ChannelStats(**channel) for channel in tree.pop("stats"))
+        overlays[overlay["name"]] = overlay_of_receipt(fields)
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-    return VolumeRow(**plain, stats=stats, foreground_box=((z0, z1), (y0, y1), (x0, x1)), overlays=overlays)
+    plain |= {
+        "stats": tuple(ChannelStats(**channel) for channel in tree["stats"]),
+        "foreground_box": _box(tree["foreground_box"]),
+        "crop_box": None if tree["crop_box"] is None else _box(tree["crop_box"]),
+        "overlays": overlays,
+        **{name: dict(tree[name]) for name in _MAPS},
+    }
+    return VolumeRow(**plain)
+
+
+def _flat(box: Box) -> list[int]:
+    return [edge for axis in box for edge in axis]
+
+
+def _box(flat: Sequence[int]) -> Box:
+    z0, z1, y0, y1, x0, x1 = flat
+    return ((z0, z1), (y0, y1), (x0, x1))

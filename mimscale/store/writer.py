@@ -85,6 +85,18 @@ class PackWriter:
         end = self._write(f"{volume_id}/{SHARD_KEY}", data)
         return ShardPlace(offset_bytes=end - len(data), length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
+    def copy(self, source: zipfile.ZipFile, volume_id: str) -> ShardPlace:
+        """Append a volume of another pack as it stands there, without decoding it.
+
+        Raises:
+            KeyError: the other pack holds no such volume.
+        """
+        for name in (f"{volume_id}/zarr.json", f"{volume_id}/0/zarr.json"):
+            self._write(name, source.read(name))
+        data = source.read(f"{volume_id}/{SHARD_KEY}")
+        end = self._write(f"{volume_id}/{SHARD_KEY}", data)
+        return ShardPlace(offset_bytes=end - len(data), length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
     def _write_json(self, name: str, tree: dict[str, Any]) -> None:
         self._write(name, json.dumps(tree, sort_keys=True, allow_nan=False).encode())
 

@@ -121,7 +121,8 @@ def test_a_damaged_pack_is_repaired_as_the_error_says(store, pristine):
     before = path.read_bytes()
     path.unlink()
     layout.receipt_path(store, row.part).unlink()
-    shutil.copy(pristine.parent / "store.subject_key", store.parent / "store.subject_key")
+    for name in ("store.subject_key", "store.plan.jsonl"):
+        shutil.copy(pristine.parent / name, store.parent / name)
     folder = pristine.parent / "sources"
     sources = {kind: str(folder / kind / "*.nii.gz") for kind in ("images", "labels")}
     ingest(config_of(sources, store, parts=2, chunk_voxels=16))

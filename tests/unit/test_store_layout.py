@@ -24,7 +24,7 @@ def test_a_folder_without_store_json_is_named_with_the_way_out(tmp_path):
 
 def test_a_store_of_another_format_version_is_refused_with_both_versions(tmp_path):
     info_path(tmp_path).write_text(json.dumps({"format_version": 7}))
-    with pytest.raises(DataError, match=r"version 7, this mimscale reads version 1; ingest the sources again"):
+    with pytest.raises(DataError, match=r"version 7, this mimscale reads version 2; ingest the sources again"):
         read_info(tmp_path)
 
 

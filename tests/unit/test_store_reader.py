@@ -22,8 +22,8 @@ def store(tmp_path_factory):
 
 def expected_box(volume, start, size, outside):
     """The slow way: pad far beyond everything, then cut."""
-    padded = np.pad(volume, [(0, 0), (64, 64), (64, 64), (64, 64)], constant_values=outside)
-    return padded[(slice(None), *(slice(64 + a, 64 + a + b) for a, b in zip(start, size, strict=True)))]
+    padded = np.pad(volume, [(0, 0), (128, 128), (128, 128), (128, 128)], constant_values=outside)
+    return padded[(slice(None), *(slice(128 + a, 128 + a + b) for a, b in zip(start, size, strict=True)))]
 
 
 axis = st.tuples(st.integers(-20, 50), st.integers(1, 40))
