@@ -42,7 +42,9 @@ def describe(volume: NDArray[Any], modality: str) -> tuple[tuple[ChannelStats, .
     _, z, y, x = volume.shape
     used = [np.zeros(edge, dtype=bool) for edge in (z, y, x)]
     for channel in volume:
-        values: _Counted | _Sorted = _counted(channel) if channel.dtype.kind in "iu" else _Sorted(np.sort(channel, None))
+        values: _Counted | _Sorted = (
+            _counted(channel) if channel.dtype.kind in "iu" else _Sorted(np.sort(channel, None))
+        )
         if modality == "ct":
             values = values.at_least(CT_PADDING_BELOW_HU) or values
         p0_5, p50, p99_5 = values.percentile(0.5), values.percentile(50), values.percentile(99.5)

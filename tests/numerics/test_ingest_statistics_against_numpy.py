@@ -103,5 +103,5 @@ def test_values_are_counted_block_by_block_and_a_number_outside_is_refused():
     assert statistics.count_values(array, -5, 8).tolist() == [int((array == value).sum()) for value in range(-5, 9)]
     with pytest.raises(ValueError, match="holds 8, above 7"):
         statistics.count_values(array, -5, 7)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="negative"):
         statistics.count_values(array, -4, 8)
