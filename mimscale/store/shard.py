@@ -8,7 +8,9 @@ offset and length of each; both 2^64-1 means that all voxels are the fill value 
 """
 
 import struct
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 import google_crc32c
@@ -23,7 +25,10 @@ numcodecs.blosc.use_threads = False
 
 EMPTY = 2**64 - 1
 CRC_BYTES = 4
-_SHUFFLES = {"shuffle": numcodecs.blosc.SHUFFLE, "bitshuffle": numcodecs.blosc.BITSHUFFLE}
+_SHUFFLES = {"bitshuffle": numcodecs.blosc.BITSHUFFLE, "shuffle": numcodecs.blosc.SHUFFLE}
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+_PLACES_TRIED = 64
+_CHUNKS_SAMPLED = 16
 
 
 def chunk_grid(shape: tuple[int, ...], chunk_voxels: int) -> tuple[int, int, int, int]:
@@ -42,29 +47,68 @@ def crc32c(data: bytes | memoryview) -> bytes:
     return struct.pack("<I", google_crc32c.value(bytes(data) if isinstance(data, memoryview) else data))
 
 
-def encode_shard(volume: NDArray[Any], fill_value: float, chunk_voxels: int, codec: str) -> bytes:
-    """Encode a volume [C, Z, Y, X]; the same voxels always give the same bytes."""
-    compressor, level, shuffle = CODECS[codec]
-    fill = np.asarray(fill_value, dtype=volume.dtype)
-    little = volume.dtype.newbyteorder("<")
-    grid = chunk_grid(volume.shape, chunk_voxels)
-    index = np.full((int(np.prod(grid)), 2), EMPTY, dtype="<u8")
-    chunks: list[bytes] = []
+@dataclass(frozen=True)
+class Blosc:
+    """How the chunks of one array are compressed."""
+
+    compressor: str
+    level: int
+    shuffle: str  # "shuffle" or "bitshuffle"
+
+    def compress(self, chunk: NDArray[Any]) -> bytes:
+        """One contiguous chunk, without its crc32c."""
+        data: bytes = numcodecs.blosc.compress(chunk, self.compressor.encode(), self.level, _SHUFFLES[self.shuffle])
+        return data
+
+
+def choose_blosc(volume: NDArray[Any], fill_value: float, chunk_voxels: int, codec: str) -> Blosc:
+    """The settings of preset `codec` for a volume [C, Z, Y, X], with the shuffle that fits its voxels.
+
+    A few chunks are compressed with each; which is smaller depends on noise and range, and the wrong one costs up to
+    15 %. The same voxels always give the same choice.
+    """
+    compressor, level = CODECS[codec]
+    corners = list(product(*map(range, chunk_grid(volume.shape, chunk_voxels))))
+    # Multiples of the golden ratio lie all over the grid; a fixed stride may see nothing but its border.
+    places = dict.fromkeys(int(number * _GOLDEN_RATIO % 1 * len(corners)) for number in range(_PLACES_TRIED))
+    chunks = _chunks(volume, fill_value, chunk_voxels, [corners[place] for place in places])
+    sample = list(islice((chunk.copy() for chunk in chunks if chunk is not None), _CHUNKS_SAMPLED))
+    choices = [Blosc(compressor, level, shuffle) for shuffle in _SHUFFLES]
+    return min(choices, key=lambda blosc: sum(len(blosc.compress(chunk)) for chunk in sample))
+
+
+def encode_shard(volume: NDArray[Any], fill_value: float, chunk_voxels: int, blosc: Blosc) -> Iterator[bytes]:
+    """Encode a volume [C, Z, Y, X], piece by piece; the same voxels always give the same bytes."""
+    corners = list(product(*map(range, chunk_grid(volume.shape, chunk_voxels))))
+    index = np.full((len(corners), 2), EMPTY, dtype="<u8")
     offset = 0
-    for number, (channel, *corner) in enumerate(product(*map(range, grid))):
-        box = tuple(slice(edge * chunk_voxels, (edge + 1) * chunk_voxels) for edge in corner)
-        inside = volume[channel][box]
-        if np.array_equal(inside, np.broadcast_to(fill, inside.shape)):
-            continue
-        chunk = np.full((chunk_voxels,) * 3, fill, dtype=little)
-        chunk[tuple(slice(edge) for edge in inside.shape)] = inside
-        data = numcodecs.blosc.compress(chunk, compressor.encode(), level, _SHUFFLES[shuffle])
-        data += crc32c(data)
-        index[number] = offset, len(data)
-        offset += len(data)
-        chunks.append(data)
+    for number, chunk in enumerate(_chunks(volume, fill_value, chunk_voxels, corners)):
+        if chunk is not None:
+            data = blosc.compress(chunk)
+            data += crc32c(data)
+            index[number] = offset, len(data)
+            offset += len(data)
+            yield data
     entries = index.tobytes()
-    return b"".join([*chunks, entries, crc32c(entries)])
+    yield entries + crc32c(entries)
+
+
+def _chunks(
+    volume: NDArray[Any], fill_value: float, chunk_voxels: int, corners: Sequence[tuple[int, ...]]
+) -> Iterator[NDArray[Any] | None]:
+    """The chunks at `corners` (c, z, y, x of the chunk grid), filled up where they reach beyond the volume.
+
+    None stands for a chunk of nothing but the fill value. All others lie in one buffer, each valid until the next.
+    """
+    shape = (chunk_voxels,) * 3
+    chunk = np.empty(shape, dtype=volume.dtype.newbyteorder("<"))
+    nothing = np.full(shape, fill_value, dtype=chunk.dtype).tobytes()
+    for channel, *corner in corners:
+        inside = volume[channel][tuple(slice(edge * chunk_voxels, (edge + 1) * chunk_voxels) for edge in corner)]
+        if inside.shape != shape:
+            chunk[...] = fill_value
+        chunk[tuple(slice(edge) for edge in inside.shape)] = inside
+        yield None if chunk.tobytes() == nothing else chunk  # as bytes: ten times faster than voxel by voxel
 
 
 def parse_index(data: bytes, data_bytes: int) -> NDArray[np.uint64]:
@@ -116,12 +160,17 @@ def decode_chunk(data: bytes | memoryview, out: NDArray[Any]) -> None:
 
 
 def array_metadata(
-    shape: tuple[int, ...], dtype: np.dtype[Any], fill_value: float, chunk_voxels: int, codec: str
+    shape: tuple[int, ...], dtype: np.dtype[Any], fill_value: float, chunk_voxels: int, blosc: Blosc
 ) -> dict[str, Any]:
     """`zarr.json` of the array that a shard holds: only codecs of the Zarr v3 specification."""
-    compressor, level, shuffle = CODECS[codec]
     grid = chunk_grid(shape, chunk_voxels)
-    blosc = {"typesize": dtype.itemsize, "cname": compressor, "clevel": level, "shuffle": shuffle, "blocksize": 0}
+    compression = {
+        "typesize": dtype.itemsize,
+        "cname": blosc.compressor,
+        "clevel": blosc.level,
+        "shuffle": blosc.shuffle,
+        "blocksize": 0,
+    }
     # A single byte has no endianness, and the specification asks to leave it out.
     order = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
     return {
@@ -142,7 +191,7 @@ def array_metadata(
                 "name": "sharding_indexed",
                 "configuration": {
                     "chunk_shape": [1, chunk_voxels, chunk_voxels, chunk_voxels],
-                    "codecs": [order, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
+                    "codecs": [order, {"name": "blosc", "configuration": compression}, {"name": "crc32c"}],
                     "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                     "index_location": "end",
                 },

@@ -6,6 +6,7 @@ Timestamps, order and attributes are fixed, so that the same volumes always give
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,13 @@ class PackWriter:
             spacing_mm: [Z, Y, X].
             attributes: what stands beside the OME metadata under `mimscale`.
         """
-        data = shard.encode_shard(volume, fill_value, self._chunk_voxels, self._codec)
-        metadata = shard.array_metadata(volume.shape, volume.dtype, fill_value, self._chunk_voxels, self._codec)
+        blosc = shard.choose_blosc(volume, fill_value, self._chunk_voxels, self._codec)
+        metadata = shard.array_metadata(volume.shape, volume.dtype, fill_value, self._chunk_voxels, blosc)
         ome = _ome(volume_id, spacing_mm)
         self._write_json(f"{volume_id}/zarr.json", _group({"ome": ome, "mimscale": attributes}))
         self._write_json(f"{volume_id}/0/zarr.json", metadata)
-        end = self._write(f"{volume_id}/{SHARD_KEY}", data)
-        return ShardPlace(offset_bytes=end - len(data), length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        pieces = shard.encode_shard(volume, fill_value, self._chunk_voxels, blosc)
+        return self._write(f"{volume_id}/{SHARD_KEY}", pieces, volume.nbytes)
 
     def copy(self, source: zipfile.ZipFile, volume_id: str) -> ShardPlace:
         """Append a volume of another pack as it stands there, without decoding it.
@@ -98,16 +99,25 @@ class PackWriter:
         return ShardPlace(offset_bytes=end - len(data), length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _write_json(self, name: str, tree: dict[str, Any]) -> None:
-        self._write(name, json.dumps(tree, sort_keys=True, allow_nan=False).encode())
+        data = json.dumps(tree, sort_keys=True, allow_nan=False).encode()
+        self._write(name, [data], len(data))
 
-    def _write(self, name: str, data: bytes) -> int:
+    def _write(self, name: str, pieces: Iterable[bytes], expected_bytes: int) -> ShardPlace:
+        """Append an entry as its pieces are made, so that none of it but a piece is in memory."""
         entry = zipfile.ZipInfo(name, _EPOCH)
         entry.external_attr = 0o644 << 16
         entry.create_system = 3  # Unix, whatever this runs on
+        entry.file_size = expected_bytes  # above 2 GiB the entry gets 64-bit sizes, which cannot be added afterwards
+        digest = hashlib.sha256()
         # Explained here too: when several packs are open, the error must name the one that did not fit.
         with durable.explained(DataError, self._path, _WAY_OUT):
-            self._zip.writestr(entry, data)
-        return self._file.tell()  # the end of the data: the file can seek, so no descriptor follows
+            with self._zip.open(entry, "w") as file:
+                start = self._file.tell()
+                for piece in pieces:
+                    file.write(piece)
+                    digest.update(piece)
+            end = self._file.tell()  # the end of the data: the file can seek, so no descriptor follows
+        return ShardPlace(offset_bytes=start, length_bytes=end - start, sha256=digest.hexdigest())
 
 
 def _group(attributes: dict[str, Any]) -> dict[str, Any]:
