@@ -96,22 +96,38 @@ def _fold(store: Path, plan: Plan, info: layout.StoreInfo, key: bytes) -> _Folde
             "or were killed; run these tasks again, or the ingest without task= and merge="
         )
     entries = []
-    newest_round: dict[tuple[tuple[str, ...], ...], int] = {}
     for number, one in enumerate(plan.rounds):
         for source in one.sources:
             entry = _Entry(source, number, line_of[source.receipt_key(key)])
             if entry.line["outcome"] == "stored":
                 entry.row = row_of_receipt(entry.line["row"])
-            if source.overlay_of is None:
-                newest_round[source.channels] = number
             entries.append(entry)
-    # A file that was read again in a later round had changed: only what it is now counts.
-    current = [
-        entry
-        for entry in entries
-        if entry.source.overlay_of is not None or newest_round[entry.source.channels] == entry.round_number
-    ]
+    current = _newest(entries)
     return _Folded(current, superseded=len(entries) - len(current))
+
+
+def _newest(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Of a file that was read in several rounds: what it is now. Only touched, it stays where it was stored first."""
+    of_file: dict[tuple[tuple[str, ...], ...], list[_Entry]] = {}
+    for entry in entries:
+        if entry.source.overlay_of is None:
+            of_file.setdefault(entry.source.channels, []).append(entry)
+    dropped = set()
+    for group in of_file.values():
+        newest = [entry for entry in group if entry.round_number == group[-1].round_number]
+        older = [entry for entry in group if entry.round_number != group[-1].round_number]
+        first_of = {entry.row.id: entry for entry in reversed(older) if entry.row is not None}
+        for entry in newest:
+            first = first_of.pop(entry.row.id, None) if entry.row is not None else None
+            if first is not None and first.row is not None and entry.row is not None:
+                for name, overlay in entry.row.overlays.items():
+                    before = first.row.overlays.get(name)
+                    if before is None or before.sha256 != overlay.sha256:
+                        first.row.overlays[name] = overlay
+                older.remove(first)
+                dropped.add(id(entry))
+        dropped |= {id(entry) for entry in older}
+    return [entry for entry in entries if id(entry) not in dropped]
 
 
 def _drop_duplicates(entries: Sequence[_Entry]) -> dict[str, str]:

@@ -50,7 +50,7 @@ class PlannedSource:
 
     def receipt_key(self, key: bytes) -> str:
         """What names this source inside the store, where no file name may stand: 16 hex digits, keyed."""
-        text = json.dumps([self.channels, self.label, self.image_stamp, self.label_stamp, self.overlay_of])
+        text = json.dumps([self.part, self.channels, self.label, self.image_stamp, self.label_stamp])
         return hashlib.blake2b(text.encode(), key=key, digest_size=8).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def verify(store: Path) -> list[Bad]:
     Raises:
         DataError: no store, or no manifest to compare with.
     """
-    info = layout.read_info(store)
     manifest = load_manifest(store)
     reader = ShardReader(store, manifest)
     bad: list[Bad] = []
@@ -43,18 +41,17 @@ def verify(store: Path) -> list[Bad]:
         for overlay in (None, *row.overlays):
             bad += _damaged_shard(store, reader, row, overlay)
     reader.close()
-    for path in _packs(store, info, manifest):
+    for path in _packs(store, manifest):
         bad += _damaged_directory(path)
     return bad
 
 
-def _packs(store: Path, info: layout.StoreInfo, manifest: Manifest) -> Iterator[Path]:
-    for part in range(info.num_parts):
-        yield layout.pack_path(store, part)
-    rows = (manifest.row(index) for index in range(len(manifest)))
-    places = {(name, place.part) for row in rows for name, place in row.overlays.items()}
-    for name, part in sorted(places):
-        yield layout.overlay_path(store, name, part)
+def _packs(store: Path, manifest: Manifest) -> list[Path]:
+    """What the manifest speaks of, and what is there besides: packs of nothing but duplicates, say."""
+    rows = [manifest.row(index) for index in range(len(manifest))]
+    packs = {layout.pack_path(store, row.part) for row in rows}
+    packs |= {layout.overlay_path(store, name, place.part) for row in rows for name, place in row.overlays.items()}
+    return sorted({*packs, *store.glob("packs/*.zarr.zip"), *store.glob("overlays/*/*.zarr.zip")})
 
 
 def _damaged_shard(store: Path, reader: ShardReader, row: VolumeRow, overlay: str | None) -> list[Bad]:

@@ -93,10 +93,10 @@ class PackWriter:
             KeyError: the other pack holds no such volume.
         """
         for name in (f"{volume_id}/zarr.json", f"{volume_id}/0/zarr.json"):
-            self._write(name, source.read(name))
+            data = source.read(name)
+            self._write(name, [data], len(data))
         data = source.read(f"{volume_id}/{SHARD_KEY}")
-        end = self._write(f"{volume_id}/{SHARD_KEY}", data)
-        return ShardPlace(offset_bytes=end - len(data), length_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        return self._write(f"{volume_id}/{SHARD_KEY}", [data], len(data))
 
     def _write_json(self, name: str, tree: dict[str, Any]) -> None:
         data = json.dumps(tree, sort_keys=True, allow_nan=False).encode()
