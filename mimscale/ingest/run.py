@@ -1,5 +1,6 @@
 """`mimscale ingest`: volumes -> store, restartable, with the same bytes whatever the number of workers."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,11 +15,13 @@ from mimscale.ingest import merge, sources
 from mimscale.ingest.config import OUTSIDE_HASH, ImageLabel, IngestConfig
 from mimscale.ingest.convert import convert_part, read_receipt
 from mimscale.ingest.pool import process_pool
+from mimscale.ingest.read import REASONS
 from mimscale.ingest.sources import PlannedSource
 from mimscale.lock import sole_writer
 from mimscale.store import layout
 
 Lines = list[dict[str, Any]]
+MOST_NAMED = 10  # quarantined sources that are shown; the journal holds all
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +46,7 @@ def main(argv: list[str]) -> int:
         f"{summary['seconds']:.1f} s, {summary['mb_per_s']:.1f} MB of source files/s"
     )
     limit, journal = config.max_quarantined, merge.journal_path(Path(config.out))
+    _say_quarantined(journal)
     if summary["stored"] == 0:
         raise DataError(f"{config.out}: not one source could be stored; see the reason of each in {journal}")
     if limit is not None and summary["quarantined"] > limit:
@@ -96,6 +100,18 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         summary = merge.merge(store, parts, receipts, config, key)
     seconds = time.monotonic() - start
     return {**summary, "seconds": round(seconds, 3), "mb_per_s": round(done_bytes / 1e6 / seconds, 3)}
+
+
+def _say_quarantined(journal: Path) -> None:
+    """Name the first sources that were left out, each with what is wrong."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    left_out = [line for line in lines if line["outcome"] == "quarantined"]
+    for line in left_out[:MOST_NAMED]:
+        label = f" with label {line['label']}" if line["label"] else ""
+        console.say(f"  {line['source']}{label}: {REASONS[line['reason']]} ({line['reason']}: {line['detail']})")
+    if left_out:
+        more = f"{len(left_out) - MOST_NAMED} more in {journal}; " if len(left_out) > MOST_NAMED else ""
+        console.say(f"  {more}put these right or leave them out of sources, then ingest into another out")
 
 
 def _hash_all(
