@@ -6,6 +6,7 @@ dataclasses in its own torch-free `config.py`; a rule that a value must obey sta
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -61,12 +62,34 @@ def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(tree, extra="forbid")
     except ValidationError as error:
-        problems = [
-            f"  {'.'.join(map(str, item['loc'])) or '(top level)'}: {item['msg']}"
-            + ("" if item["type"] == "value_error" else f", got {item['input']!r:.80}")
-            for item in error.errors()
-        ]
+        problems = [f"  {_problem(cls, item)}" for item in error.errors()]
         raise ConfigError(f"{origin}: {len(problems)} problem(s)\n" + "\n".join(problems)) from None
+
+
+def _problem(cls: Any, item: Any) -> str:
+    """One mistake in words; `item` is one of pydantic's `errors()`."""
+    key = ".".join(map(str, item["loc"])) or "(top level)"
+    if item["type"] == "value_error":  # a rule of ours, which names its value
+        return f"{key}: {item['ctx']['error']}"
+    if item["type"] == "missing":
+        return f"{key}: missing; write it into the recipe, or give {key}=VALUE"
+    if item["type"] == "unexpected_keyword_argument":
+        *parents, last = item["loc"]
+        known = _keys_below(cls, parents)
+        close = difflib.get_close_matches(str(last), known, n=1)
+        way_out = (
+            f"did you mean {'.'.join([*map(str, parents), *close])}?" if close else f"known are {', '.join(known)}"
+        )
+        return f"{key}: no such key, got {item['input']!r:.80}; {way_out}"
+    return f"{key}: {item['msg']}, got {item['input']!r:.80}"
+
+
+def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:
+    """Field names of the config that stands at a key path; none where several kinds of value may stand."""
+    for parent in parents:
+        kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
+        cls = next((choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)), None)
+    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
 def config_tree(config: Any) -> dict[str, Any]:

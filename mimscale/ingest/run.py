@@ -6,6 +6,8 @@
     mimscale ingest RECIPE sources=... out=STORE remove=SUBJECT   withdraw a subject
 """
 
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +22,16 @@ from mimscale.errors import DataError
 from mimscale.ingest import merge, planning, remove
 from mimscale.ingest.config import IngestConfig, task_share
 from mimscale.ingest.convert import Conversion, convert_part
+from mimscale.ingest.gates import GATES
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.pool import process_pool
+from mimscale.ingest.read import REASONS
 from mimscale.ingest.receipts import Lines, read_receipt
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.store import layout
+
+
+MOST_NAMED = 10  # quarantined sources that are shown; the journal holds all
 
 
 def main(argv: list[str]) -> int:
@@ -67,8 +74,30 @@ def _say_summary(config: IngestConfig, summary: Mapping[str, Any]) -> None:
             example = summary.get("examples", {}).get(reason)
             first = f"; first {example}" if example else ""
             console.say(f"  {kind.removesuffix('s')} {reason}: {count}{first}")
-    if summary.get("examples"):
-        console.say(f"  which file a source is stands in {merge.journal_path(Path(config.out))}, under `receipt`")
+    journal = merge.journal_path(Path(config.out))
+    if not summary.get("examples"):
+        return
+    if any(name in os.environ for name in _JOB_VARIABLES):
+        # A job's log stays, and others may read it; names of files name patients.
+        console.say(f"  which file a source is stands in {journal}, under `receipt`")
+    else:
+        _say_quarantined(journal)
+
+
+_JOB_VARIABLES = ("MIMSCALE_JOB_ID", "SLURM_JOB_ID")
+
+
+def _say_quarantined(journal: Path) -> None:
+    """Name the first sources that were left out, each with what is wrong."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    left_out = [line for line in lines if line["outcome"] == "quarantined"]
+    for line in left_out[:MOST_NAMED]:
+        label = f" with label {line['label']}" if line["label"] else ""
+        meaning = REASONS.get(line["reason"]) or GATES[line["reason"]]
+        console.say(f"  {line['source']}{label}: {meaning} ({line['reason']}: {line['detail']})")
+    if left_out:
+        more = f"{len(left_out) - MOST_NAMED} more in {journal}; " if len(left_out) > MOST_NAMED else ""
+        console.say(f"  {more}put these right and run the same command again, or leave them out of sources")
 
 
 def ingest(config: IngestConfig) -> dict[str, Any]:

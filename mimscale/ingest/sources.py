@@ -84,6 +84,8 @@ def _find(sources: Sources) -> Found:
 
 def _expand(pattern: str) -> list[str]:
     paths = sorted(path for path in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(path).is_file())
+    if not paths and not glob.has_magic(pattern):
+        raise DataError(f"sources={pattern}: no such file or folder; give one that exists, or a glob")
     if not paths:
         raise DataError(f"sources={pattern}: matches no file; quote it, so that the shell leaves the pattern alone")
     return paths

@@ -49,9 +49,9 @@ class MaskConfig:
     unit_voxels: Zyx | None = None  # Z, Y, X edges of what is hidden together, a multiple of the patch; null: the patch
 
     def __post_init__(self) -> None:
-        for ratio in (self.ratio, *(self.ratio_range or ())):
-            if not 0 < ratio < 1:
-                raise ValueError(f"mask ratio {ratio}: must be above 0 and below 1")
+        for name, ratios in (("ratio", (self.ratio,)), ("ratio_range", self.ratio_range or ())):
+            if not all(0 < ratio < 1 for ratio in ratios):
+                raise ValueError(f"mask.{name}={getattr(self, name)}: must be above 0 and below 1")
         if self.ratio_range is not None and self.ratio_range[0] > self.ratio_range[1]:
             raise ValueError(
                 f"mask.ratio_range={list(self.ratio_range)}: the first number must not be above the second"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -143,11 +144,23 @@ def test_too_many_quarantined_exits_3_without_a_manifest_and_a_higher_limit_keep
     assert "1 of 1 parts are finished already" in printed.err
 
 
+def test_quarantined_sources_are_named_with_what_is_wrong_and_the_way_out(tmp_path, capsys):
+    sources, reasons = bad_sources(tmp_path / "s")
+    assert main(["ingest", recipe(tmp_path, sources=sources, class_names=["a", "b"]), f"out={tmp_path}/store"]) == 0
+    shown = capsys.readouterr().err
+    for name, reason in reasons.items():
+        assert (reason is None) or re.search(rf"/{re.escape(name)}( with label .*)?: .* \({reason}: .+\)", shown), name
+    assert f"{tmp_path}/s/labelled/moved.nii.gz with label {tmp_path}/s/l/moved.nii.gz: " in shown
+    assert "(not_finite: 1 of 216 voxels are NaN or infinite)" in shown
+    assert "leave them out of sources, then ingest into another out" in shown
+
+
 def test_nothing_stored_exits_3_and_says_where_the_reasons_are(tmp_path, capsys):
     (tmp_path / "a.nii").write_bytes(b"")
     assert main(["ingest", recipe(tmp_path), f"sources={tmp_path}/a.nii", f"out={tmp_path}/store", "--json"]) == 3
     printed = capsys.readouterr()
     assert json.loads(printed.out)["reasons"] == {"empty_file": 1}
+    assert f"{tmp_path}/a.nii: 0 bytes (empty_file: 0 bytes)" in printed.err
     assert "not one source could be stored" in printed.err
     assert "store.sources.jsonl" in printed.err
 

@@ -98,6 +98,14 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_no_script(folder):
     assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(|srcset", text)
 
 
+def test_no_column_of_the_page_is_wider_than_a_phone(folder):
+    style = (folder / "out" / "index.html").read_text().split("<style>")[1].split("</style>")[0]
+    least = re.findall(r"(?:minmax\(|min-width: *|(?<!max-)\bwidth: *)([\d.]+px|min\([^)]*\))", style)
+    assert least
+    for width in least:
+        assert "100%" in width or float(width.removesuffix("px")) <= 320, width
+
+
 def test_links_of_the_page_lead_to_its_sections(page):
     assert all(link.removeprefix("#") in page.ids for link in page.links)
 

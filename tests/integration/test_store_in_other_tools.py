@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from store_samples import config_of, make_store, opened, write_nifti
 
 from mimscale.ingest.run import ingest
 from mimscale.store import layout
-from mimscale.store.manifest import load_manifest
 
 
 @pytest.fixture(scope="module", params=["zstd", "fast"])
@@ -83,13 +83,17 @@ def test_other_readers_agree_on_an_unzipped_copy(store, tmp_path, tool):
     jobs, expected = [], []
     for path in stores(store):
         manifest, reader = opened(path)
-        for part in range(layout.read_info(path).num_parts):
-            with zipfile.ZipFile(layout.pack_path(path, part)) as pack:
-                pack.extractall(tmp_path / path.name / f"{part}")
-        for row in (manifest.row(index) for index in range(len(load_manifest(path)))):
-            out = str(tmp_path / f"{row.id}.npy")
-            jobs.append((str(tmp_path / path.name / f"{row.part}" / row.id / "0"), out))
-            expected.append((out, reader.read_volume(row)))
+        for zipped in path.rglob("*.zarr.zip"):
+            with zipfile.ZipFile(zipped) as pack:
+                pack.extractall(tmp_path / zipped.relative_to(store).with_suffix(""))
+        for row in (manifest.row(index) for index in range(len(manifest))):
+            places: dict[str | None, Path] = {None: layout.pack_path(path, row.part)}
+            places |= {name: layout.overlay_path(path, name, place.part) for name, place in row.overlays.items()}
+            for overlay, zipped in places.items():
+                out = str(tmp_path / f"{row.id}-{overlay}.npy")
+                jobs.append((str(tmp_path / zipped.relative_to(store).with_suffix("") / row.id / "0"), out))
+                expected.append((out, reader.read_volume(row, overlay)))
+    assert len(jobs) == 3 + 3 + 4  # images, their labels, and the volumes of the other store
     # In a process of its own: both start threads that do not survive a fork of the test process.
     subprocess.run(
         [sys.executable, "-c", READ_WITH[tool] + SAVE], input=json.dumps(jobs), text=True, check=True, timeout=120

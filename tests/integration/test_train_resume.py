@@ -50,13 +50,15 @@ def sample_ids(run: RunDir) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def saved_tensors(run: RunDir) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint's engine state: weights, both AdamW moments, step counts."""
+def saved_state(run: RunDir) -> dict[str, torch.Tensor]:
+    """Every tensor and number of the last checkpoint's engine state: weights, both AdamW moments, step counts."""
     found: dict[str, torch.Tensor] = {}
 
     def visit(prefix: str, node: Any) -> None:
         if isinstance(node, torch.Tensor):
             found[prefix] = node
+        elif isinstance(node, int | float):
+            found[prefix] = torch.tensor(node)
         elif isinstance(node, dict):
             for key, value in node.items():
                 visit(f"{prefix}/{key}", value)
@@ -88,7 +90,7 @@ def test_a_run_stopped_at_step_9_and_continued_has_the_bits_of_a_straight_one(st
     assert sample_ids(run) == sample_ids(reference)
     weights = [r.checkpoints / "step_00000020" / "weights.safetensors" for r in (run, reference)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    ours, theirs = saved_tensors(run), saved_tensors(reference)
+    ours, theirs = saved_state(run), saved_state(reference)
     assert ours.keys() == theirs.keys()
     assert any("exp_avg" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

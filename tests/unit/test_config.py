@@ -50,6 +50,24 @@ def test_every_mistake_is_named_at_once_with_its_full_key(tmp_path):
     assert "'many'" in message
 
 
+def test_an_unknown_key_comes_with_the_one_that_was_meant_or_with_those_that_there_are():
+    with pytest.raises(ConfigError) as caught:
+        config.load_config(PretrainConfig, None, ["optim.warm_up_steps=3", "model.colour=red", "zzz=1"])
+    message = str(caught.value)
+    assert "optim.warm_up_steps: no such key, got 3; did you mean optim.warmup_steps?" in message
+    assert "model.colour: no such key, got 'red'; known are dim, depth, heads" in message
+    assert "zzz: no such key, got 1; known are store, run_dir" in message
+
+
+def test_a_missing_key_says_how_to_give_it_and_a_rule_speaks_for_itself():
+    with pytest.raises(ConfigError) as caught:
+        config.load_config(Outer, None, ["inner.lr=-1"])
+    assert str(caught.value).splitlines()[1:] == [
+        "  name: missing; write it into the recipe, or give name=VALUE",
+        "  inner: inner.lr=-1.0: must be above 0",
+    ]
+
+
 def test_a_rule_of_a_class_names_its_value():
     with pytest.raises(ConfigError, match=r"inner\.lr=-1\.0: must be above 0"):
         config.load_config(Outer, None, ["name=a", "inner.lr=-1"])

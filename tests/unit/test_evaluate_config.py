@@ -17,7 +17,7 @@ from mimscale.evaluate.config import EvaluateConfig
         ("threads=0", "evaluate.threads=0: must be above 0"),
         ("device=tpu", "device: Input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("unlabelled=maybe", "unlabelled: Input should be 'refuse' or 'skip'"),
-        ("overlapp=0.5", "overlapp: Unexpected keyword argument"),
+        ("overlapp=0.5", "overlapp: no such key, got 0.5; did you mean overlap?"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(override, text):

@@ -36,6 +36,7 @@ def test_a_list_is_the_union_without_repeats(tmp_path):
     ("wanted", "message"),
     [
         ("{}/*.nii", r"sources=.*\*\.nii: matches no file"),
+        ("{}/none.nii", r"none\.nii: no such file or folder"),
         ("{}", "the folder holds no .nii.gz"),
         ("{}/none.json", r"none\.json: No such file"),
         ([], "the list is empty"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -37,3 +38,12 @@ def test_help_needs_nothing_but_the_verb_table():
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     modules = ended.stdout.splitlines()[-1]
     assert not any(f"'{name}'" in modules for name in ("numpy", "pydantic", "yaml", "rich", "submitit"))
+
+
+def test_help_is_there_in_less_than_300_milliseconds():
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mimscale.cli", "--help"], capture_output=True, check=True, timeout=60)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3  # the best of some, so that a busy machine fails nobody

@@ -27,7 +27,7 @@ def test_a_config_survives_its_own_yaml_tree(config):
         (VitConfig, {"layer_scale": 0.0}, "model.layer_scale=0.0: must be above 0"),
         (VitConfig, {"positions": "rope", "dim": 16, "heads": 4}, "use fewer heads"),
         (VitConfig, {"positions": "sine"}, "positions: Input should be 'sincos', 'learned' or 'rope', got 'sine'"),
-        (MaskConfig, {"ratio": 1.0}, "mask ratio 1.0: must be above 0 and below 1"),
+        (MaskConfig, {"ratio": 1.0}, "mask.ratio=1.0: must be above 0 and below 1"),
         (MaskConfig, {"ratio_range": [0.9, 0.6]}, r"mask.ratio_range=[0.9, 0.6]: the first number"),
         (MaskConfig, {"unit_voxels": [8, 0, 8]}, "mask.unit_voxels=(8, 0, 8): must be above 0"),
         (MaeConfig, {"decoder_dim": 64, "decoder_heads": 6}, "mae.decoder_dim=64 must be a multiple of"),

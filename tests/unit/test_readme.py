@@ -1,9 +1,12 @@
 """The README tells the truth about the tree and the commands."""
 
 import re
+import shlex
 from pathlib import Path
 
-from mimscale.cli import VERBS
+import pytest
+
+from mimscale.cli import VERBS, main
 from mimscale.config import recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +28,7 @@ def tree_paths() -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    return [line.split("#")[0].split() for line in lines if line.startswith("mimscale ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("mimscale ")]
 
 
 def test_every_path_of_the_tree_exists():
@@ -57,3 +60,12 @@ def test_every_recipe_that_the_readme_names_is_packaged():
             named.add(verb_words[1])
     assert named
     assert named <= recipe_names().keys()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_key_and_value_that_the_readme_gives_is_one_that_the_verb_takes(words, capsys):
+    _, verb, *rest = (word for word in words if word not in ("--wait", "--dry-run"))
+    if verb in ("ingest", "pretrain", "finetune", "evaluate"):
+        assert main([verb, *rest, "--check"]) == 0, capsys.readouterr().err
+    elif verb == "submit":
+        assert main([verb, *rest, "--dry-run"]) == 0, capsys.readouterr().err
