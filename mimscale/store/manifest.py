@@ -23,6 +23,7 @@ from mimscale.store import layout
 from mimscale.store.intensity import ChannelStats
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+ROW_GROUP_ROWS = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,29 @@ SCHEMA = pa.schema(
 _MAPS = ("tags", "acquisition")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """What it takes to read crops of a volume and to normalise them: a small part of its row. See `VolumeRow`."""
+
+    id: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    part: int
+    offset_bytes: int
+    length_bytes: int
+    fill_value: float
+    stats: tuple[ChannelStats, ...]
+    overlays: dict[str, OverlayRow]
+
+
+SAMPLE_COLUMNS = tuple(item.name for item in dataclasses.fields(SampleRow))
+# What training asks for: to select volumes, to plan crops of them, to read these. Affines, hashes and sources are most
+# of a manifest, and every rank holds one.
+TRAINING_COLUMNS = (*SAMPLE_COLUMNS, "modality", "split", "foreground_box")
+
+
 class Manifest:
-    """All rows of a store, held in columns: 400 000 rows load in about a second."""
+    """Rows of a store, held in columns: all of them, or those that were asked for."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -132,20 +154,75 @@ class Manifest:
         return int(self._table.num_rows)
 
     def row(self, index: int) -> VolumeRow:
-        """The volume in row `index`."""
+        """The volume in row `index`. Needs all columns."""
+        return _row_of_tree(self._tree(index))
+
+    def sample_row(self, index: int) -> SampleRow:
+        """What a reader needs of the volume in row `index`. Needs `SAMPLE_COLUMNS`."""
+        tree = self._samples._tree(index)
+        stats = tuple(ChannelStats(**channel) for channel in tree.pop("stats"))
+        overlays, shape = _overlay_rows(tree.pop("overlays")), tuple(tree.pop("shape"))
+        return SampleRow(**tree, shape=shape, stats=stats, overlays=overlays)
+
+    @cached_property
+    def _samples(self) -> "Manifest":
+        return Manifest(self._table.select(SAMPLE_COLUMNS))
+
+    def _tree(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a manifest with {len(self)} rows")
-        return _row_of_tree(self._table.slice(index, 1).to_pylist()[0])
+        tree: dict[str, Any] = self._table.slice(index, 1).to_pylist()[0]
+        return tree
+
+    def take(self, indices: NDArray[np.int64]) -> "Manifest":
+        """A manifest of these rows only."""
+        return Manifest(self._table.take(pa.array(indices)))
 
     def column(self, name: str) -> NDArray[Any]:
         """A column as an array: [N], or [N, k] where a row holds k numbers (`foreground_box`: [N, 3, 2])."""
-        column = self._table.column(name).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # what an empty column combines to
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        column = self._combined(name)
         if not pa.types.is_fixed_size_list(column.type):
             return np.asarray(column.to_numpy(zero_copy_only=False))
         values = np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(len(self), column.type.list_size)
         return values.reshape(len(self), 3, 2) if name == "foreground_box" else values
+
+    def _combined(self, name: str) -> pa.Array:
+        column = self._table.column(name).combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # what an empty column combines to
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        return column
+
+    def value_counts(self, name: str) -> dict[str, int]:
+        """How many rows hold each value of a column of text, most first."""
+        counts = pc.value_counts(self._table.column(name)).to_pylist()
+        return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: -entry["counts"])}
+
+    def overlay_parts(self, name: str) -> NDArray[np.int64]:
+        """The part that holds overlay `name` of each volume: [N], -1 for a volume without."""
+        rows, entries = self._overlay(name)
+        parts = np.full(len(self), -1, dtype=np.int64)
+        parts[rows] = entries.field("part").to_numpy(zero_copy_only=False)
+        return parts
+
+    def class_voxels(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Voxels of class 0, 1, ... in overlay `name`, summed over these rows."""
+        _, entries = self.take(indices)._overlay(name)
+        counts = entries.field("class_voxels")
+        lengths = pc.list_value_length(counts).to_numpy(zero_copy_only=False)
+        # Class numbers of the flattened lists: 0, 1, 2, 0, 1, 2, ...
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        classes = np.arange(int(lengths.sum())) - starts
+        totals = np.zeros(int(lengths.max(initial=0)), dtype=np.int64)
+        np.add.at(totals, classes, pc.list_flatten(counts).to_numpy(zero_copy_only=False))
+        return totals
+
+    def _overlay(self, name: str) -> tuple[NDArray[np.int64], pa.StructArray]:
+        """Rows that have an overlay, and what `overlays` holds of it."""
+        column = self._combined("overlays")
+        entries = pc.list_flatten(column)
+        named = pc.equal(entries.field("name"), name)
+        rows = pc.list_parent_indices(column).filter(named)
+        return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64), entries.filter(named)
 
     def index_of(self, volume_id: str) -> int:
         """The row of a volume.
@@ -182,21 +259,25 @@ class Manifest:
 
 def write_manifest(store: Path, rows: Sequence[VolumeRow]) -> None:
     """Write the manifest of a store, sorted by volume id, complete or not at all."""
-    trees = []
-    for row in sorted(rows, key=lambda row: row.id):
-        tree = row_tree(row)
-        tree["overlays"] = [{"name": name, **overlay} for name, overlay in sorted(tree["overlays"].items())]
-        trees.append({**tree, **{name: sorted(tree[name].items()) for name in _MAPS}})
+    rows = sorted(rows, key=lambda row: row.id)
     path = layout.manifest_path(store)
     with (
         durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"),
         durable.open_atomically(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
     ):
-        pq.write_table(pa.Table.from_pylist(trees, SCHEMA), file, compression="zstd")
+        # One row group after the other: neither writing nor reading ever holds all rows as Python objects or twice.
+        for start in range(0, len(rows), ROW_GROUP_ROWS):
+            trees = [_table_tree(row) for row in rows[start : start + ROW_GROUP_ROWS]]
+            writer.write_table(pa.Table.from_pylist(trees, SCHEMA))
 
 
-def load_manifest(store: Path) -> Manifest:
+def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest:
     """Read the manifest of a store.
+
+    Args:
+        store: the store's folder.
+        columns: read only these, `TRAINING_COLUMNS` for example; None reads all.
 
     Raises:
         DataError: no manifest (the ingest has not ended), or a damaged one.
@@ -206,19 +287,24 @@ def load_manifest(store: Path) -> Manifest:
     with durable.explained(
         DataError, path, "the ingest of this store has not ended; run the same ingest command again"
     ):
-        data = path.read_bytes()
+        file = pa.OSFile(str(path))
     try:
-        table = pq.read_table(
+        with file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+            if not parquet.schema_arrow.equals(SCHEMA):
+                raise DataError(
+                    f"{path}: its columns are not those of store format {layout.FORMAT_VERSION}; ingest again"
+                )
             # Without Arrow's threads: trainers fork their loader workers after this, and forks lose threads.
-            pa.BufferReader(data),
-            use_threads=False,
-            pre_buffer=False,
-        )
-    except pa.ArrowException as error:
+            table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it and run the same ingest command again") from None
-    if not table.schema.equals(SCHEMA):
-        raise DataError(f"{path}: its columns are not those of store format {layout.FORMAT_VERSION}; ingest again")
     return Manifest(table.combine_chunks())
+
+
+def _table_tree(row: VolumeRow) -> dict[str, Any]:
+    tree = row_tree(row)
+    maps = {name: sorted(tree[name].items()) for name in _MAPS}
+    return {**tree, **maps, "overlays": [{"name": name, **place} for name, place in sorted(tree["overlays"].items())]}
 
 
 def row_tree(row: VolumeRow) -> dict[str, Any]:
@@ -241,19 +327,23 @@ def overlay_of_receipt(tree: dict[str, Any]) -> OverlayRow:
 
 
 def _row_of_tree(tree: dict[str, Any]) -> VolumeRow:
-    overlays = {}
-    for overlay in tree["overlays"]:
-        fields = {name: value for name, value in overlay.items() if name != "name"}
-        overlays[overlay["name"]] = overlay_of_receipt(fields)
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
     plain |= {
         "stats": tuple(ChannelStats(**channel) for channel in tree["stats"]),
         "foreground_box": _box(tree["foreground_box"]),
         "crop_box": None if tree["crop_box"] is None else _box(tree["crop_box"]),
-        "overlays": overlays,
+        "overlays": _overlay_rows(tree["overlays"]),
         **{name: dict(tree[name]) for name in _MAPS},
     }
     return VolumeRow(**plain)
+
+
+def _overlay_rows(entries: list[dict[str, Any]]) -> dict[str, OverlayRow]:
+    overlays = {}
+    for entry in entries:
+        fields = {name: value for name, value in entry.items() if name != "name"}
+        overlays[entry["name"]] = overlay_of_receipt(fields)
+    return overlays
 
 
 def _flat(box: Box) -> list[int]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store import layout, shard
-from mimscale.store.manifest import Manifest, OverlayRow, VolumeRow
+from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
 # A gap this small costs less to read than another request to a parallel file system.
 COALESCE_GAP_BYTES = 256 * 1024
@@ -77,7 +77,7 @@ class ShardReader:
 
     def read(
         self,
-        row: VolumeRow,
+        row: VolumeRow | SampleRow,
         start_zyx: tuple[int, int, int],
         size_zyx: tuple[int, int, int],
         overlay: str | None = None,
@@ -120,11 +120,11 @@ class ShardReader:
             self._read_with_zarr(target, low, high, view)
         return out
 
-    def read_volume(self, row: VolumeRow, overlay: str | None = None) -> NDArray[Any]:
+    def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
         """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X]. Errors as `read`."""
         return self.read(row, (0, 0, 0), row.shape[1:], overlay)
 
-    def check(self, row: VolumeRow, overlay: str | None = None) -> None:
+    def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> None:
         """Read every byte of a shard and check every crc32c in it, without decoding.
 
         Raises:
@@ -145,14 +145,14 @@ class ShardReader:
                     corner = tuple(map(int, np.unravel_index(number, grid)))
                     raise target.broken(f"chunk {corner}: {error}") from None
 
-    def _volume_shard(self, row: VolumeRow) -> _Shard:
+    def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)
         dtype = np.dtype(row.dtype)
         return _Shard(
             row.id, path, row.offset_bytes, row.length_bytes, row.shape, dtype, row.fill_value, row.fill_value
         )
 
-    def _overlay_shard(self, row: VolumeRow, name: str) -> _Shard:
+    def _overlay_shard(self, row: VolumeRow | SampleRow, name: str) -> _Shard:
         place: OverlayRow | None = row.overlays.get(name)
         if place is None:
             has = ", ".join(row.overlays) or "none"

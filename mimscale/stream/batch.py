@@ -17,7 +17,7 @@ from torch import Tensor
 from mimscale.errors import DataError
 from mimscale.store.intensity import normalisation
 from mimscale.store.layout import read_info
-from mimscale.store.manifest import Manifest, VolumeRow
+from mimscale.store.manifest import Manifest, SampleRow
 from mimscale.store.reader import ShardReader
 from mimscale.stream.crops import CropSpace, Samples
 
@@ -178,7 +178,7 @@ class SampleReader:
 
     def _try(
         self,
-        row: VolumeRow,
+        row: SampleRow,
         origin: tuple[int, int, int],
         volume: "_Buffer",
         label: "_Buffer | None",
@@ -204,8 +204,8 @@ class SampleReader:
                 return None
         raise AssertionError("the loop returns")
 
-    def _row(self, volume: np.int64) -> VolumeRow:
-        row = self._manifest.row(int(self._indices[volume]))
+    def _row(self, volume: np.int64) -> SampleRow:
+        row = self._manifest.sample_row(int(self._indices[volume]))
         if self._overlay is not None and self._overlay not in row.overlays:
             # Nothing is damaged: to train on the rest without a word would be wrong.
             raise DataError(
@@ -237,7 +237,7 @@ def _triple(values: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:
 
 
 def _inside(
-    rows: Sequence[VolumeRow], origins: Sequence[tuple[int, int, int]], size: tuple[int, int, int]
+    rows: Sequence[SampleRow], origins: Sequence[tuple[int, int, int]], size: tuple[int, int, int]
 ) -> NDArray[np.int32]:
     """Start and stop of what lies in the volume, [B, 3, 2], in voxels of the crop."""
     origin = np.array(origins)

@@ -63,8 +63,8 @@ class Segmentation:
                 f"unetr.num_classes={config.unetr.num_classes}; make them equal"
             )
         voxels = np.zeros(len(names))
-        for index in data.train:
-            voxels += data.manifest.row(int(index)).overlays[config.overlay].class_voxels
+        counted = data.manifest.class_voxels(config.overlay, data.train)
+        voxels[: len(counted)] = counted
         return list(voxels)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
 from mimscale.models.transfer import save_weights
 from mimscale.store.layout import StoreInfo, read_info
-from mimscale.store.manifest import Manifest, load_manifest
+from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
 from mimscale.stream.batch import Batch
 from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
@@ -79,7 +79,7 @@ class TrainingData:
         if overlay is not None and overlay not in self.info.overlays:
             known = ", ".join(self.info.overlays) or "none"
             raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
-        self.manifest: Manifest = load_manifest(config.store)
+        self.manifest: Manifest = load_manifest(config.store, TRAINING_COLUMNS)
         wanted = {} if config.modality is None else {"modality": config.modality}
         self.train: NDArray[np.int64] = self._labelled(self.manifest.select(split="train", **wanted))
         self.validation = self._labelled(self.manifest.select(split="val", **wanted))[: config.validation.max_volumes]
@@ -88,7 +88,7 @@ class TrainingData:
                 f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}; "
                 f"see `mimscale inspect {config.store}`"
             )
-        self.channels = self.manifest.row(int(self.train[0])).shape[0]
+        self.channels = self.manifest.sample_row(int(self.train[0])).shape[0]
         self.plan = SamplePlan.of(
             self.manifest,
             self.train,
@@ -102,8 +102,7 @@ class TrainingData:
         """Of these volumes, those that have the overlay, when there is one."""
         if self.overlay is None:
             return indices
-        has_label = [self.overlay in self.manifest.row(int(index)).overlays for index in indices]
-        labelled: NDArray[np.int64] = indices[np.array(has_label, dtype=bool)]
+        labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
         return labelled
 
     def loader(self, world: World, start_batch: int) -> StreamLoader:

@@ -102,7 +102,7 @@ def test_a_missing_pack_is_an_error_and_not_air(store, overlay):
 def test_a_pack_of_another_store_under_this_name_is_an_error(store, tmp_path):
     row = load_manifest(store).row(0)
     other = make_store(tmp_path / "other", count=2, chunk_voxels=8)
-    shutil.copy(layout.pack_path(other, 0), layout.pack_path(store, row.part))
+    shutil.copy(next((other / "packs").iterdir()), layout.pack_path(store, row.part))
     with pytest.raises(DataError, match=f"volume {row.id}"):
         read_all(store, row)
 

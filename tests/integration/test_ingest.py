@@ -152,7 +152,7 @@ def test_quarantined_sources_are_named_with_what_is_wrong_and_the_way_out(tmp_pa
         assert (reason is None) or re.search(rf"/{re.escape(name)}( with label .*)?: .* \({reason}: .+\)", shown), name
     assert f"{tmp_path}/s/labelled/moved.nii.gz with label {tmp_path}/s/l/moved.nii.gz: " in shown
     assert "(not_finite: 1 of 216 voxels are NaN or infinite)" in shown
-    assert "leave them out of sources, then ingest into another out" in shown
+    assert "put these right and run the same command again" in shown
 
 
 def test_nothing_stored_exits_3_and_says_where_the_reasons_are(tmp_path, capsys):

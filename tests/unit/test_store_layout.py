@@ -1,13 +1,16 @@
+import dataclasses
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from store_samples import make_store, rows_of
+from stream_stores import write_store
 
 from mimscale.errors import DataError
 from mimscale.store.intensity import ChannelStats, IntensityContract, normalisation
 from mimscale.store.layout import info_path, manifest_path, read_info
-from mimscale.store.manifest import Manifest, load_manifest
+from mimscale.store.manifest import SAMPLE_COLUMNS, TRAINING_COLUMNS, Manifest, load_manifest, write_manifest
 
 STATS = ChannelStats(p0_5=-3, p50=10, p99_5=90, mean=12, std=7, foreground_mean=40, foreground_std=5)
 
@@ -131,3 +134,46 @@ def test_a_constant_channel_becomes_zero_and_not_infinite():
 def test_an_impossible_contract_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         IntensityContract(**options)
+
+
+def test_only_the_columns_that_were_asked_for_are_read(store):
+    manifest = load_manifest(store, TRAINING_COLUMNS)
+    assert set(manifest._table.column_names) == set(TRAINING_COLUMNS)
+    assert not {"affine", "sha256", "voxels_sha256", "source_sha256", "source_affine"} & set(TRAINING_COLUMNS)
+
+
+def test_a_sample_row_is_a_part_of_the_row(store):
+    whole, part = load_manifest(store), load_manifest(store, TRAINING_COLUMNS)
+    for index, row in enumerate(rows_of(store)):
+        sample = part.sample_row(index)
+        assert sample == whole.sample_row(index)
+        assert {name: getattr(sample, name) for name in SAMPLE_COLUMNS} == {
+            name: getattr(row, name) for name in SAMPLE_COLUMNS
+        }
+
+
+def test_overlays_are_found_and_their_classes_summed_without_rows(tmp_path):
+    shapes = [(20, 16, 16), (10, 10, 30), (8, 8, 8)]
+    manifest, rows = write_store(tmp_path, shapes), rows_of(tmp_path)
+    bare = [dataclasses.replace(rows[1], overlays={})]
+    write_manifest(tmp_path, [rows[0], *bare, rows[2]])
+    manifest = load_manifest(tmp_path)
+    assert manifest.overlay_parts("label").tolist() == [0, -1, 2]
+    assert manifest.overlay_parts("other").tolist() == [-1, -1, -1]
+    expected = np.add(rows[0].overlays["label"].class_voxels, rows[2].overlays["label"].class_voxels)
+    assert manifest.class_voxels("label", np.array([2, 1, 0])).tolist() == expected.tolist()
+    assert manifest.class_voxels("label", np.array([1])).tolist() == []
+
+
+def test_rows_can_be_taken_and_values_counted(store):
+    manifest, rows = load_manifest(store), rows_of(store)
+    assert [manifest.take(np.array([2, 0])).row(place) for place in (0, 1)] == [rows[2], rows[0]]
+    assert manifest.value_counts("split") == {"train": 3, "val": 1}
+
+
+def test_row_groups_change_nothing(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("mimscale.store.manifest.ROW_GROUP_ROWS", 3)
+    info_path(tmp_path).write_bytes(info_path(store).read_bytes())
+    write_manifest(tmp_path, rows_of(store))
+    assert pq.ParquetFile(manifest_path(tmp_path)).num_row_groups == 2
+    assert rows_of(tmp_path) == rows_of(store)
