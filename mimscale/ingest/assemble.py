@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mimscale.ingest import geometry
 from mimscale.ingest.config import IngestConfig
+from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFile, read_scan
+from mimscale.ingest.formats.voxels import to_stored_dtype
 from mimscale.ingest.plan import PlannedSource
-from mimscale.ingest.read import QuarantineError, ReadOptions, Scan, SourceFile, read_scan, to_stored_dtype
 from mimscale.store import layout
 from mimscale.store.manifest import VolumeRow
 

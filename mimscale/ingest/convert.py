@@ -20,9 +20,9 @@ from mimscale.config import tree_hash
 from mimscale.ingest import geometry, statistics
 from mimscale.ingest.assemble import Grid, Image, Label, read_image, read_label
 from mimscale.ingest.config import IngestConfig
+from mimscale.ingest.formats import QuarantineError
 from mimscale.ingest.gates import failed_gates
 from mimscale.ingest.plan import PlannedSource
-from mimscale.ingest.read import QuarantineError
 from mimscale.ingest.receipts import Lines, write_receipt
 from mimscale.ingest.subjects import hidden
 from mimscale.store import layout

@@ -22,10 +22,10 @@ from mimscale.errors import DataError
 from mimscale.ingest import merge, planning, remove
 from mimscale.ingest.config import IngestConfig, task_share
 from mimscale.ingest.convert import Conversion, convert_part
+from mimscale.ingest.formats import REASONS
 from mimscale.ingest.gates import GATES
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.pool import process_pool
-from mimscale.ingest.read import REASONS
 from mimscale.ingest.receipts import Lines, read_receipt
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.store import layout

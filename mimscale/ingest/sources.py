@@ -11,7 +11,7 @@ from pathlib import Path
 from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.ingest.config import ImageLabel, ImageLabelGlobs, IngestConfig, Sources
-from mimscale.ingest.read import SUFFIXES
+from mimscale.ingest.formats import SUFFIXES
 
 
 @dataclass(frozen=True)
