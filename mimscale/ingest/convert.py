@@ -20,7 +20,7 @@ from mimscale.errors import DataError
 from mimscale.ingest import geometry, read, statistics
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.read import QuarantineError, ReadOptions, Scan
-from mimscale.ingest.sources import PlannedSource
+from mimscale.ingest.sources.planned import PlannedSource
 from mimscale.store import layout
 from mimscale.store.manifest import OverlayRow, VolumeRow, row_tree
 from mimscale.store.writer import PackWriter

@@ -15,7 +15,7 @@ from mimscale import durable
 from mimscale.errors import ConfigError, DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.convert import conflicting_labels
-from mimscale.ingest.sources import PlannedSource
+from mimscale.ingest.sources.planned import PlannedSource
 from mimscale.store import layout
 from mimscale.store.manifest import VolumeRow, row_of_receipt, write_manifest
 

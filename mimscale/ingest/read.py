@@ -21,6 +21,10 @@ from mimscale.ingest import geometry
 # The reasons that a receipt may hold; scripts count them.
 REASONS = {
     "missing_file": "no such file",
+    "outside_source": "leads out of the folder of its list",
+    "not_an_image": "no volume and no DICOM image",
+    "missing_channel": "a channel has no file",
+    "label_without_image": "a label map that belongs to no image",
     "empty_file": "0 bytes",
     "truncated": "ends early",
     "unreadable": "not a file of its format",

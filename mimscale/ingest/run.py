@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from mimscale import console, durable
 from mimscale.config import config_tree, config_yaml, differing_keys, load_verb_config, tree_hash, verb_parser
 from mimscale.errors import ConfigError, DataError
 from mimscale.ingest import merge, sources
-from mimscale.ingest.config import OUTSIDE_HASH, ImageLabel, IngestConfig
+from mimscale.ingest.config import OUTSIDE_HASH, IngestConfig
 from mimscale.ingest.convert import convert_part, read_receipt
 from mimscale.ingest.pool import process_pool
-from mimscale.ingest.sources import PlannedSource
+from mimscale.ingest.sources import Source
+from mimscale.ingest.sources.planned import PlannedSource, plan_parts, plan_source
 from mimscale.lock import sole_writer
 from mimscale.store import layout
 
@@ -65,9 +65,9 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         DataError: sources that match nothing, or a store that cannot be written.
     """
     start = time.monotonic()
-    found = sources.find(config.sources)
+    found = sources.find(config.sources, config)
     class_names = config.class_names or found.class_names
-    if not class_names and any(pair.label for pair in found.pairs):
+    if not class_names and any(source.label for source in found.sources):
         raise ConfigError(
             "class_names: there are label files, and neither the recipe nor a dataset.json names their values; "
             "set class_names=[background, ...]"
@@ -75,9 +75,9 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     store = Path(config.out)
     with durable.explained(DataError, store, "choose another out"):
         store.mkdir(parents=True, exist_ok=True)
-    with sole_writer(store / _LOCK_NAME, "another ingest"), process_pool(config.workers, len(found.pairs)) as pool:
-        planned = list(_hash_all(pool, found.pairs, config.subject_pattern))
-        parts = sources.plan_parts(planned, config)
+    with sole_writer(store / _LOCK_NAME, "another ingest"), process_pool(config.workers, len(found.sources)) as pool:
+        planned = list(_hash_all(pool, found.sources))
+        parts = plan_parts(planned, config)
         key = merge.subject_key(store, config.subject_key)
         _write_or_compare_info(store, config, class_names, parts, merge.fingerprint(key))
         _remove_leftovers(store)
@@ -98,12 +98,9 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     return {**summary, "seconds": round(seconds, 3), "mb_per_s": round(done_bytes / 1e6 / seconds, 3)}
 
 
-def _hash_all(
-    pool: ProcessPoolExecutor | None, pairs: Sequence[ImageLabel], subject_pattern: str
-) -> Iterator[PlannedSource]:
-    plan = partial(sources.plan_source, subject_pattern=subject_pattern)
-    results = map(plan, pairs) if pool is None else pool.map(plan, pairs, chunksize=8)
-    yield from console.track(results, "hash sources", len(pairs))
+def _hash_all(pool: ProcessPoolExecutor | None, found: Sequence[Source]) -> Iterator[PlannedSource]:
+    results = map(plan_source, found) if pool is None else pool.map(plan_source, found, chunksize=8)
+    yield from console.track(results, "hash sources", len(found))
 
 
 def _convert_all(
