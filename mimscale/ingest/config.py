@@ -12,7 +12,7 @@ from mimscale.store.intensity import IntensityContract
 class ImageLabel:
     """One image with its label map."""
 
-    image: str  # path of the volume
+    image: str | tuple[str, ...]  # path of the volume, or of each channel
     label: str | None = None  # path of its label map
 
 
@@ -44,14 +44,14 @@ class GatesConfig:
         )
 
 
-Sources = str | ImageLabelGlobs | list[str | ImageLabel]
+Sources = str | ImageLabelGlobs | list[str | ImageLabel | ImageLabelGlobs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
     """Volumes -> store."""
 
-    sources: Sources  # glob, folder, Decathlon dataset.json, {images: GLOB, labels: GLOB}, or a list of globs and pairs
+    sources: Sources  # glob, folder, dataset.json, table, {images: GLOB, labels: GLOB}, or a list of these and of pairs
     out: str  # the store to write or to finish
     dataset: str = "unnamed"  # kept in every row, so that merged stores can be told apart
     licence: str = "unknown"  # what the volumes may be used for; kept in every row
@@ -68,6 +68,10 @@ class IngestConfig:
     val_fraction: float = 0.1  # share of subjects held out for validation; 0 keeps all for training
     split_seed: int = 0  # which subjects are held out
     subject_pattern: str = r"(sub-[A-Za-z0-9]+)|(.+)"  # first group that matches the file's stem names the subject
+    channel_names: tuple[str, ...] = ()  # columns of a table or suffixes of BIDS that become channels, in this order
+    bids_labels: str = "derivatives/*_dseg.nii*"  # which files of a BIDS folder are its label maps
+    keep_columns: tuple[str, ...] = ()  # columns of a table to keep although their names hint at people or dates
+    allow_outside: bool = False  # let a table or a link name files outside its own folder; for lists that you trust
     subject_key: str | None = None  # file with the secret that hides subject names; null: OUT.subject_key
     assume_orientation: bool = False  # accept NIfTI files whose qform and sform codes are both 0
     label_tolerance_voxels: float = 0.1  # how far a label's grid may lie from its image's
@@ -108,6 +112,8 @@ class IngestConfig:
             raise ValueError(f"subject_pattern={self.subject_pattern!r}: {error}") from None
         if groups == 0:
             raise ValueError(f"subject_pattern={self.subject_pattern!r}: needs a (group) that holds the subject's name")
+        if len(set(self.channel_names)) < len(self.channel_names):
+            raise ValueError(f"channel_names={list(self.channel_names)}: lists a name twice")
 
 
 # Changes no voxel and no row: may differ when an ingest is continued.

@@ -1,35 +1,49 @@
-import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from source_lists import counted_calls, found_in, names_of, problems_of, touch
 from store_samples import config_of, write_nifti, write_pairs
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
 from mimscale.ingest import merge, sources, statistics
-from mimscale.ingest.config import ImageLabel, ImageLabelGlobs, IngestConfig
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"x")
-
-
-def names_of(found):
-    return [sources.stem(pair.image) for pair in found.pairs]
+from mimscale.ingest.config import IngestConfig
+from mimscale.ingest.sources.planned import plan_parts, plan_source
 
 
 def test_a_glob_and_a_folder_find_the_same_volumes(tmp_path):
-    touch(tmp_path, "b.nii.gz", "deep/a.nii", "c.npy", "notes.txt", "._b.nii.gz")
-    assert names_of(sources.find(str(tmp_path))) == ["b", "c", "a"]
-    assert names_of(sources.find(f"{tmp_path}/**/[a-z]*.n*")) == ["b", "c", "a"]
+    touch(tmp_path, "b.nii.gz", "deep/a.nii", "c.npy", "notes.txt", "._b.nii.gz", ".git/d.nii.gz")
+    assert names_of(found_in(tmp_path)) == ["b", "c", "a"]
+    assert names_of(found_in(f"{tmp_path}/**/[a-z]*.n*[iyz]")) == ["b", "c", "a"]
 
 
 def test_a_list_is_the_union_without_repeats(tmp_path):
     touch(tmp_path, "b.nii.gz", "a.nii")
-    pair = ImageLabel(image=str(tmp_path / "z.nii"), label="y.nii")
-    assert names_of(sources.find([f"{tmp_path}/*", f"{tmp_path}/b*", pair])) == ["a", "b", "z"]
+    pair = {"image": str(tmp_path / "z.nii"), "label": "y.nii"}
+    assert names_of(found_in([f"{tmp_path}/*", f"{tmp_path}/b*", pair])) == ["a", "b", "z"]
+
+
+def test_what_two_lists_name_is_kept_as_the_one_says_it_that_says_more(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "l.nii", "m.nii")
+    (tmp_path / "t.csv").write_text("image,label,split,site\na.nii,l.nii,val,x\n")
+    pair = {"image": str(tmp_path / "b.nii"), "label": str(tmp_path / "l.nii")}
+    other = {"image": str(tmp_path / "b.nii"), "label": str(tmp_path / "m.nii")}
+    a, b, also_b = found_in([f"{tmp_path}/[ab].nii", str(tmp_path / "t.csv"), pair, other]).sources
+    assert (a.split, dict(a.tags), Path(a.label[0]).name) == ("val", {"site": "x"}, "l.nii")
+    assert [Path(one.label[0]).name for one in (b, also_b)] == ["l.nii", "m.nii"]
+
+
+def test_a_subject_in_both_splits_of_two_lists_is_named_by_its_rows_only(tmp_path):
+    (tmp_path / "one.csv").write_text("image,subject,split\na.nii,Rosa Amsel,train\n")
+    (tmp_path / "two.csv").write_text("image,subject,split\nx.nii,Bo,val\nb.nii,Rosa Amsel,val\n")
+    with pytest.raises(DataError, match=r"train: line 2 of .*one\.csv, val: line 3 of .*two\.csv") as raised:
+        found_in([str(tmp_path / "one.csv"), str(tmp_path / "two.csv")])
+    assert "Rosa" not in str(raised.value)
+    (tmp_path / "two.csv").write_text("image,subject,split\na.nii,Bo,val\n")
+    with pytest.raises(DataError, match=r"one image is in train \(line 2 of .*\) and in val"):
+        found_in([str(tmp_path / "one.csv"), str(tmp_path / "two.csv")])
 
 
 @pytest.mark.parametrize(
@@ -39,54 +53,104 @@ def test_a_list_is_the_union_without_repeats(tmp_path):
         ("{}/none.nii", r"none\.nii: no such file or folder"),
         ("{}", "the folder holds no .nii.gz"),
         ("{}/none.json", r"none\.json: No such file"),
+        ("{}/none.csv", r"none\.csv: No such file"),
+        ("{}/DICOMDIR", r"DICOMDIR: no such file"),
         ([], "the list is empty"),
     ],
 )
 def test_sources_that_match_nothing_are_named(tmp_path, wanted, message):
     with pytest.raises(DataError, match=message):
-        sources.find(wanted.format(tmp_path) if isinstance(wanted, str) else wanted)
+        found_in(wanted.format(tmp_path) if isinstance(wanted, str) else wanted)
 
 
 def test_images_and_labels_are_paired_by_name(tmp_path):
     touch(tmp_path, "i/a_0000.nii.gz", "i/b_0000.nii.gz", "l/a.nii.gz")
-    globs = ImageLabelGlobs(images=f"{tmp_path}/i/*", labels=f"{tmp_path}/l/*")
-    first, second = sources.find(globs).pairs
-    assert (first.label, second.label) == (str(tmp_path / "l/a.nii.gz"), None)
+    globs = {"images": f"{tmp_path}/i/*", "labels": f"{tmp_path}/l/*"}
+    first, second = found_in(globs).sources
+    assert (first.label, second.label) == ((str(tmp_path / "l/a.nii.gz"),), ())
     touch(tmp_path, "l/c.nii.gz")
-    with pytest.raises(DataError, match=r"1 label\(s\) without an image of the same name, first .*c\.nii\.gz"):
-        sources.find(globs)
+    assert problems_of(found_in(globs)) == {"a_0000": None, "b_0000": None, "c": "label_without_image"}
     touch(tmp_path, "l/deep/a.nii.gz")
-    with pytest.raises(DataError, match="have one name"):
-        sources.find(ImageLabelGlobs(images=f"{tmp_path}/i/*", labels=f"{tmp_path}/l/**/*.gz"))
+    with pytest.raises(DataError, match="1 of the labels have the name of another one"):
+        found_in({**globs, "labels": f"{tmp_path}/l/**/*.gz"})
 
 
-def decathlon(folder, **changes):
-    tree = {
-        "labels": {"1": "liver", "0": "background"},
-        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
-        "test": ["./imagesTs/b.nii.gz"],
-    }
-    (folder / "dataset.json").write_text(json.dumps({**tree, **changes}))
-    return sources.find(str(folder))
+def test_labels_that_all_have_other_names_are_an_error_that_shows_no_name(tmp_path):
+    touch(tmp_path, "i/amsel.nii", "l/amsel_seg.nii")
+    with pytest.raises(DataError, match=r"none of 1 label\(s\) has an image of its name") as raised:
+        found_in({"images": f"{tmp_path}/i/*.nii", "labels": f"{tmp_path}/l/*.nii"})
+    assert "amsel" not in str(raised.value)
 
 
-def test_a_decathlon_gives_labels_names_and_unlabelled_volumes(tmp_path):
-    found = decathlon(tmp_path)
-    assert found.class_names == ("background", "liver")
-    assert [(sources.stem(pair.image), pair.label is None) for pair in found.pairs] == [("a", False), ("b", True)]
+def test_numbers_at_the_end_of_names_count_channels_only_where_labels_have_none(tmp_path):
+    touch(tmp_path, *(f"i/case_00{number:02d}.nii" for number in range(3)), "l/case_0001.nii")
+    globs = {"images": f"{tmp_path}/i/*", "labels": f"{tmp_path}/l/*"}
+    assert [(len(one.channels), one.subject) for one in found_in(globs).sources] == [
+        (1, "case_0000"),
+        (1, "case_0001"),
+        (1, "case_0002"),
+    ]
+    (tmp_path / "l/case_0001.nii").rename(tmp_path / "l/case.nii")
+    (volume,) = found_in(globs).sources
+    assert (len(volume.channels), volume.subject, len(volume.label)) == (3, "case", 1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"training": [{"img": 3}]}, "not a Decathlon dataset.json"),
-        ({"training": [], "test": []}, "lists no volume"),
-        ({"labels": {"0": "a", "2": "b"}}, r"labels \[0, 2\] must run 0, 1, 2"),
-    ],
-)
-def test_a_broken_decathlon_is_named(tmp_path, changes, message):
-    with pytest.raises(DataError, match=message):
-        decathlon(tmp_path, **changes)
+def test_a_pair_may_give_each_channel_a_file(tmp_path):
+    (volume,) = found_in([{"image": ["t1.nii", "t2.nii"], "label": "seg.nii"}]).sources
+    assert volume.channels == (("t1.nii",), ("t2.nii",))
+
+
+def test_files_that_a_pattern_matches_and_that_are_no_volume_get_an_answer(tmp_path):
+    touch(tmp_path, "a.nii", "scan.npy", "scan.json", "notes.txt")
+    found = found_in(f"{tmp_path}/*")
+    assert problems_of(found) == {"a": None, "scan": None, "notes.txt": "not_dicom"}
+    assert [Path(file).name for file in found.sources[2].channels[0]] == ["scan.npy", "scan.json"]
+
+
+def test_a_pattern_that_matches_only_folders_means_what_is_in_them(tmp_path):
+    touch(tmp_path, "2021/a.nii", "2022/deep/b.nii", "old/c.nii")
+    assert names_of(found_in(f"{tmp_path}/20*")) == ["a", "b"]
+
+
+def test_files_that_a_folder_holds_beside_volumes_are_counted(tmp_path, capsys):
+    touch(tmp_path, "a.nii", "notes.txt", "README")
+    assert names_of(found_in(tmp_path)) == ["a"]
+    assert "2 file(s) are no volumes and were left out" in capsys.readouterr().err
+
+
+def test_a_header_and_its_voxels_are_one_volume(tmp_path):
+    touch(tmp_path, "a.hdr", "a.img", "b.raw")
+    (tmp_path / "b.mhd").write_text("ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementDataFile = b.raw\n")
+    (tmp_path / "c.mhd").write_text("ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementDataFile = ../x.raw\n")
+    found = found_in(tmp_path)
+    assert [[Path(file).name for file in one.channels[0]] for one in found.sources] == [
+        ["a.hdr", "a.img"],
+        ["b.mhd", "b.raw"],
+        ["c.mhd"],
+    ]
+    assert problems_of(found)["c"] == "outside_source"
+
+
+def test_a_folder_that_cannot_be_listed_is_a_source_with_a_problem(tmp_path, monkeypatch):
+    touch(tmp_path, "a.nii", "locked/b.nii")
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may list every folder
+    assert problems_of(found_in(tmp_path)) == {"a": None, "locked": "unreadable"}
+
+
+def test_a_folder_is_listed_without_a_question_for_each_file(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{number % 4}/{number:04d}.nii.gz" for number in range(2000)))
+    with counted_calls(monkeypatch, os, "stat", "lstat", "scandir") as calls:
+        assert len(found_in(tmp_path).sources) == 2000
+        assert len(found_in(f"{tmp_path}/*/*.nii.gz").sources) == 2000
+    assert calls["stat"] + calls["lstat"] < 50
+    assert calls["scandir"] < 20
 
 
 @pytest.mark.parametrize(
@@ -98,27 +162,22 @@ def test_the_subject_is_in_the_file_name(name, subject):
 
 
 def test_the_part_of_a_source_depends_on_its_bytes_only(tmp_path):
-    pairs = sources.find(
-        build_config(IngestConfig, {"sources": write_pairs(tmp_path, 6), "out": "x"}, "t").sources
-    ).pairs
-    planned = [sources.plan_source(pair, "(.+)") for pair in pairs]
+    found = found_in(write_pairs(tmp_path, 6))
+    planned = [plan_source(source) for source in found.sources]
     config = config_of("x", tmp_path, parts=3)
-    parts = sources.plan_parts(planned, config)
+    parts = plan_parts(planned, config)
     assert sorted(source.id for part in parts for source in part) == sorted(source.id for source in planned)
-    assert sources.plan_parts(planned[::-1], config) == parts
+    assert plan_parts(planned[::-1], config) == parts
     assert all([source.id for source in part] == sorted(source.id for source in part) for part in parts)
-    assert len(sources.plan_parts(planned, config_of("x", tmp_path, part_bytes=1 + planned[0].size_bytes * 2))) in (
-        3,
-        4,
-    )
+    assert len(plan_parts(planned, config_of("x", tmp_path, part_bytes=1 + planned[0].size_bytes * 2))) in (3, 4)
 
 
 def test_a_missing_file_is_a_problem_of_its_source_and_not_an_error(tmp_path):
     image = write_nifti(tmp_path / "a.nii", np.zeros((2, 2, 2), np.int16))
-    gone = sources.plan_source(ImageLabel(image=str(tmp_path / "gone.nii")), "(.+)")
-    assert gone.problem == ("missing_file", "no such image file")
-    half = sources.plan_source(ImageLabel(image=str(image), label=str(tmp_path / "gone.nii")), "(.+)")
-    assert half.problem == ("missing_file", "no such label file")
+    gone = str(tmp_path / "gone.nii")
+    half, missing = found_in([{"image": gone}, {"image": str(image), "label": gone}]).sources
+    assert plan_source(missing).problem == ("missing_file", "no such image file")
+    assert plan_source(half).problem == ("missing_file", "no such label file")
 
 
 def test_the_split_is_by_subject_and_independent_of_order():
