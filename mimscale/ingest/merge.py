@@ -55,8 +55,8 @@ def merge(store: Path, plan: Plan, config: IngestConfig, key: bytes) -> dict[str
     """Write manifest and journal.
 
     Returns:
-        {"stored", "quarantined", "duplicates", "reasons", "examples", "overlays", "warnings", "superseded", "withdrawn"}:
-        `reasons` and `warnings` are counts, `examples` the first case of each of both. Without a stored volume, and
+        {"stored", "quarantined", "duplicates", "reasons", "warnings", "examples", "overlays", "superseded",
+        "withdrawn"}: `reasons` and `warnings` are counts, `examples` the first case of each of both. Without a stored volume, and
         above `max_quarantined`, no manifest is written.
 
     Raises:
@@ -133,8 +133,8 @@ def _newest(entries: Sequence[_Entry]) -> list[_Entry]:
 def _drop_duplicates(entries: Sequence[_Entry]) -> dict[str, str]:
     """Keep one of the volumes that hold the same voxels (as .nii and as .nii.gz, say); returns id -> id that is kept.
 
-    That is the one of the earliest round, of these one with a label, of these the lowest id. It takes over overlays that
-    only its duplicates have; one with other labels under the same name is quarantined.
+    That is the one of the earliest round, of these one with a label, of these the lowest id. It takes over overlays
+    that only its duplicates have; one with other labels under the same name is quarantined.
     """
     first: dict[str, _Entry] = {}
     duplicate_of: dict[str, str] = {}

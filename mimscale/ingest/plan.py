@@ -127,7 +127,9 @@ def plan_round(
     """
     root = _common_folder(found)
     measured = [(source, _measure(_image(source)), _measure(source.label)) for source in found]
-    count = num_parts or max(1, -(-sum(image.size_bytes + label.size_bytes for _, image, label in measured) // part_bytes))
+    count = num_parts or max(
+        1, -(-sum(image.size_bytes + label.size_bytes for _, image, label in measured) // part_bytes)
+    )
     planned = []
     for index, (source, image, label) in enumerate(measured):
         digest = hashlib.sha256(_name_below(source, root).encode()).digest()

@@ -1,7 +1,7 @@
 """Before anything is read: list the sources, compare them with what is planned already, and begin or extend the plan.
 
-A plan that is not finished yet is continued, and its config must be the same. When it is finished, sources that are new or
-have changed make a further round of parts; so do label maps for volumes that are stored already.
+A plan that is not finished yet is continued, and its config must be the same. When it is finished, sources that are new
+or have changed make a further round of parts; so do label maps for volumes that are stored already.
 """
 
 import time
@@ -238,12 +238,12 @@ def _stored_images(store: Path, plan: Plan, found: Sequence[Source], key: bytes)
         for part in live_parts(store, layout.read_info(store))
         for line in read_receipt(store, part) or []
     }
-    stored = {}
+    stored: dict[int, str] = {}
     for planned_source in plan.sources:
         index = wanted.get((planned_source.channels, planned_source.image_stamp))
         if index is not None:
             line = line_of.get(planned_source.receipt_key(key), {})
-            volume_id = line.get("of", line.get("id"))
-            if volume_id in ids:
+            volume_id = line.get("of") or line.get("id")
+            if volume_id is not None and volume_id in ids:
                 stored[index] = volume_id
     return stored

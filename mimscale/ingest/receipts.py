@@ -3,7 +3,7 @@
 A line names its source by a keyed hash only: receipts are part of the store, and file names name patients.
 
     {"source", "outcome": "stored",      "id", "row", "warnings"}
-    {"source", "outcome": "overlay",     "id", "name", "overlay"}         a label map for a volume that is stored already
+    {"source", "outcome": "overlay",     "id", "name", "overlay"}    a label map for a volume that is stored
     {"source", "outcome": "duplicate",   "id", "of"}
     {"source", "outcome": "quarantined", "reason", "detail"}
     {"source", "outcome": "withdrawn"}                                    its subject was removed from the store
@@ -55,9 +55,7 @@ def packs_of(store: Path, part: int, lines: Sequence[dict[str, Any]]) -> list[Pa
 
 def live_parts(store: Path, info: layout.StoreInfo) -> Iterator[int]:
     """The parts that count: of one that was rewritten without a subject, and its successor, the one that is whole."""
-    finished = {
-        old: new for old, new in info.rewritten_parts.items() if layout.receipt_path(store, new).exists()
-    }
+    finished = {old: new for old, new in info.rewritten_parts.items() if layout.receipt_path(store, new).exists()}
     unfinished = set(info.rewritten_parts.values()) - set(finished.values())
     gone = finished.keys() | unfinished | set(info.removed_parts)
     return (part for part in range(info.num_parts) if part not in gone)

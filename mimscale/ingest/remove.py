@@ -1,7 +1,8 @@
-"""A subject withdraws: every pack that holds it is written again without it, and the store remembers not to take it back.
+"""A subject withdraws: every pack that holds it is written again without it, and the store never takes it back.
 
-A pack is never changed in place. Its other volumes are copied, byte by byte, into a new part; then the manifest is built
-from the new receipts; then the old pack goes. Killed anywhere, the store stays readable, and the same command finishes.
+A pack is never changed in place. Its other volumes are copied, byte by byte, into a new part; then the manifest is
+built from the new receipts; then the old pack goes. Killed anywhere, the store stays readable, and the same command
+finishes.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from mimscale.errors import DataError
 from mimscale.ingest import merge, planning
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.plan import Plan, Round, write_plan
-from mimscale.ingest.receipts import Lines, live_parts, packs_of, read_receipt, write_receipt
+from mimscale.ingest.receipts import Lines, live_parts, read_receipt, write_receipt
 from mimscale.ingest.subjects import hidden
 from mimscale.store import layout
 from mimscale.store.manifest import load_manifest, overlay_of_receipt, row_of_receipt, row_tree
@@ -170,6 +171,6 @@ def _prove(store: Path, subject: str, gone_ids: set[str]) -> None:
             inside = {name.partition("/")[0] for name in archive.namelist()} & gone_ids
         if inside:
             raise DataError(
-                f"{pack}: still holds the image of {', '.join(sorted(inside))}, because another subject has the very same "
-                "one; remove that subject too if it is the same person"
+                f"{pack}: still holds the image of {', '.join(sorted(inside))}, because another subject has the very "
+                "same one; remove that subject too if it is the same person"
             )

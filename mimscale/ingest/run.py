@@ -1,9 +1,9 @@
 """`mimscale ingest`: volumes -> store, restartable, with the same bytes whatever the number of workers or array tasks.
 
-    mimscale ingest RECIPE sources=... out=STORE                  plan, convert, build the manifest
-    mimscale ingest RECIPE sources=... out=STORE task=3/64        plan if nobody has, convert a share of the parts
-    mimscale ingest RECIPE sources=... out=STORE merge=true       build the manifest once all tasks have ended
-    mimscale ingest RECIPE sources=... out=STORE remove=SUBJECT   withdraw a subject
+mimscale ingest RECIPE sources=... out=STORE                  plan, convert, build the manifest
+mimscale ingest RECIPE sources=... out=STORE task=3/64        plan if nobody has, convert a share of the parts
+mimscale ingest RECIPE sources=... out=STORE merge=true       build the manifest once all tasks have ended
+mimscale ingest RECIPE sources=... out=STORE remove=SUBJECT   withdraw a subject
 """
 
 import json
@@ -29,7 +29,6 @@ from mimscale.ingest.pool import process_pool
 from mimscale.ingest.receipts import Lines, read_receipt
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.store import layout
-
 
 MOST_NAMED = 10  # quarantined sources that are shown; the journal holds all
 
@@ -162,9 +161,7 @@ def _make_folder(store: Path) -> None:
         store.mkdir(parents=True, exist_ok=True)
 
 
-def _convert(
-    work: planning.Work, config: IngestConfig, parts: Sequence[int]
-) -> tuple[dict[str, Any], int]:
+def _convert(work: planning.Work, config: IngestConfig, parts: Sequence[int]) -> tuple[dict[str, Any], int]:
     """Convert those of `parts` that are not finished. Returns counts over all of them, and the bytes that were read."""
     store = Path(config.out)
     receipts: dict[int, Lines] = {}
@@ -177,8 +174,9 @@ def _convert(
     todo = [part for part in parts if part not in receipts]
     by_part = {part: sources for one in work.plan.rounds for part, sources in one.by_part().items()}
     done_bytes = sum(source.size_bytes for part in todo for source in by_part[part])
-    for part in todo if config.task is not None else ("*",):  # other parts may be at work in other tasks
-        _remove_leftovers(store, part)
+    # Of a task only its own: other parts may be at work in other tasks.
+    for number in [f"{part:05d}" for part in todo] if config.task is not None else ["*"]:
+        _remove_leftovers(store, number)
     total = sum(len(by_part[part]) for part in todo)
     with process_pool(config.workers, len(todo)) as pool:
         for _ in console.track(_convert_all(pool, work, config, todo, by_part, receipts), "ingest", total):
@@ -230,8 +228,7 @@ def _counts(receipts: Iterable[Lines]) -> dict[str, Any]:
     }
 
 
-def _remove_leftovers(store: Path, part: int | str) -> None:
+def _remove_leftovers(store: Path, number: str) -> None:
     """Temporary files of a part (`*`: of all) whose ingest was killed."""
-    number = part if isinstance(part, str) else f"{part:05d}"
     for path in store.rglob(f"{durable.TEMPORARY_PREFIX}part-{number}.*"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A store that grows and shrinks: array tasks, sources that come later, label maps that come later, a subject that leaves."""
+"""A store that grows and shrinks: array tasks, sources and label maps that come later, a subject that leaves."""
 
 import json
 import shutil
@@ -83,7 +83,13 @@ def test_a_local_ingest_and_a_task_do_not_work_at_once(tmp_path):
 
     sources = write_pairs(tmp_path / "s", 2)
     ingest(config_of(sources, tmp_path / "store", task="0/1"))
-    write_lock(tmp_path / "store" / "task-00000-of-00001.lock", "ingest task 0/1", pid=1, host="elsewhere", since_unix_s=time.time())
+    write_lock(
+        tmp_path / "store" / "task-00000-of-00001.lock",
+        "ingest task 0/1",
+        pid=1,
+        host="elsewhere",
+        since_unix_s=time.time(),
+    )
     with pytest.raises(LaunchError, match=r"ingest task 0/1 .*elsewhere"):
         ingest(config_of(sources, tmp_path / "store"))
 
@@ -253,7 +259,9 @@ def test_removing_nobody_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", range(8))
-def test_a_removal_that_is_killed_at_any_write_leaves_a_store_to_read_and_is_finished_later(tmp_path, monkeypatch, step):
+def test_a_removal_that_is_killed_at_any_write_leaves_a_store_to_read_and_is_finished_later(
+    tmp_path, monkeypatch, step
+):
     pairs, store = subjects(tmp_path / "s"), tmp_path / "store"
     ingest(config_of(pairs, store, parts=2))
     writes = []

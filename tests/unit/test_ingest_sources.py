@@ -4,13 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from source_lists import counted_calls, found_in, names_of, problems_of, touch
-from store_samples import config_of, write_nifti, write_pairs
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
-from mimscale.ingest import merge, sources, statistics
+from mimscale.ingest import sources, statistics
+from mimscale.ingest import subjects as subjects_of
 from mimscale.ingest.config import IngestConfig
-from mimscale.ingest.sources.planned import plan_parts, plan_source
 
 
 def test_a_glob_and_a_folder_find_the_same_volumes(tmp_path):
@@ -161,35 +160,16 @@ def test_the_subject_is_in_the_file_name(name, subject):
     assert sources.subject_of(name, IngestConfig(sources="x", out="y").subject_pattern) == subject
 
 
-def test_the_part_of_a_source_depends_on_its_bytes_only(tmp_path):
-    found = found_in(write_pairs(tmp_path, 6))
-    planned = [plan_source(source) for source in found.sources]
-    config = config_of("x", tmp_path, parts=3)
-    parts = plan_parts(planned, config)
-    assert sorted(source.id for part in parts for source in part) == sorted(source.id for source in planned)
-    assert plan_parts(planned[::-1], config) == parts
-    assert all([source.id for source in part] == sorted(source.id for source in part) for part in parts)
-    assert len(plan_parts(planned, config_of("x", tmp_path, part_bytes=1 + planned[0].size_bytes * 2))) in (3, 4)
-
-
-def test_a_missing_file_is_a_problem_of_its_source_and_not_an_error(tmp_path):
-    image = write_nifti(tmp_path / "a.nii", np.zeros((2, 2, 2), np.int16))
-    gone = str(tmp_path / "gone.nii")
-    half, missing = found_in([{"image": gone}, {"image": str(image), "label": gone}]).sources
-    assert plan_source(missing).problem == ("missing_file", "no such image file")
-    assert plan_source(half).problem == ("missing_file", "no such label file")
-
-
 def test_the_split_is_by_subject_and_independent_of_order():
     subjects = {f"s{number}" for number in range(50)}
-    held_out = merge.held_out_subjects(subjects, 0.1, seed := 3)
+    held_out = subjects_of.held_out_subjects(subjects, 0.1, seed := 3)
     assert len(held_out) == 5
     assert held_out < subjects
-    assert merge.held_out_subjects({f"s{number}" for number in reversed(range(50))}, 0.1, seed) == held_out
-    assert merge.held_out_subjects(subjects, 0.1, 4) != held_out
-    assert merge.held_out_subjects(subjects, 0, seed) == merge.held_out_subjects({"a"}, 0.5, seed) == set()
-    assert len(merge.held_out_subjects({"a", "b"}, 0.01, seed)) == 1
-    assert len(merge.held_out_subjects({"a", "b"}, 0.99, seed)) == 1
+    assert subjects_of.held_out_subjects({f"s{number}" for number in reversed(range(50))}, 0.1, seed) == held_out
+    assert subjects_of.held_out_subjects(subjects, 0.1, 4) != held_out
+    assert subjects_of.held_out_subjects(subjects, 0, seed) == subjects_of.held_out_subjects({"a"}, 0.5, seed) == set()
+    assert len(subjects_of.held_out_subjects({"a", "b"}, 0.01, seed)) == 1
+    assert len(subjects_of.held_out_subjects({"a", "b"}, 0.99, seed)) == 1
 
 
 def test_every_wrong_field_is_named_with_its_full_key():
@@ -248,14 +228,14 @@ def test_a_constant_volume_has_statistics_and_all_of_it_is_foreground(modality):
 
 def test_the_subject_key_is_private_and_must_not_change(tmp_path):
     store = tmp_path / "store"
-    key = merge.subject_key(store, None)
+    key = subjects_of.subject_key(store, None)
     file = tmp_path / "store.subject_key"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert merge.subject_key(store, str(file)) == key
+    assert subjects_of.subject_key(store, str(file)) == key
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"mode 0644 lets others read the subject key; run chmod 600"):
-        merge.subject_key(store, None)
+        subjects_of.subject_key(store, None)
     file.write_text("hello")
     file.chmod(0o600)
     with pytest.raises(ConfigError, match="not a subject key"):
-        merge.subject_key(store, None)
+        subjects_of.subject_key(store, None)
