@@ -18,7 +18,7 @@ from scipy import ndimage
 from mimscale import console, durable
 from mimscale.config import config_yaml, load_verb_config, verb_parser
 from mimscale.errors import DataError
-from mimscale.ingest import geometry, read
+from mimscale.ingest import formats, geometry
 from mimscale.ingest.config import CohortConfig
 from mimscale.ingest.derive import derive
 from mimscale.ingest.pool import process_pool
@@ -160,13 +160,13 @@ def _users_own(config: CohortConfig) -> RealSubject:
     return RealSubject(image.voxels[0], label.voxels[0].astype(np.uint8), image.affine, names, Path(config.image).name)
 
 
-def _scan(path: Path) -> read.Scan:
-    with durable.explained(DataError, path, "give a NIfTI file that exists"):
-        data = path.read_bytes()
+def _scan(path: Path) -> formats.Scan:
+    with durable.explained(DataError, path, "give a volume file that exists"):
+        files = [formats.SourceFile(one, one.read_bytes()) for one in (path, *formats.companions(path))]
     try:
-        return read.read_scan(path, data, read.ReadOptions())
-    except read.QuarantineError as error:
-        raise DataError(f"{path}: {read.REASONS[error.reason]} ({error.detail}); give a whole 3D volume") from None
+        return formats.read_scan(files, formats.ReadOptions())
+    except formats.QuarantineError as error:
+        raise DataError(f"{path}: {formats.REASONS[error.reason]} ({error.detail}); give a whole 3D volume") from None
 
 
 def _resampled(real: RealSubject, spacing_mm: float) -> RealSubject:

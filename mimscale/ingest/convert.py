@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from mimscale import durable
 from mimscale.errors import DataError
-from mimscale.ingest import geometry, read, statistics
+from mimscale.ingest import geometry, statistics
 from mimscale.ingest.config import IngestConfig
-from mimscale.ingest.read import QuarantineError, ReadOptions, Scan
+from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFile, companions, read_scan
 from mimscale.ingest.sources.planned import PlannedSource
 from mimscale.store import layout
 from mimscale.store.manifest import OverlayRow, VolumeRow, row_tree
@@ -99,16 +99,24 @@ def _read_source(
     if source.problem is not None:
         raise QuarantineError(*source.problem)
     options = ReadOptions(channels=config.channels, assume_orientation=config.assume_orientation)
-    image = read.read_scan(Path(source.image), _bytes_as_planned(source.image, source.sha256), options)
+    image = read_scan(_files_as_planned(source.image, source.sha256), options)
     if source.label is None:
         return image, None
     assert source.label_sha256 is not None, "a label that was planned without a problem has a hash"
     options = ReadOptions(assume_orientation=config.assume_orientation)
     try:
-        label = read.read_scan(Path(source.label), _bytes_as_planned(source.label, source.label_sha256), options)
+        label = read_scan(_files_as_planned(source.label, source.label_sha256), options)
     except QuarantineError as error:
         raise QuarantineError(error.reason, f"label: {error.detail}") from None
     return image, _label_on_store_grid(image, label, config.label_tolerance_voxels, len(class_names))
+
+
+def _files_as_planned(path: str, sha256: str) -> list[SourceFile]:
+    first = SourceFile(Path(path), _bytes_as_planned(path, sha256))
+    try:
+        return [first, *(SourceFile(one, one.read_bytes()) for one in companions(first.path))]
+    except OSError as error:
+        raise QuarantineError("missing_file", f"its data file: {error.strerror}") from None
 
 
 def _bytes_as_planned(path: str, sha256: str) -> bytes:

@@ -29,7 +29,9 @@ def files(tmp_path):
 
 
 def test_a_row_is_a_volume_and_further_columns_are_kept(files):
-    text = "image,label,subject,modality,split,site,age\na.nii.gz,la.nii.gz,P1,CT,train,Bonn,61\nb.nii.gz,,P2,MR,val,,\n"
+    text = (
+        "image,label,subject,modality,split,site,age\na.nii.gz,la.nii.gz,P1,CT,train,Bonn,61\nb.nii.gz,,P2,MR,val,,\n"
+    )
     first, second = found_in(write(files, text)).sources
     assert (first.channels, first.label) == (((f"{files}/a.nii.gz",),), (f"{files}/la.nii.gz",))
     assert (first.subject, first.modality, first.split, first.problem) == ("P1", "ct", "train", None)

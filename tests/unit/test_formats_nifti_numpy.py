@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from store_samples import phantom, write_nifti
 
-from mimscale.ingest.read import REASONS, QuarantineError, ReadOptions, read_scan
+from mimscale.ingest.formats import REASONS, QuarantineError, ReadOptions, SourceFile, companions, read_scan
 
 
 def scan(path, **options):
-    return read_scan(path, path.read_bytes(), ReadOptions(**options))
+    return read_scan([SourceFile(one, one.read_bytes()) for one in (path, *companions(path))], ReadOptions(**options))
 
 
 def reason_of(path, **options):
@@ -121,7 +121,7 @@ def test_voxels_that_are_no_numbers_are_named(tmp_path, bad):
 
 def test_colours_are_no_intensities(tmp_path):
     colours = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    assert reason_of(write_nifti(tmp_path / "a.nii", colours)) == "unsupported_dtype"
+    assert reason_of(write_nifti(tmp_path / "a.nii", colours)) == "colour"
 
 
 def test_the_number_of_axes_must_be_what_was_asked_for(tmp_path):
@@ -170,7 +170,7 @@ def test_an_npy_that_is_cut_or_pickled_is_refused(tmp_path):
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:5000])
     assert reason_of(tmp_path / "a.npy") == "truncated"
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
-    assert reason_of(tmp_path / "a.npy") == "unreadable"
+    assert reason_of(tmp_path / "a.npy") == "unsupported_dtype"
     archive = io.BytesIO()
     np.savez(archive, x=np.zeros(3))
     (tmp_path / "a.npy").write_bytes(archive.getvalue())
