@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimscale.ingest.formats import dicom_pixels
-from mimscale.ingest.formats.dicom_geometry import Plane, stack
-from mimscale.ingest.formats.dicom_header import TAGS, Header, numbers, parsing, read_header, require_scan
+from mimscale.ingest.formats.dicom_geometry import FEWEST_SLICES, Plane, stack
+from mimscale.ingest.formats.dicom_header import TAGS, Header, numbers, read_header, require_scan
 from mimscale.ingest.formats.reasons import QuarantineError
 from mimscale.ingest.formats.scan import ReadOptions, Scan, SourceFile
 from mimscale.ingest.formats.voxels import checked_affine, rescaled, to_stored_dtype
@@ -54,43 +55,35 @@ def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
         raise QuarantineError("not_3d", f"a DICOM series has one channel, channels={options.channels}")
     tags = [*TAGS, *_KEPT_NUMBERS.values(), *_KEPT_WORDS.values(), *_PRIVATE]
     headers = [read_header(io.BytesIO(file.data), tags) for file in files]
-    with parsing():
-        for header in headers:
-            require_scan(header)
-        shapes = [dicom_pixels.frame_shape(header, options) for header in headers]
-        if len({shape[1:] for shape in shapes}) > 1:
-            raise QuarantineError("mixed_grids", "slices differ in rows or columns")
-        dtype = np.result_type(*(dicom_pixels.raw_dtype(header) for header in headers))
-        count, (rows, columns) = sum(shape[0] for shape in shapes), shapes[0][1:]
-        if count * rows * columns * dtype.itemsize > options.max_volume_bytes:
-            raise QuarantineError("too_large", f"{count} slices of {rows} x {columns} pixels")
-        frames = [frame for header, shape in zip(headers, shapes, strict=True) for frame in _frames(header, shape[0])]
-        order, affine = stack([_plane(header, groups) for header, groups in frames])
-        affine = checked_affine(affine)
-        slopes, intercepts = np.array([_rescale(header, groups) for header, groups in frames])[order].T
-        place = np.empty(count, dtype=int)
-        place[order] = np.arange(count)
-        raw = np.empty((count, rows, columns), dtype)
-        number = 0
-        for file, header, shape in zip(files, headers, shapes, strict=True):
-            for frame in dicom_pixels.frames(file.data, header, shape):
-                raw[place[number]] = frame
-                number += 1
-        paddings = {_padding(header) for header in headers}
-        values = {(slope, intercept) for slope, intercept in zip(slopes, intercepts, strict=True)}
-        padding = None
-        if len(paddings) == len(values) == 1 and None not in paddings:
-            (slope, intercept), raw_padding = values.pop(), paddings.pop()
-            padding = float(raw_padding * slope + intercept)
-        voxels = raw.transpose(2, 1, 0)[None]  # [1, X, Y, Z]
-        return Scan(
-            voxels=to_stored_dtype(rescaled(voxels, slopes, intercepts, overwrite=True)),
-            affine=affine,
-            modality=_MODALITIES.get(headers[0].text("Modality")),
-            header=_acquisition(headers[0]),
-            warnings=_warnings(headers),
-            padding_value=padding,
-        )
+    for header in headers:
+        require_scan(header)
+    shapes = [dicom_pixels.frame_shape(header, options) for header in headers]
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise QuarantineError("mixed_grids", "slices differ in rows or columns")
+    count, (rows, columns) = sum(shape[0] for shape in shapes), shapes[0][1:]
+    if count < FEWEST_SLICES:
+        raise QuarantineError("too_few_slices", f"{count} slices, {FEWEST_SLICES} needed")
+    dtype = np.result_type(*(dicom_pixels.raw_dtype(header) for header in headers))
+    if count * rows * columns * dtype.itemsize > options.max_volume_bytes:
+        raise QuarantineError("too_large", f"{count} slices of {rows} x {columns} pixels")
+    frames = [frame for header, shape in zip(headers, shapes, strict=True) for frame in _frames(header, shape[0])]
+    order, affine = stack([_plane(header, groups) for header, groups in frames])
+    affine = checked_affine(affine)
+    slopes, intercepts = np.array([_rescale(header, groups) for header, groups in frames])[order].T
+    raw = np.empty((count, rows, columns), dtype)
+    place = iter(np.argsort(order))  # of each frame among the slices
+    for file, header, shape in zip(files, headers, shapes, strict=True):
+        for frame in dicom_pixels.frames(file.data, header, shape):
+            raw[next(place)] = frame
+    voxels = rescaled(raw.transpose(2, 1, 0)[None], slopes, intercepts, overwrite=True)  # [1, X, Y, Z]
+    return Scan(
+        voxels=to_stored_dtype(voxels),
+        affine=affine,
+        modality=_MODALITIES.get(headers[0].text("Modality")),
+        header=_acquisition(headers[0]),
+        warnings=_warnings(headers),
+        padding_value=_padding_value(headers, slopes, intercepts),
+    )
 
 
 Groups = tuple[Any, Any] | None  # of one frame, then those that all frames share; None in files of one frame
@@ -135,29 +128,26 @@ def _rescale(header: Header, groups: Groups) -> tuple[float, float]:
     if header.dataset.get("ModalityLUTSequence"):
         raise QuarantineError("bad_rescale", "a lookup table instead of slope and intercept")
     fields = _group(header, groups, "PixelValueTransformationSequence")
-    found = []
-    for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)):
-        if fields.get(name) in (None, ""):
-            found.append(default)
-            continue
-        value = numbers(fields, name, 1)
-        if value is None:
-            raise QuarantineError("bad_rescale", f"{name} is no finite number")
-        found.append(value[0])
-    slope, intercept = found
-    return slope, intercept
+    slope, intercept = numbers(fields, "RescaleSlope", 1), numbers(fields, "RescaleIntercept", 1)
+    return slope[0] if slope else 1.0, intercept[0] if intercept else 0.0
 
 
-def _padding(header: Header) -> int | None:
-    """PixelPaddingValue as a raw value; its type in the file is wrong often, so the pixels' type decides."""
-    value = header.dataset.get("PixelPaddingValue")
-    if value is None or value == "":
+def _padding_value(
+    headers: Sequence[Header], slopes: NDArray[np.float64], intercepts: NDArray[np.float64]
+) -> float | None:
+    """PixelPaddingValue after rescale, when all slices have the same."""
+    values = set()
+    for header in headers:
+        found = numbers(header.dataset, "PixelPaddingValue", 1)
+        if found is None:
+            return None
+        raw, bits = found[0], header.count("BitsAllocated")
+        if header.count("PixelRepresentation", 0) and raw >= 2 ** (bits - 1):
+            raw -= 2**bits  # its type in the file is wrong often: that of the pixels counts
+        values.add(raw)
+    if len(values) > 1 or np.ptp(slopes) > 0 or np.ptp(intercepts) > 0:
         return None
-    raw = int.from_bytes(value[:2], "little") if isinstance(value, bytes) else int(value)
-    bits = header.count("BitsAllocated")
-    if header.count("PixelRepresentation", 0) and raw >= 2 ** (bits - 1):
-        raw -= 2**bits
-    return raw
+    return float(values.pop() * slopes[0] + intercepts[0])
 
 
 def _warnings(headers: Sequence[Header]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ pydicom parses. Whatever it cannot parse is `unreadable`; it repeats values of t
 warnings, so none of these is passed on.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,14 @@ from typing import IO, Any
 
 import pydicom
 import pydicom.config
+import pydicom.multival
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from mimscale.ingest.formats.reasons import QuarantineError
+
+# Their logs repeat what headers hold, and the names of files; what is wrong with a file becomes a reason anyway.
+for _library in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 _PREAMBLE_BYTES = 128
 _PREFIX = b"DICM"
@@ -51,17 +57,17 @@ class Header:
     little_endian: bool
     pixels_at: int | None  # byte of the pixel data element
 
-    def text(self, name: str) -> str:
-        """A field as text, empty when it is not there."""
-        value = self.dataset.get(name)
-        return "" if value is None else str(value).strip()
-
     def texts(self, name: str) -> tuple[str, ...]:
-        """The values of a field that may have several."""
+        """The values of a field as text; none when it is not there."""
         value = self.dataset.get(name)
         if value is None:
             return ()
-        return (value.strip(),) if isinstance(value, str) else tuple(str(one).strip() for one in value)
+        values = value if isinstance(value, pydicom.multival.MultiValue) else [value]
+        return tuple(str(one).strip() for one in values)
+
+    def text(self, name: str) -> str:
+        """A field as text, empty when it is not there."""
+        return "\\".join(self.texts(name))
 
     def count(self, name: str, default: int | None = None) -> int:
         """A whole number that must be there, unless there is a default.
@@ -69,12 +75,12 @@ class Header:
         Raises:
             QuarantineError: unreadable.
         """
-        value = self.dataset.get(name)
-        if value is None or value == "":
-            value = default
-        if value is None:
+        found = numbers(self.dataset, name, 1)
+        if found is not None:
+            return int(found[0])
+        if default is None:
             raise QuarantineError("unreadable", f"the header has no {name}")
-        return int(value)
+        return default
 
 
 @contextmanager
@@ -106,6 +112,8 @@ def read_header(stream: IO[bytes], tags: Sequence[str] = TAGS) -> Header:
         raise QuarantineError("unsupported_encoding", "a deflated data set")
     with parsing():
         dataset: Any = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(tags), force=True)
+        for _ in dataset.iterall():  # values are converted when they are first looked at: here, and nowhere else
+            pass
         pixels_at = stream.tell()
         tag = stream.read(4)
         implicit, little_endian = dataset.original_encoding
@@ -147,9 +155,18 @@ def require_scan(header: Header) -> None:
 
 
 def numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers of a field, or None."""
+    """`count` finite numbers of a field, or None when it is empty or not there.
+
+    Raises:
+        QuarantineError: unreadable, for something else in it.
+    """
     value = dataset.get(name)
     if value is None or value == "":
         return None
-    values = tuple(float(one) for one in ([value] if count == 1 else value))
-    return values if len(values) == count and all(map(math.isfinite, values)) else None
+    try:
+        values = tuple(float(one) for one in ([value] if count == 1 else value))
+    except (TypeError, ValueError, OverflowError):
+        values = ()
+    if len(values) != count or not all(map(math.isfinite, values)):
+        raise QuarantineError("unreadable", f"{name} is not {count} finite numbers")
+    return values

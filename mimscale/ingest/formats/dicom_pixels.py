@@ -15,7 +15,7 @@ import pydicom.uid as uid
 from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import get_decoder
 
-from mimscale.ingest.formats.dicom_header import Header
+from mimscale.ingest.formats.dicom_header import Header, parsing
 from mimscale.ingest.formats.reasons import QuarantineError
 from mimscale.ingest.formats.scan import ReadOptions
 
@@ -30,6 +30,7 @@ _PLUGIN: dict[str, str] = {
 }
 LOSSY = {str(one) for one in (*_JPEG[:2], uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)}
 _FRAME_PIXELS = 2**26  # 8192 x 8192; decoders make room for what a frame claims
+_ITEM_BYTES = 8  # of the tag and length before each compressed piece
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
@@ -100,17 +101,23 @@ def _native(data: bytes, header: Header, shape: tuple[int, int, int]) -> NDArray
 
 
 def _decoded(data: bytes, syntax: str, shape: tuple[int, int, int]) -> Iterator[NDArray[Any]]:
-    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-    if len(dataset.PixelData) < 8:
-        raise QuarantineError("missing_pixels", "no compressed frame")
-    streams = 0
-    for stream in pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=shape[0]):
-        streams += 1
-        if syntax != uid.RLELossless and _codestream_shape(stream, syntax) != shape[1:]:
-            raise QuarantineError("unreadable", "a compressed frame that is not of the header's rows and columns")
-    if streams < shape[0]:
-        raise QuarantineError("truncated", f"{streams} frames where {shape[0]} were promised")
-    for frame, _ in get_decoder(pydicom.uid.UID(syntax)).iter_array(dataset, raw=True, decoding_plugin=_PLUGIN[syntax]):
+    with parsing():
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if len(dataset.PixelData) < _ITEM_BYTES:
+            raise QuarantineError("truncated", "no compressed frame")
+        streams = 0
+        for stream in pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=shape[0]):
+            streams += 1
+            if syntax != uid.RLELossless and _codestream_shape(stream, syntax) != shape[1:]:
+                raise QuarantineError("unreadable", "a compressed frame that is not of the header's rows and columns")
+        if streams < shape[0]:
+            raise QuarantineError("truncated", f"{streams} frames where {shape[0]} were promised")
+        decoded = get_decoder(uid.UID(syntax)).iter_array(dataset, raw=True, decoding_plugin=_PLUGIN[syntax])
+    while True:
+        with parsing():  # not around the yield: there the caller's code runs
+            frame, _ = next(decoded, (None, None))
+        if frame is None:
+            return
         yield frame
 
 

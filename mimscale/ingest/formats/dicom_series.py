@@ -132,25 +132,24 @@ def _read(path: Path) -> _Slice:
         raise QuarantineError("missing_file", "named by a DICOMDIR and not there") from None
     except OSError as error:
         raise QuarantineError("unreadable", str(error.strerror)) from None
-    with parsing():
-        problem = None
-        try:
-            require_scan(header)
-        except QuarantineError as error:
-            problem = (error.reason, error.detail)
-        series = header.text("SeriesInstanceUID") or str(path)
-        return _Slice(
-            path=path,
-            series=series,
-            subject=header.text("PatientID") or header.text("StudyInstanceUID") or series,
-            modality=header.text("Modality"),
-            size=(header.text("Rows"), header.text("Columns")),
-            plane=_plane(header) if problem is None else None,
-            parting=tuple("\\".join(header.texts(name)) for name in _PARTING),
-            number=header.text("InstanceNumber"),
-            many_frames=header.text("NumberOfFrames") not in ("", "1"),
-            problem=problem,
-        )
+    problem = None
+    try:
+        require_scan(header)
+    except QuarantineError as error:
+        problem = (error.reason, error.detail)
+    series = header.text("SeriesInstanceUID") or str(path)
+    return _Slice(
+        path=path,
+        series=series,
+        subject=header.text("PatientID") or header.text("StudyInstanceUID") or series,
+        modality=header.text("Modality"),
+        size=(header.text("Rows"), header.text("Columns")),
+        plane=_plane(header) if problem is None else None,
+        parting=tuple(header.text(name) for name in _PARTING),
+        number=header.text("InstanceNumber"),
+        many_frames=header.text("NumberOfFrames") not in ("", "1"),
+        problem=problem,
+    )
 
 
 def _plane(header: Header) -> Plane | None:
