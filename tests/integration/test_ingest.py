@@ -258,7 +258,7 @@ def test_the_same_scan_is_stored_once(tmp_path):
 def test_of_equal_images_the_labelled_one_is_kept_and_another_label_is_no_mere_duplicate(tmp_path, copy_of_image):
     voxels = phantom(0)
     image = write_nifti(tmp_path / "s" / "a.nii", voxels)
-    other = image if copy_of_image == "same bytes" else write_nifti(tmp_path / "s" / "b.nii.gz", voxels)
+    other = write_nifti(tmp_path / "s" / ("b.nii" if copy_of_image == "same bytes" else "b.nii.gz"), voxels)
     first = write_nifti(tmp_path / "s" / "label_1.nii", (voxels > 200).astype(np.uint8))
     second = write_nifti(tmp_path / "s" / "label_2.nii", (voxels > 350).astype(np.uint8))
     plain, labelled = str(image), {"image": str(other), "label": str(first)}

@@ -1,6 +1,7 @@
 """DICOM files -> series, each one volume; folders of lists -> the series in them."""
 
 import dataclasses
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -63,7 +64,9 @@ def open_folders(
     inside: dict[str, list[Series]] = defaultdict(list)
     files = [entry.path for folder in sorted(folders) for entry in os.scandir(folder) if entry.is_file()]
     for series in find_series(map(Path, files), config.workers):
-        inside[str(series.files[0].parent)].append(series)
+        for parent, own in itertools.groupby(sorted(series.files, key=_parent), key=_parent):
+            # A copy of a series in another folder is a row of its own. The sort is stable: slices keep their order.
+            inside[str(parent)].append(dataclasses.replace(series, files=tuple(own)))
     opened = []
     for place, source in entries:
         if not any(channel[0] in folders for channel in source.channels):
@@ -88,6 +91,10 @@ def open_folders(
             )
         )
     return opened
+
+
+def _parent(file: Path) -> Path:
+    return file.parent
 
 
 def _only_volume(found: Sequence[Series]) -> Series | Problem:

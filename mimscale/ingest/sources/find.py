@@ -57,7 +57,7 @@ def _folder(path: Path, config: IngestConfig) -> Listing:
         return nnunet.listing(path, None, config)
     if bids.is_bids(path):
         return bids.listing(path, config)
-    return folder.listing(path, config)
+    return folder.listing(str(path), [path], config)
 
 
 def _data_set(path: Path, config: IngestConfig) -> Listing:

@@ -1,7 +1,7 @@
 """A folder and all below it, and the files of a pattern: volumes by their suffix, DICOM series by their headers."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +22,16 @@ class _Walk:
     links_not_followed: int = 0
 
 
-def listing(folder: Path, config: IngestConfig) -> Listing:
-    """Every volume and every DICOM series below `folder`. Hidden files and folders are passed over.
+def listing(typed_source: str, folders: Sequence[Path], config: IngestConfig) -> Listing:
+    """Every volume and every DICOM series below `folders`. Hidden files and folders are passed over.
 
     Raises:
         DataError: there is none.
     """
-    walk = _walk(folder, config)
-    place = f"sources={folder}"
+    walk = _Walk()
+    for folder in folders:
+        _walk_into(walk, folder, config)
+    place = f"sources={typed_source}"
     sources, strangers = sort_files(walk.files, config, any_name=False)
     if walk.links_not_followed:
         console.say(
@@ -70,9 +72,8 @@ def sort_files(files: list[str], config: IngestConfig, *, any_name: bool) -> tup
     return sources + series, sorted(strangers + no_dicom)
 
 
-def _walk(folder: Path, config: IngestConfig) -> _Walk:
+def _walk_into(walk: _Walk, folder: Path, config: IngestConfig) -> None:
     fence = Fence(folder, config.allow_outside)
-    walk = _Walk()
     entered: set[str] = set()  # linked folders, by real path: links may form a ring
     todo = [str(folder)]
     while todo:
@@ -90,11 +91,10 @@ def _walk(folder: Path, config: IngestConfig) -> _Walk:
                 todo.append(entry.path)
             else:
                 walk.files.append(entry.path)
-    return walk
 
 
 def _follow(path: str, fence: Fence, walk: _Walk, entered: set[str]) -> Iterable[str]:
-    """Sort a link; yields the folder to enter, if it leads to one that is not walked anyway."""
+    """Yield a linked folder that is to be entered: one that is not walked anyway. Other links are files."""
     target = fence.target(path)
     real = os.path.realpath(path)
     if os.path.isdir(real):

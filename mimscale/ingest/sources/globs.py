@@ -25,7 +25,7 @@ def listing(pattern: str, config: IngestConfig) -> Listing:
         folders = [path for path in paths if os.path.isdir(path)]
         if not folders:
             raise DataError(f"{place}: matches no file; quote it, so that the shell leaves the pattern alone")
-        return Listing([entry for path in folders for entry in folder.listing(Path(path), config).entries])
+        return folder.listing(pattern, [Path(path) for path in folders], config)
     sources, strangers = folder.sort_files(files, config, any_name=True)
     for path in strangers:  # the pattern asks for it: it gets an answer
         problem = ("not_dicom", "its name has no suffix of a volume, and it is no DICOM file")
