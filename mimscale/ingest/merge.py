@@ -56,8 +56,8 @@ def merge(store: Path, plan: Plan, config: IngestConfig, key: bytes) -> dict[str
 
     Returns:
         {"stored", "quarantined", "duplicates", "reasons", "warnings", "examples", "overlays", "superseded",
-        "withdrawn"}: `reasons` and `warnings` are counts, `examples` the first case of each of both. Without a stored volume, and
-        above `max_quarantined`, no manifest is written.
+        "withdrawn"}: `reasons` and `warnings` are counts, `examples` the first case of each of both. Without a stored
+        volume, and above `max_quarantined`, no manifest is written.
 
     Raises:
         DataError: parts without a receipt (each is named), a subject in two splits, or a full disk.

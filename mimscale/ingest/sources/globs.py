@@ -23,6 +23,8 @@ def listing(pattern: str, config: IngestConfig) -> Listing:
     files = [path for path in paths if _is_file(path)]
     if not files:
         folders = [path for path in paths if os.path.isdir(path)]
+        if not folders and not glob.has_magic(pattern):
+            raise DataError(f"{place}: no such file or folder")
         if not folders:
             raise DataError(f"{place}: matches no file; quote it, so that the shell leaves the pattern alone")
         return folder.listing(pattern, [Path(path) for path in folders], config)
