@@ -147,6 +147,8 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None) -> str:
         f"| axes | {contract['axis_order']} |",
         f"| intensity | {', '.join(f'{key}: {value}' for key, value in intensity.items() if value is not None)} |",
     ]
+    for entry in contract.get("datasets", []):
+        lines.append(f"| trained on | {entry['volumes']} volumes of {entry['dataset']}, licence: {entry['licence']} |")
     if contract.get("class_names"):
         lines.append(f"| classes | {', '.join(contract['class_names'])} |")
     lines += ["", "## Scores", ""]

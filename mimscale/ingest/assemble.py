@@ -47,6 +47,7 @@ class Image:
     modality_in_file: str | None
     acquisition: Mapping[str, str]
     warnings: tuple[str, ...]
+    padding_value: float | None  # voxels of this value were never measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
         modality_in_file=first.modality,
         acquisition=first.header,
         warnings=tuple(sorted({warning for scan in scans for warning in scan.warnings})),
+        padding_value=first.padding_value,
     )
 
 

@@ -147,7 +147,7 @@ def _add_image(
     modality = _modality(source, image, config)
     spacing_mm = geometry.spacing_zyx_mm(image.affine)
     fill = statistics.fill_value(volume, modality)
-    stats, box = statistics.describe(volume, modality)
+    stats, box = statistics.describe(volume, modality, image.padding_value)
     warnings = dict.fromkeys(image.warnings, "")
     warnings |= failed_gates(volume, spacing_mm, stats, modality, image.modality_in_file, config.gates)
     if warnings and config.gates.action == "quarantine":

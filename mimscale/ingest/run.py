@@ -92,7 +92,7 @@ def _say_quarantined(journal: Path) -> None:
     left_out = [line for line in lines if line["outcome"] == "quarantined"]
     for line in left_out[:MOST_NAMED]:
         label = f" with label {line['label']}" if line["label"] else ""
-        meaning = REASONS.get(line["reason"]) or GATES[line["reason"]]
+        meaning = {**REASONS, **GATES}.get(line["reason"], "warned about by its reader")
         console.say(f"  {line['source']}{label}: {meaning} ({line['reason']}: {line['detail']})")
     if left_out:
         more = f"{len(left_out) - MOST_NAMED} more in {journal}; " if len(left_out) > MOST_NAMED else ""

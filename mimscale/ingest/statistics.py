@@ -31,12 +31,15 @@ def fill_value(volume: NDArray[Any], modality: str) -> float:
     return float(volume.min())
 
 
-def describe(volume: NDArray[Any], modality: str) -> tuple[tuple[ChannelStats, ...], Box]:
+def describe(
+    volume: NDArray[Any], modality: str, padding_value: float | None = None
+) -> tuple[tuple[ChannelStats, ...], Box]:
     """Statistics of each channel, and the box (zyx start, stop) of the foreground of all channels.
 
     Args:
         volume: [C, Z, Y, X]; integers or floats, all finite.
         modality: for `ct` fixed thresholds part padding, air and body; otherwise the histogram does.
+        padding_value: voxels of this value were never measured, and count for nothing.
     """
     stats = []
     _, z, y, x = volume.shape
@@ -45,6 +48,8 @@ def describe(volume: NDArray[Any], modality: str) -> tuple[tuple[ChannelStats, .
         values: _Counted | _Sorted = (
             _counted(channel) if channel.dtype.kind in "iu" else _Sorted(np.sort(channel, None))
         )
+        if padding_value is not None:
+            values = values.without(padding_value) or values
         if modality == "ct":
             values = values.at_least(CT_PADDING_BELOW_HU) or values
         p0_5, p50, p99_5 = values.percentile(0.5), values.percentile(50), values.percentile(99.5)
@@ -131,6 +136,11 @@ class _Counted:
         keep = slice(int(np.searchsorted(self.values, low)), None)
         return _Counted(self.values[keep], self.counts[keep]) if self.counts[keep].any() else None
 
+    def without(self, value: float) -> "_Counted | None":
+        """The voxels of any other value, or None when there is none."""
+        counts = np.where(self.values == value, 0, self.counts)
+        return _Counted(self.values, counts) if counts.any() else None
+
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation."""
         size = int(self.counts.sum())
@@ -156,6 +166,11 @@ class _Sorted:
     def at_least(self, low: float) -> "_Sorted | None":
         """The voxels of at least `low`, or None when there is none."""
         kept = self.values[self._ranks([low])[0] :]
+        return _Sorted(kept) if kept.size else None
+
+    def without(self, value: float) -> "_Sorted | None":
+        """The voxels of any other value, or None when there is none."""
+        kept = self.values[self.values != value]
         return _Sorted(kept) if kept.size else None
 
     def moments(self) -> tuple[float, float]:

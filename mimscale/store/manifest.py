@@ -141,7 +141,7 @@ class SampleRow:
 SAMPLE_COLUMNS = tuple(item.name for item in dataclasses.fields(SampleRow))
 # What training asks for: to select volumes, to plan crops of them, to read these. Affines, hashes and sources are most
 # of a manifest, and every rank holds one.
-TRAINING_COLUMNS = (*SAMPLE_COLUMNS, "modality", "split", "foreground_box")
+TRAINING_COLUMNS = (*SAMPLE_COLUMNS, "modality", "split", "foreground_box", "dataset", "licence")
 
 
 class Manifest:
@@ -196,6 +196,14 @@ class Manifest:
         """How many rows hold each value of a column of text, most first."""
         counts = pc.value_counts(self._table.column(name)).to_pylist()
         return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: -entry["counts"])}
+
+    def datasets(self, indices: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Where these volumes come from and what they may be used for: {"dataset", "licence", "volumes"} each."""
+        table = self._table.select(["dataset", "licence"]).take(pa.array(indices))
+        # Without threads: trainers fork after this, and forks lose Arrow's threads.
+        rows = table.group_by(["dataset", "licence"], use_threads=False).aggregate([([], "count_all")]).to_pylist()
+        named = [{"dataset": row["dataset"], "licence": row["licence"], "volumes": row["count_all"]} for row in rows]
+        return sorted(named, key=lambda entry: (entry["dataset"], entry["licence"]))
 
     def overlay_parts(self, name: str) -> NDArray[np.int64]:
         """The part that holds overlay `name` of each volume: [N], -1 for a volume without."""

@@ -1,5 +1,6 @@
 """A run's config -> its model, and the contract that travels with its weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mimscale.config import config_tree, tree_hash
@@ -24,7 +25,14 @@ def build_unetr(config: FinetuneConfig, channels: int) -> Unetr:
 
 
 def weights_contract(
-    config: RunConfig, info: StoreInfo, *, channels: int, step: int, precision: str, overlay: str | None
+    config: RunConfig,
+    info: StoreInfo,
+    *,
+    channels: int,
+    step: int,
+    precision: str,
+    overlay: str | None,
+    datasets: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """What somebody must know to use the weights: architecture, patch, spacing, intensity, axis order, where from."""
     tree = config_tree(config)
@@ -40,6 +48,7 @@ def weights_contract(
         "intensity": config_tree(info.intensity),
         "modality": info.modality,
         "class_names": None if overlay is None else list(info.overlays[overlay].class_names),
+        "datasets": list(datasets),
         "store_ingest_hash": info.ingest_hash,
         "config_hash": tree_hash(tree),
         "trained_in": precision,

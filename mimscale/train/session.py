@@ -123,7 +123,13 @@ class TrainingData:
     def contract(self, step: int, precision: str) -> dict[str, Any]:
         """What travels with the weights of `step`."""
         return weights_contract(
-            self.config, self.info, channels=self.channels, step=step, precision=precision, overlay=self.overlay
+            self.config,
+            self.info,
+            channels=self.channels,
+            step=step,
+            precision=precision,
+            overlay=self.overlay,
+            datasets=self.manifest.datasets(self.train),
         )
 
     def validation_batches(self, world: World) -> Iterator[Batch]:

@@ -209,6 +209,17 @@ def test_ct_padding_stays_out_of_the_statistics_and_air_is_air():
     assert statistics.fill_value(volume, "mr") == -3024
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_voxels_that_were_never_measured_count_for_nothing(dtype):
+    volume = np.random.RandomState(0).randint(0, 500, (1, 9, 9, 9)).astype(dtype)
+    inside = volume[:, 3:].copy()
+    volume[:, :3] = 4000
+    (stats,), _ = statistics.describe(volume, "mr", padding_value=4000.0)
+    assert (stats.mean, stats.p99_5) == (pytest.approx(inside.mean()), pytest.approx(np.percentile(inside, 99.5)))
+    (stats,), _ = statistics.describe(np.full((1, 2, 2, 2), 7, dtype), "mr", padding_value=7.0)
+    assert stats.mean == 7  # nothing else is there
+
+
 def test_mr_foreground_is_what_is_brighter_than_air():
     random = np.random.RandomState(0)
     volume = np.abs(random.randn(1, 20, 20, 20) * 10).astype(np.float32)
