@@ -197,6 +197,10 @@ class Manifest:
         counts = pc.value_counts(self._table.column(name)).to_pylist()
         return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: -entry["counts"])}
 
+    def overlay_names(self) -> list[str]:
+        """Names of the overlays that any volume has."""
+        return sorted(pc.unique(pc.list_flatten(self._combined("overlays")).field("name")).to_pylist())
+
     def overlay_parts(self, name: str) -> NDArray[np.int64]:
         """The part that holds overlay `name` of each volume: [N], -1 for a volume without."""
         rows, entries = self._overlay(name)
