@@ -7,7 +7,7 @@ that redraws itself is unreadable there.
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -42,8 +42,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     human().print(table)
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield `items` and show how far they are."""
+def track(items: Iterable[T], description: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[T]:
+    """Yield `items` and show how far they are, and what `note` says then."""
     console = human()
     if console.is_terminal:
         with Progress(
@@ -51,9 +51,13 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=console,
         ) as bar:
-            yield from bar.track(items, total=total, description=description)
+            task = bar.add_task(description, total=total, note="")
+            for item in items:
+                yield item
+                bar.update(task, advance=1, note=note())
         return
     start = last = time.monotonic()
     done = 0
@@ -63,5 +67,5 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         if now - last >= LOG_LINE_EVERY_S or done == total:
             last = now
             left_s = (now - start) / done * (total - done)
-            line = f"{description}: {done}/{total}, {now - start:.0f} s, {left_s:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            parts = [f"{description}: {done}/{total}", f"{now - start:.0f} s", f"{left_s:.0f} s left", note()]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)

@@ -177,11 +177,30 @@ def _convert(work: planning.Work, config: IngestConfig, parts: Sequence[int]) ->
     # Of a task only its own: other parts may be at work in other tasks.
     for number in [f"{part:05d}" for part in todo] if config.task is not None else ["*"]:
         _remove_leftovers(store, number)
-    total = sum(len(by_part[part]) for part in todo)
+    so_far = _SoFar()
     with process_pool(config.workers, len(todo)) as pool:
-        for _ in console.track(_convert_all(pool, work, config, todo, by_part, receipts), "ingest", total):
-            pass
+        work_done = _convert_all(pool, work, config, todo, by_part, receipts)
+        total = sum(len(by_part[part]) for part in todo)
+        for line, source in console.track(work_done, "ingest", total, so_far.text):
+            so_far.add(line, source)
     return _counts(receipts.values()), done_bytes
+
+
+class _SoFar:
+    """What the progress bar says beside the number of sources."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._bytes = 0
+        self._quarantined = 0
+
+    def add(self, line: dict[str, Any], source: PlannedSource) -> None:
+        self._bytes += source.size_bytes
+        self._quarantined += line["outcome"] == "quarantined"
+
+    def text(self) -> str:
+        rate = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-3)
+        return f"{self._quarantined} quarantined, {rate:.0f} MB/s"
 
 
 def _convert_all(
@@ -191,8 +210,8 @@ def _convert_all(
     todo: Sequence[int],
     by_part: Mapping[int, Sequence[PlannedSource]],
     receipts: dict[int, Lines],
-) -> Iterator[dict[str, Any]]:
-    """Fill `receipts`; yields one line a source as its part is finished."""
+) -> Iterator[tuple[dict[str, Any], PlannedSource]]:
+    """Fill `receipts`; yields the line of each source as its part is finished."""
 
     def how(part: int) -> Conversion:
         return Conversion(
@@ -206,14 +225,15 @@ def _convert_all(
     if pool is None:
         for part in todo:
             receipts[part] = convert_part(part, by_part[part], how(part))
-            yield from receipts[part]
+            yield from zip(receipts[part], by_part[part], strict=True)
         return
     # The largest first, so that no worker starts a long part when the others have nothing left.
     todo = sorted(todo, key=lambda part: -sum(source.size_bytes for source in by_part[part]))
     jobs = {pool.submit(convert_part, part, by_part[part], how(part)): part for part in todo}
     for job in as_completed(jobs):
-        receipts[jobs[job]] = job.result()
-        yield from receipts[jobs[job]]
+        part = jobs[job]
+        receipts[part] = job.result()
+        yield from zip(receipts[part], by_part[part], strict=True)
 
 
 def _counts(receipts: Iterable[Lines]) -> dict[str, Any]:
