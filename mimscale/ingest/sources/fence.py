@@ -48,14 +48,16 @@ class Fence:
     """
 
     def __init__(self, folder: Path, allow_outside: bool) -> None:
-        self._folder = folder
+        self._folder = str(folder)
         self._root = os.path.realpath(folder)
         self._allow_outside = allow_outside
         self._known: dict[str, _Folder] = {}
 
     def target(self, text: str) -> Target:
         """Where `text` leads. Never raises: what is wrong with it is its `problem`."""
-        path = str(Path(self._folder, text))
+        path = os.path.join(self._folder, text)
+        if "//" in path or "/./" in path or path.endswith("/"):  # `..` stays: behind a link it means another folder
+            path = str(Path(path))  # slower: as many as lists are long
         if "\0" in text:
             return Target(path, problem=("missing_file", "the path holds a zero byte"))
         target = self._resolved(path)

@@ -67,7 +67,7 @@ def listing(path: Path, config: IngestConfig) -> Listing:
     channels = _channel_columns(table, config.channel_names)
     used = {*columns.values(), *channels}
     tags = kept_columns(table, used, config.keep_columns)
-    faults = _Faults(table)
+    faults, word = _Faults(table), table.line_word
     fence = Fence(path.parent, config.allow_outside)
     entries: list[tuple[str, Source]] = []
     seen: dict[tuple[str, ...], int] = {}
@@ -102,7 +102,7 @@ def listing(path: Path, config: IngestConfig) -> Listing:
             tags={name: sys.intern(_text(row.cells[i])) for name, i in tags.items() if row.cells[i]},
             problem=_missing_channel(files, [table.columns[i] for i in channels]) or first_problem(targets + label),
         )
-        entries.append((f"{table.line_word} {row.line} of {path}", source))
+        entries.append((f"{word} {row.line} of {path}", source))
     faults.refuse()
     if not entries:
         raise DataError(f"{path}: the table has no row")
