@@ -79,11 +79,17 @@ class Fence:
             return Target(path, problem=("missing_file", "no such file"))
         return self._followed(path) if kind == "link" else Target(path, is_folder=kind == "folder")
 
-    def targets_in(self, folder: Path) -> Iterator[Target]:
-        """Everything that is not hidden in a folder, by name; nothing when there is no such folder."""
-        for name in sorted(self._look_into(str(folder)).kinds):
+    def targets_in(self, folder: str) -> Iterator[Target]:
+        """Everything that is not hidden in a folder, by name.
+
+        Nothing when there is no such folder; the folder itself, with its problem, when it must not or cannot be read.
+        """
+        listed = self._look_into(folder)
+        if listed.problem and listed.problem[0] != "missing_file":
+            yield Target(folder, problem=listed.problem)
+        for name in sorted(listed.kinds):
             if not name.startswith("."):
-                yield self.target(str(folder / name))
+                yield self.target(os.path.join(folder, name))
 
     def is_inside(self, real_path: str) -> bool:
         """True when a path without links and `..` may be read."""

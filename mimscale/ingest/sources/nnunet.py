@@ -49,11 +49,8 @@ def listing(folder: Path, tree: dict[str, Any] | None, config: IngestConfig) -> 
     else:
         sources = []
         for images_folder, labels_folder in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-            image_files, label_files = (
-                [target for target in fence.targets_in(folder / name) if is_volume(target.path)]
-                for name in (images_folder, labels_folder)
-            )
-            images, labels = cases.by_case(image_files, channel_numbers=True), cases.by_name(label_files)
+            images = cases.by_case(_files_in(folder / images_folder, fence), channel_numbers=True)
+            labels = cases.by_name(_files_in(folder / labels_folder, fence))
             sources += cases.sources(str(folder / images_folder), images, labels, config, names)
     if not sources:
         raise DataError(f"{folder}: imagesTr holds no CASE_0000 volume; give the folder that has imagesTr in it")
@@ -62,6 +59,16 @@ def listing(folder: Path, tree: dict[str, Any] | None, config: IngestConfig) -> 
         console.say(f"{path}: label value {ignored} means `ignore`; it is no class and gets no name")
     place = f"a case of {folder}"
     return Listing([(place, source) for source in sources], dataset_json.class_names(path, tree), names)
+
+
+def _files_in(folder: Path, fence: Fence) -> list[Target]:
+    files = []
+    for target in fence.targets_in(str(folder)):
+        if is_volume(target.path):
+            files.append(target)
+        elif target.path == str(folder) and target.problem:
+            raise DataError(f"{folder}: {target.problem[1]}")
+    return files
 
 
 def _lists_whole_names(folder: Path, tree: dict[str, Any]) -> bool:

@@ -17,9 +17,8 @@ from mimscale import console, durable
 from mimscale.errors import DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.sources import dicom_tree
-from mimscale.ingest.sources.cases import first_problem
+from mimscale.ingest.sources.cases import first_problem, missing_channel
 from mimscale.ingest.sources.fence import Fence
-from mimscale.ingest.sources.files import Problem
 from mimscale.ingest.sources.source import Listing, Source, modality_of, subject_of
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -65,13 +64,14 @@ def listing(path: Path, config: IngestConfig) -> Listing:
     table = read(path)
     columns = {name.lower(): index for index, name in enumerate(table.columns) if name.lower() in _KNOWN}
     channels = _channel_columns(table, config.channel_names)
+    channel_names = config.channel_names if channels else ()
     used = {*columns.values(), *channels}
     tags = kept_columns(table, used, config.keep_columns)
     faults, word = _Faults(table), table.line_word
     fence = Fence(path.parent, config.allow_outside)
     entries: list[tuple[str, Source]] = []
     seen: dict[tuple[str, ...], int] = {}
-    folders: set[str] = set()
+    folders: dict[str, Fence] = {}
     for row in table.rows:
 
         def cell(name: str, row: Row = row) -> str:
@@ -91,23 +91,23 @@ def listing(path: Path, config: IngestConfig) -> Listing:
         key = tuple(target.path for target in targets)
         if seen.setdefault(key, row.line) != row.line:
             faults.add("that repeat the image of an earlier one", row.line)
-        is_folder = any(target.is_folder for target in targets)
-        folders.update(target.path for target in targets if target.is_folder)
+        of_row = {target.path: fence for target in targets if target.is_folder}
+        folders |= of_row
         source = Source(
             channels=tuple(target.files for target in targets),
             label=label[0].files if label else (),
-            subject=cell("subject") or ("" if is_folder else subject_of(targets[0].path, config.subject_pattern)),
+            subject=cell("subject") or ("" if of_row else subject_of(targets[0].path, config.subject_pattern)),
             modality=modality_of(cell("modality")),
             split=_SPLITS.get(split),
             tags={name: sys.intern(_text(row.cells[i])) for name, i in tags.items() if row.cells[i]},
-            problem=_missing_channel(files, [table.columns[i] for i in channels]) or first_problem(targets + label),
+            problem=missing_channel([bool(file) for file in files], channel_names) or first_problem(targets + label),
         )
         entries.append((f"{word} {row.line} of {path}", source))
     faults.refuse()
     if not entries:
         raise DataError(f"{path}: the table has no row")
     entries = dicom_tree.open_folders(entries, folders, config)
-    return Listing(entries, channel_names=config.channel_names if channels else ())
+    return Listing(entries, channel_names=channel_names)
 
 
 def read(path: Path) -> Table:
@@ -131,6 +131,9 @@ def read(path: Path) -> Table:
 def kept_columns(table: Table, used: set[int], keep: Sequence[str]) -> dict[str, int]:
     """Columns that become tags: those not in `used`, unless they may tell who somebody is. Says what is left out."""
     others = {name: index for index, name in enumerate(table.columns) if name and index not in used}
+    unknown = [name for name in keep if name not in table.columns]
+    if unknown:
+        console.say(f"{table.path}: has no column {', '.join(unknown)}, which keep_columns lists")
     left_out = [name for name in others if name not in keep and may_identify(name)]
     if left_out:
         console.say(
@@ -187,14 +190,6 @@ def _channel_columns(table: Table, channel_names: Sequence[str]) -> list[int]:
     return [table.columns.index(name) for name in there]
 
 
-def _missing_channel(files: Sequence[str], names: Sequence[str]) -> Problem | None:
-    for number, file in enumerate(files):
-        if not file:
-            called = f" ({names[number]})" if names else ""
-            return ("missing_channel", f"channel {number}{called} of {len(files)} has no file")
-    return None
-
-
 def _files(cell: str | tuple[str, ...]) -> list[str]:
     """Channel files of an `image` cell: a list of a Parquet file, or FILE;FILE."""
     return [part.strip() for part in (cell.split(";") if isinstance(cell, str) else cell)]
@@ -217,9 +212,11 @@ def _checked(path: Path, width: int, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    with durable.explained(DataError, path, "give a table that you may read"):
-        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
-    with file:
+    # Spreadsheets begin with a byte order mark: utf-8-sig passes over it.
+    with (
+        durable.explained(DataError, path, "give a table that you may read"),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
         try:
             first = file.readline()
             file.seek(0)
@@ -230,8 +227,8 @@ def _text_rows(path: Path) -> Iterator[Row]:
             for cells in reader:
                 yield Row(last + 1, tuple(cell.strip() for cell in cells))
                 last = reader.line_num
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start} of a block); save it as UTF-8") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not UTF-8 text; save it as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{path}: not a table of cells ({error}) near line {reader.line_num}") from None
 
