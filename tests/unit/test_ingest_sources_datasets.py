@@ -187,3 +187,12 @@ def test_lists_whose_classes_or_channels_contradict_each_other_are_refused(tmp_p
     decathlon(tmp_path / "d", modality={"0": "MRI"})
     found = found_in([str(tmp_path / "c"), str(tmp_path / "d")])
     assert (found.channel_names, names_of(found)) == ((), ["a", "b", "a", "b"])
+
+
+def test_a_folder_of_images_that_is_linked_elsewhere_needs_permission(tmp_path):
+    touch(tmp_path, "elsewhere/p_0000.nii.gz", "d/dataset.json")
+    (tmp_path / "d/imagesTr").symlink_to(tmp_path / "elsewhere")
+    write_json(tmp_path / "d/dataset.json", {**V2, "channel_names": {"0": "T1"}})
+    with pytest.raises(DataError, match=r"imagesTr: leads out of the folder of its list; allow_outside=true"):
+        found_in(tmp_path / "d")
+    assert names_of(found_in(tmp_path / "d", allow_outside=True)) == ["p_0000"]

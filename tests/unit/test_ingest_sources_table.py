@@ -196,6 +196,11 @@ def test_what_is_no_table_is_named(tmp_path):
         found_in(write(tmp_path, "t1\na\n"), channel_names=["t1", "t2"])
 
 
+def test_volumes_of_a_subject_follow_the_split_that_one_row_gives(files):
+    text = "image,subject,split\na.nii.gz,P1,val\nb.nii.gz,P1,\nt1.nii,P2,\n"
+    assert [one.split for one in found_in(write(files, text)).sources] == ["val", "val", None]
+
+
 def test_100_000_rows_ask_the_file_system_once_a_folder(tmp_path, monkeypatch):
     for number in range(10):
         (tmp_path / f"{number}").mkdir()
