@@ -58,9 +58,10 @@ class Fence:
         path = os.path.join(self._folder, text)
         if "//" in path or "/./" in path or path.endswith("/"):  # `..` stays: behind a link it means another folder
             path = str(Path(path))  # slower: as many as lists are long
-        if "\0" in text:
-            return Target(path, problem=("missing_file", "the path holds a zero byte"))
-        target = self._resolved(path)
+        try:
+            target = self._resolved(path)
+        except ValueError:  # a zero byte, or what is no Unicode
+            return Target(path, problem=("missing_file", "no path can be so"))
         if target.problem or target.is_folder or not is_volume(path):
             return target
         companions, problem = companions_of(path)

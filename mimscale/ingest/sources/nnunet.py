@@ -4,6 +4,7 @@ Both its forms: version 1 (`modality`, {"0": "background"}) and version 2 (`chan
 `file_ending`, and `dataset`, which lists the files of each case wherever they lie).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _lists_whole_names(folder: Path, tree: dict[str, Any]) -> bool:
     training = tree.get("training")
     first = training[0] if isinstance(training, list) and training else None
     image = first.get("image") if isinstance(first, dict) else None
-    return not isinstance(image, str) or (folder / image).exists()
+    return not isinstance(image, str) or os.path.exists(os.path.join(folder, image))
 
 
 def _volumes(folder: Path) -> list[Path]:
