@@ -235,6 +235,27 @@ def test_a_second_ingest_at_once_is_refused(tmp_path):
         ingest(config_of(sources, store, parts=2, chunk_voxels=16))
 
 
+def test_a_tables_subjects_and_columns_that_identify_reach_neither_store_nor_log(tmp_path, capsys):
+    for name in ("rosa", "bo"):
+        write_nifti(tmp_path / "s" / f"{name}_amsel.nii", phantom(len(name)))
+    table = tmp_path / "s" / "scans.csv"
+    table.write_text(
+        "image,subject,PatientName,BirthDate,site\n"
+        "rosa_amsel.nii,Rosa_Amsel,Rosa^Amsel,19500203,a\n"
+        "bo_amsel.nii,Bo_Amsel,Bo^Amsel,19520506,b\n"
+        "gone_amsel.nii,Gone_Amsel,Gone^Amsel,19540708,b\n"
+    )
+    words = ["ingest", recipe(tmp_path), f"sources={table}", f"out={tmp_path}/store", "--json"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["reasons"] == {"missing_file": 1}
+    inside = b"".join(path.read_bytes() for path in sorted((tmp_path / "store").rglob("*")) if path.is_file())
+    for planted in ("amsel", "1950", "1952", "1954"):
+        assert planted.encode() not in inside.lower()
+        assert planted not in (printed.out + printed.err).lower()
+        assert planted not in str(rows_of(tmp_path / "store")).lower()  # Parquet compresses
+
+
 def test_labels_without_class_names_are_refused_before_anything_is_done(tmp_path):
     with pytest.raises(ConfigError, match=r"class_names: there are label files"):
         ingest(config_of(write_pairs(tmp_path / "s", 1), tmp_path / "store", class_names=[]))

@@ -145,3 +145,24 @@ def test_a_bids_folder_without_images_or_with_two_of_one_name_is_an_error(bids, 
     touch(tmp_path, "empty/dataset_description.json")
     with pytest.raises(DataError, match="holds an image"):
         found_in(tmp_path / "empty")
+
+
+def test_a_subject_that_is_linked_elsewhere_is_a_source_with_a_problem(bids, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    touch(elsewhere, "anat/sub-04_T1w.nii.gz")
+    (bids / "sub-04").symlink_to(elsewhere)
+    (linked,) = (one for one in found_in(bids).sources if one.subject == "sub-04")
+    assert linked.problem[0] == "outside_source"
+    (allowed,) = (one for one in found_in(bids, allow_outside=True).sources if one.subject == "sub-04")
+    assert (allowed.problem, Path(allowed.channels[0][0]).name) == (None, "sub-04_T1w.nii.gz")
+
+
+def test_words_of_names_that_are_not_of_bids_are_not_repeated(bids, capsys):
+    touch(bids, "sub-01/anat/sub-01_amsel.nii.gz", "sub-01/amsel/x.nii.gz")
+    found = found_in(bids)
+    assert {one.tags["suffix"] for one in found.sources} == {"T1w", "FLAIR", "other"}
+    found_in(bids, channel_names=["T1w"])
+    said = capsys.readouterr().err
+    assert "left out: folders of other names" in said
+    assert "FLAIR 1, other 1" in said
+    assert "amsel" not in said

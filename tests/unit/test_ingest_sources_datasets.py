@@ -1,8 +1,11 @@
 """Decathlon and nnU-Net folders as sources."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from source_lists import found_in, names_of, problems_of, touch, write_json
 
 from mimscale.errors import DataError
@@ -81,7 +84,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, text, message):
 
 def test_entries_that_leave_the_folder_or_are_not_there_are_problems(tmp_path):
     touch(tmp_path, "secret.nii", "d/in.nii")
-    training = ["../secret.nii", str(tmp_path / "secret.nii"), "in.nii", "gone.nii", "no/folder.nii"]
+    training = ["../secret.nii", str(tmp_path / "secret.nii"), "in.nii", "gone.nii", "\ud800/folder.nii"]
     write_json(tmp_path / "d/dataset.json", {"training": training})
     reasons = [one.problem[0] if one.problem else None for one in found_in(tmp_path / "d").sources]
     assert sorted(map(str, reasons)) == ["None", "missing_file", "missing_file", "outside_source", "outside_source"]
@@ -187,3 +190,36 @@ def test_lists_whose_classes_or_channels_contradict_each_other_are_refused(tmp_p
     decathlon(tmp_path / "d", modality={"0": "MRI"})
     found = found_in([str(tmp_path / "c"), str(tmp_path / "d")])
     assert (found.channel_names, names_of(found)) == ((), ["a", "b", "a", "b"])
+
+
+def test_a_folder_of_images_that_is_linked_elsewhere_needs_permission(tmp_path):
+    touch(tmp_path, "elsewhere/p_0000.nii.gz", "d/dataset.json")
+    (tmp_path / "d/imagesTr").symlink_to(tmp_path / "elsewhere")
+    write_json(tmp_path / "d/dataset.json", {**V2, "channel_names": {"0": "T1"}})
+    with pytest.raises(DataError, match=r"imagesTr: leads out of the folder of its list; allow_outside=true"):
+        found_in(tmp_path / "d")
+    assert names_of(found_in(tmp_path / "d", allow_outside=True)) == ["p_0000"]
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["..", "/", "\0/x", "\ud800/x"])
+)
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+KEYS = ["training", "validation", "test", "labels", "modality", "channel_names", "file_ending", "dataset"]
+ENTRIES = st.lists(st.fixed_dictionaries({"image": VALUES}, optional={"label": VALUES}), max_size=2)
+NAMES = st.dictionaries(st.sampled_from(["0", "1", "background", "ignore"]), VALUES)
+CASES = st.dictionaries(st.text(), st.fixed_dictionaries({"images": VALUES}, optional={"label": VALUES}), max_size=2)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=st.dictionaries(st.sampled_from(KEYS), VALUES | ENTRIES | NAMES | CASES))
+def test_a_dataset_json_of_any_content_is_read_or_refused(tmp_path, tree):
+    touch(tmp_path, "imagesTr/p_0000.nii")
+    write_json(tmp_path / "dataset.json", tree)
+    with suppress(DataError):  # anything else would stop an ingest with words that nobody can use
+        assert found_in(tmp_path).sources

@@ -125,3 +125,12 @@ def test_many_headers_are_read_by_several_processes_with_the_same_result(tmp_pat
     monkeypatch.setattr(dicom_series, "_MANY", 10)
     assert found_in(tmp_path, workers=2) == alone
     assert "read DICOM headers: 15/15" in capsys.readouterr().err
+
+
+def test_links_in_a_folder_that_a_list_names_stay_inside(tmp_path):
+    (link,) = save(slices(VOXELS[:1]), tmp_path / "secret")
+    save(slices(VOXELS, PatientID="P1"), tmp_path / "d/ct")
+    (tmp_path / "d/ct/IM0009").symlink_to(link)
+    (tmp_path / "d/t.csv").write_text("image\nct\n")
+    for wanted in (tmp_path / "d/t.csv", [{"image": str(tmp_path / "d/ct")}]):
+        assert [one[3] for one in described(found_in(wanted))] == ["outside_source"]

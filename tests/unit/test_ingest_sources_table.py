@@ -133,6 +133,7 @@ def test_paths_stay_in_the_folder_of_the_table(tmp_path):
         "/etc/passwd": "outside_source",
         "..": "outside_source",
         "a\0b.nii": "missing_file",
+        "a\0b/c.nii": "missing_file",
     }
     del expected["./in.nii "]
     for path, reason in expected.items():
@@ -181,7 +182,9 @@ def test_wrong_rows_are_named_by_their_lines(files, text, message):
 
 def test_all_wrong_rows_are_named_at_once(files):
     text = "image,split\n,x\na.nii.gz,maybe\n" + ",\n,y\n" * 7
-    with pytest.raises(DataError, match=r"(?s)8 line\(s\) with an empty image: 2, 5, 7, 9, 11, \.\.\..*1 line.*: 3"):
+    with pytest.raises(
+        DataError, match=r"(?s)9 line\(s\) with a split.*8 line\(s\) with an empty image: 2, 5, 7, 9, 11, \.\.\."
+    ):
         found_in(write(files, text))
 
 
@@ -194,6 +197,11 @@ def test_what_is_no_table_is_named(tmp_path):
         found_in(write(tmp_path, "image,t1\na,b\n"), channel_names=["t1"])
     with pytest.raises(DataError, match="has no column t2, which channel_names lists"):
         found_in(write(tmp_path, "t1\na\n"), channel_names=["t1", "t2"])
+
+
+def test_volumes_of_a_subject_follow_the_split_that_one_row_gives(files):
+    text = "image,subject,split\na.nii.gz,P1,val\nb.nii.gz,P1,\nt1.nii,P2,\n"
+    assert [one.split for one in found_in(write(files, text)).sources] == ["val", "val", None]
 
 
 def test_100_000_rows_ask_the_file_system_once_a_folder(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from mimscale import console
 from mimscale.errors import DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.sources import table
-from mimscale.ingest.sources.cases import first_problem
+from mimscale.ingest.sources.cases import first_problem, missing_channel
 from mimscale.ingest.sources.fence import Fence, Target
-from mimscale.ingest.sources.files import Problem, is_volume
+from mimscale.ingest.sources.files import is_volume
 from mimscale.ingest.sources.source import Listing, Source, stem
 
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
@@ -23,6 +23,11 @@ _DATATYPES = {"anat": "mr", "ct": "ct"}  # folders with one 3-D image a file, an
 _DRAWN = ("mask", "defacemask", "dseg", "probseg")  # suffixes of what is drawn on an image
 _OF_LABELS = ("desc", "label", "seg", "atlas", "space", "res", "den")  # entities that the image of a label has not
 _TAGS = {"acq": "acquisition", "ce": "contrast_agent"}  # not the session: its name may be a date
+
+# What messages and tags may repeat; any other word in a name may be a person's.
+_SUFFIXES = {"T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2star", "T2starw", "inplaneT1", "inplaneT2", "angio", "T1map"}
+_SUFFIXES |= {"T2map", "T1rho", "UNIT1", "SWI", "ct"}
+_OTHER_DATATYPES = {"func", "dwi", "fmap", "perf", "meg", "eeg", "ieeg", "beh", "pet", "micr", "nirs", "mrs"}
 
 Entities = frozenset[tuple[str, str]]
 
@@ -46,10 +51,9 @@ def is_bids(folder: Path) -> bool:
     """True for a folder with a dataset_description.json, or with images where BIDS puts them."""
     if (folder / "dataset_description.json").is_file():
         return True
-    subjects = [path for path in _children(folder) if _SUBJECT.fullmatch(path.name)]
-    return any(
-        (place / datatype).is_dir() for path in subjects[:1] for place in _places(path) for datatype in _DATATYPES
-    )
+    fence = Fence(folder, allow_outside=False)
+    places = (place for subject in _subjects(folder, fence) for place in _places(subject, fence))
+    return any(os.path.basename(child.path) in _DATATYPES for place in places for child in fence.targets_in(place.path))
 
 
 def listing(folder: Path, config: IngestConfig) -> Listing:
@@ -59,7 +63,7 @@ def listing(folder: Path, config: IngestConfig) -> Listing:
         DataError: no image at all, or images with several label maps.
     """
     fence = Fence(folder, config.allow_outside)
-    images = _images(folder, fence)
+    images, closed = _images(folder, fence)
     volumes = _volumes(folder, images, config.channel_names)
     label_of, orphans = _assign(folder, _labels(folder, fence, config), list(volumes), config)
     tags = _participants(folder, config)
@@ -68,6 +72,7 @@ def listing(folder: Path, config: IngestConfig) -> Listing:
         label = label_of.get(key)
         entities = dict(channels[0].entities)
         subject = f"sub-{entities['sub']}"
+        there = {image.suffix for image in channels}
         files = [image.target for image in channels] + ([label.target] if label else [])
         source = Source(
             channels=tuple(image.target.files for image in channels),
@@ -76,10 +81,11 @@ def listing(folder: Path, config: IngestConfig) -> Listing:
             modality=_DATATYPES[channels[0].datatype],
             tags={
                 **tags.get(subject, {}),
-                **({} if config.channel_names else {"suffix": channels[0].suffix}),
+                **({} if config.channel_names else {"suffix": _spoken(channels[0].suffix)}),
                 **{tag: entities[entity] for entity, tag in _TAGS.items() if entity in entities},
             },
-            problem=_missing_channel(channels, config.channel_names) or first_problem(files),
+            problem=missing_channel([name in there for name in config.channel_names], config.channel_names)
+            or first_problem(files),
         )
         sources.append(source)
     for label in orphans:
@@ -89,39 +95,43 @@ def listing(folder: Path, config: IngestConfig) -> Listing:
             problem=("label_without_image", "a label map, and no image has its entities"),
         )
         sources.append(source)
+    for target in closed:
+        match = _SUBJECT.search(os.path.relpath(target.path, folder))
+        source = Source(channels=(target.files,), subject=match[0] if match else "", problem=target.problem)
+        sources.append(source)
     return Listing([(f"an image of {folder}", source) for source in sources], channel_names=config.channel_names)
 
 
-def _images(folder: Path, fence: Fence) -> list[_Image]:
-    """Everything in anat/ and ct/ that is no mask. Says what is left out."""
-    images, odd_names = [], 0
+def _images(folder: Path, fence: Fence) -> tuple[list[_Image], list[Target]]:
+    """Everything in anat/ and ct/ that is no mask, and what cannot be entered. Says what is left out."""
+    images: list[_Image] = []
+    closed: list[Target] = []
     others: set[str] = set()
-    for subject in _children(folder):
-        if not _SUBJECT.fullmatch(subject.name):
-            continue
-        for place in _places(subject):
-            for child in fence.targets_in(place):
+    odd_names = 0
+    for subject in _subjects(folder, fence):
+        for place in _places(subject, fence):
+            for child in fence.targets_in(place.path):
                 datatype = os.path.basename(child.path)
-                if not child.is_folder or _SESSION.fullmatch(datatype):
-                    continue
-                if datatype not in _DATATYPES:
-                    others.add(datatype)
-                    continue
-                for target in fence.targets_in(Path(child.path)):
-                    if not is_volume(target.path):
-                        continue
-                    entities, suffix = _name_parts(target.path)
-                    if entities is None:
-                        odd_names += 1
-                    elif suffix not in _DRAWN:
-                        images.append(_Image(entities, suffix, datatype, target))
+                if child.problem and not is_volume(child.path):
+                    closed.append(child)
+                elif datatype in _DATATYPES and child.is_folder:
+                    for target in fence.targets_in(child.path):
+                        entities, suffix = _name_parts(target.path)
+                        if not is_volume(target.path):
+                            closed += [target] if target.path == child.path else []
+                        elif entities is None:
+                            odd_names += 1
+                        elif suffix not in _DRAWN:
+                            images.append(_Image(entities, suffix, datatype, target))
+                elif child.is_folder and not _SESSION.fullmatch(datatype):
+                    others.add(datatype if datatype in _OTHER_DATATYPES else "folders of other names")
     if not images:
         raise DataError(f"{folder}: no sub-*/[ses-*/]anat/ folder of this BIDS folder holds an image")
     if others:
-        console.say(f"{folder}: only anat/ and ct/ are read; left out: {', '.join(sorted(others)[:10])}")
+        console.say(f"{folder}: only anat/ and ct/ are read; left out: {', '.join(sorted(others))}")
     if odd_names:
         console.say(f"{folder}: {odd_names} file(s) of anat/ and ct/ have no name of BIDS and were left out")
-    return images
+    return images, closed
 
 
 def _volumes(
@@ -133,7 +143,7 @@ def _volumes(
     repeats = 0
     for image in images:
         if channel_names and image.suffix not in channel_names:
-            unused[image.suffix] += 1
+            unused[_spoken(image.suffix)] += 1
             continue
         group = grouped[image.entities, "" if channel_names else image.suffix]
         repeats += image.suffix in group
@@ -151,7 +161,7 @@ def _volumes(
 
 def _labels(folder: Path, fence: Fence, config: IngestConfig) -> list[_Label]:
     labels, elsewhere = [], 0
-    for target in _files_below(folder / "derivatives", fence):
+    for target in _files_below(str(folder / "derivatives"), fence):
         if not is_volume(target.path) or not fnmatch(os.path.relpath(target.path, folder), config.bids_labels):
             continue
         entities, _ = _name_parts(target.path)
@@ -160,7 +170,7 @@ def _labels(folder: Path, fence: Fence, config: IngestConfig) -> list[_Label]:
             continue
         all_of_it = dict(entities)
         space = all_of_it.get("space")
-        if "res" in all_of_it or not (space is None or space == "orig" or re.fullmatch(r"T\dw|FLAIR|PDw|ct", space)):
+        if "res" in all_of_it or not (space is None or space == "orig" or space in _SUFFIXES):
             elsewhere += 1
             continue
         kept = frozenset(entity for entity in entities if entity[0] not in _OF_LABELS)
@@ -222,12 +232,8 @@ def _participants(folder: Path, config: IngestConfig) -> dict[str, dict[str, str
     return tags
 
 
-def _missing_channel(channels: Sequence[_Image], names: Sequence[str]) -> Problem | None:
-    there = {image.suffix for image in channels}
-    for number, name in enumerate(names):
-        if name not in there:
-            return ("missing_channel", f"channel {number} ({name}) of {len(names)} has no file")
-    return None
+def _spoken(suffix: str) -> str:
+    return suffix if suffix in _SUFFIXES else "other"
 
 
 def _name_parts(path: str) -> tuple[Entities | None, str]:
@@ -239,21 +245,21 @@ def _name_parts(path: str) -> tuple[Entities | None, str]:
     return frozenset((entity, value) for entity, value in pairs), suffix
 
 
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
-    except OSError:
-        return []
+def _subjects(folder: Path, fence: Fence) -> Iterator[Target]:
+    return (child for child in fence.targets_in(str(folder)) if _SUBJECT.fullmatch(os.path.basename(child.path)))
 
 
-def _places(subject: Path) -> list[Path]:
+def _places(subject: Target, fence: Fence) -> Iterator[Target]:
     """Where the datatypes of a subject stand: its own folder, and those of its sessions."""
-    return [subject, *(path for path in _children(subject) if _SESSION.fullmatch(path.name))]
+    yield subject
+    for child in fence.targets_in(subject.path):
+        if _SESSION.fullmatch(os.path.basename(child.path)):
+            yield child
 
 
-def _files_below(folder: Path, fence: Fence) -> Iterator[Target]:
+def _files_below(folder: str, fence: Fence) -> Iterator[Target]:
     for target in fence.targets_in(folder):
-        if target.is_folder and not os.path.islink(target.path):
-            yield from _files_below(Path(target.path), fence)
-        elif not target.is_folder:
+        if not target.is_folder:
             yield target
+        elif not os.path.islink(target.path):
+            yield from _files_below(target.path, fence)

@@ -101,7 +101,7 @@ def sources(
             label=label.files if label else (),
             subject=subject_of(case, config.subject_pattern),
             modality=modality,
-            problem=_missing_channel(channels, needed, channel_names) or first_problem(files),
+            problem=missing_channel([number in channels for number in needed], channel_names) or first_problem(files),
         )
         listed.append(source)
     for name in sorted(orphans):
@@ -119,12 +119,13 @@ def first_problem(files: Iterable[Target]) -> Problem | None:
     return next((file.problem for file in files if file.problem), None)
 
 
-def _missing_channel(channels: Channels, needed: Sequence[int], names: tuple[str, ...]) -> Problem | None:
-    for number in needed:
-        if number not in channels:
-            called = f" ({names[number]})" if names else ""
-            return ("missing_channel", f"channel {number}{called} of {len(needed)} has no file")
-    return None
+def missing_channel(there: Sequence[bool], names: Sequence[str] = ()) -> Problem | None:
+    """The problem of a case in which not every channel is `there`."""
+    if all(there):
+        return None
+    number = there.index(False)
+    called = f" ({names[number]})" if names else ""
+    return ("missing_channel", f"channel {number}{called} of {len(there)} has no file")
 
 
 def _refuse_repeats(kind: str, count: int) -> None:

@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mimscale.errors import DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.formats.dicom_series import Series, find_series
+from mimscale.ingest.sources.cases import first_problem
 from mimscale.ingest.sources.fence import Fence
 from mimscale.ingest.sources.files import DICOM_SUFFIXES, Problem
 from mimscale.ingest.sources.source import Listing, Source, modality_of, subject_of
@@ -56,14 +57,19 @@ def dicomdir(path: Path, config: IngestConfig) -> Listing:
 
 
 def open_folders(
-    entries: Sequence[tuple[str, Source]], folders: set[str], config: IngestConfig
+    entries: Sequence[tuple[str, Source]], folders: Mapping[str, Fence], config: IngestConfig
 ) -> list[tuple[str, Source]]:
-    """Put the files of the one series in a folder where a list names the folder."""
+    """Put the files of the one series in a folder where a list names the folder.
+
+    `folders`: those that are named, each with the fence that its files must not leave.
+    """
     if not folders:
         return list(entries)
     inside: dict[str, list[Series]] = defaultdict(list)
-    files = [entry.path for folder in sorted(folders) for entry in os.scandir(folder) if entry.is_file()]
-    for series in find_series(map(Path, files), config.workers):
+    targets = {folder: list(fence.targets_in(folder)) for folder, fence in folders.items()}
+    closed = {folder: first_problem(found) for folder, found in targets.items()}
+    files = {Path(one.path) for found in targets.values() for one in found if not one.is_folder and not one.problem}
+    for series in find_series(files, config.workers):
         for parent, own in itertools.groupby(sorted(series.files, key=_parent), key=_parent):
             # A copy of a series in another folder is a row of its own. The sort is stable: slices keep their order.
             inside[str(parent)].append(dataclasses.replace(series, files=tuple(own)))
@@ -72,7 +78,11 @@ def open_folders(
         if not any(channel[0] in folders for channel in source.channels):
             opened.append((place, source))
             continue
-        chosen = {channel[0]: _only_volume(inside[channel[0]]) for channel in source.channels if channel[0] in folders}
+        chosen = {
+            channel[0]: closed[channel[0]] or _only_volume(inside[channel[0]])
+            for channel in source.channels
+            if channel[0] in folders
+        }
         volumes = [one for one in chosen.values() if isinstance(one, Series)]
         named = next((series.subject for series in volumes if series.subject), "")
         opened.append(

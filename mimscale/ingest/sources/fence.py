@@ -48,17 +48,20 @@ class Fence:
     """
 
     def __init__(self, folder: Path, allow_outside: bool) -> None:
-        self._folder = folder
+        self._folder = str(folder)
         self._root = os.path.realpath(folder)
         self._allow_outside = allow_outside
         self._known: dict[str, _Folder] = {}
 
     def target(self, text: str) -> Target:
         """Where `text` leads. Never raises: what is wrong with it is its `problem`."""
-        path = str(Path(self._folder, text))
-        if "\0" in text:
-            return Target(path, problem=("missing_file", "the path holds a zero byte"))
-        target = self._resolved(path)
+        path = os.path.join(self._folder, text)
+        if "//" in path or "/./" in path or path.endswith("/"):  # `..` stays: behind a link it means another folder
+            path = str(Path(path))  # slower: as many as lists are long
+        try:
+            target = self._resolved(path)
+        except ValueError:  # a zero byte, or what is no Unicode
+            return Target(path, problem=("missing_file", "no path can be so"))
         if target.problem or target.is_folder or not is_volume(path):
             return target
         companions, problem = companions_of(path)
@@ -77,11 +80,17 @@ class Fence:
             return Target(path, problem=("missing_file", "no such file"))
         return self._followed(path) if kind == "link" else Target(path, is_folder=kind == "folder")
 
-    def targets_in(self, folder: Path) -> Iterator[Target]:
-        """Everything that is not hidden in a folder, by name; nothing when there is no such folder."""
-        for name in sorted(self._look_into(str(folder)).kinds):
+    def targets_in(self, folder: str) -> Iterator[Target]:
+        """Everything that is not hidden in a folder, by name.
+
+        Nothing when there is no such folder; the folder itself, with its problem, when it must not or cannot be read.
+        """
+        listed = self._look_into(folder)
+        if listed.problem and listed.problem[0] != "missing_file":
+            yield Target(folder, problem=listed.problem)
+        for name in sorted(listed.kinds):
             if not name.startswith("."):
-                yield self.target(str(folder / name))
+                yield self.target(os.path.join(folder, name))
 
     def is_inside(self, real_path: str) -> bool:
         """True when a path without links and `..` may be read."""

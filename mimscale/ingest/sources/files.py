@@ -7,6 +7,7 @@ from mimscale.ingest.formats import SUFFIXES, QuarantineError, companions
 
 Problem = tuple[str, str]  # typed reason and detail; the detail names no file
 
+_ALONE = (".nii", ".nii.gz", ".mgz", ".mgh")  # need nothing else; most files are these, and a Path of each takes time
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 
@@ -23,6 +24,8 @@ def may_be_dicom(name: str) -> bool:
 
 def companions_of(path: str) -> tuple[tuple[str, ...], Problem | None]:
     """Files that a volume cannot be read without (the .img of a .hdr ...), or why they cannot be told."""
+    if path.endswith(_ALONE):
+        return (), None
     try:
         return tuple(map(str, companions(Path(path)))), None
     except QuarantineError as error:

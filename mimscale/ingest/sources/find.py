@@ -1,5 +1,6 @@
 """Which form of list `sources` is, and the union of several."""
 
+import dataclasses
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from mimscale.errors import DataError
 from mimscale.ingest.config import ImageLabel, ImageLabelGlobs, IngestConfig, Sources
 from mimscale.ingest.sources import bids, dataset_json, decathlon, dicom_tree, folder, globs, nnunet, table
 from mimscale.ingest.sources.cases import first_problem
-from mimscale.ingest.sources.fence import typed
+from mimscale.ingest.sources.fence import Fence, typed
 from mimscale.ingest.sources.source import Found, Listing, Source, refuse_subjects_in_both_splits, subject_of
 
 
@@ -26,7 +27,7 @@ def find(sources: Sources, config: IngestConfig) -> Found:
     entries = [entry for listing in listings for entry in listing.entries]
     refuse_subjects_in_both_splits(entries)
     return Found(
-        _each_once(entries),
+        _each_once(_with_split_of_subject(entries)),
         _agreed("class names", [listing.class_names for listing in listings]),
         _agreed_channels([listing.channel_names for listing in listings]),
     )
@@ -70,7 +71,7 @@ def _data_set(path: Path, config: IngestConfig) -> Listing:
 def _pair(pair: ImageLabel, config: IngestConfig) -> Listing:
     images = [typed(image) for image in ((pair.image,) if isinstance(pair.image, str) else pair.image)]
     label = [typed(pair.label)] if pair.label is not None else []
-    folders = {image.path for image in images if image.is_folder}
+    folders = {image.path: Fence(Path(image.path), config.allow_outside) for image in images if image.is_folder}
     source = Source(
         channels=tuple(image.files for image in images),
         label=label[0].files if label else (),
@@ -78,6 +79,17 @@ def _pair(pair: ImageLabel, config: IngestConfig) -> Listing:
         problem=first_problem(images + label),
     )
     return Listing(dicom_tree.open_folders([("a pair of sources", source)], folders, config))
+
+
+def _with_split_of_subject(entries: list[tuple[str, Source]]) -> list[tuple[str, Source]]:
+    """Where a list says the split of some volumes of a subject, the others of it follow."""
+    splits = {source.subject: source.split for _, source in entries if source.split is not None}
+    return [
+        (place, dataclasses.replace(source, split=splits[source.subject]))
+        if source.split is None and source.subject in splits
+        else (place, source)
+        for place, source in entries
+    ]
 
 
 def _each_once(entries: list[tuple[str, Source]]) -> tuple[Source, ...]:

@@ -4,6 +4,7 @@ Both its forms: version 1 (`modality`, {"0": "background"}) and version 2 (`chan
 `file_ending`, and `dataset`, which lists the files of each case wherever they lie).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,8 @@ def listing(folder: Path, tree: dict[str, Any] | None, config: IngestConfig) -> 
     else:
         sources = []
         for images_folder, labels_folder in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-            image_files, label_files = (
-                [target for target in fence.targets_in(folder / name) if is_volume(target.path)]
-                for name in (images_folder, labels_folder)
-            )
-            images, labels = cases.by_case(image_files, channel_numbers=True), cases.by_name(label_files)
+            images = cases.by_case(_files_in(folder / images_folder, fence), channel_numbers=True)
+            labels = cases.by_name(_files_in(folder / labels_folder, fence))
             sources += cases.sources(str(folder / images_folder), images, labels, config, names)
     if not sources:
         raise DataError(f"{folder}: imagesTr holds no CASE_0000 volume; give the folder that has imagesTr in it")
@@ -64,12 +62,22 @@ def listing(folder: Path, tree: dict[str, Any] | None, config: IngestConfig) -> 
     return Listing([(place, source) for source in sources], dataset_json.class_names(path, tree), names)
 
 
+def _files_in(folder: Path, fence: Fence) -> list[Target]:
+    files = []
+    for target in fence.targets_in(str(folder)):
+        if is_volume(target.path):
+            files.append(target)
+        elif target.path == str(folder) and target.problem:
+            raise DataError(f"{folder}: {target.problem[1]}")
+    return files
+
+
 def _lists_whole_names(folder: Path, tree: dict[str, Any]) -> bool:
     """Decathlon's dataset.json names files that are there; version 1 of nnU-Net leaves the channel number away."""
     training = tree.get("training")
     first = training[0] if isinstance(training, list) and training else None
     image = first.get("image") if isinstance(first, dict) else None
-    return not isinstance(image, str) or (folder / image).exists()
+    return not isinstance(image, str) or os.path.exists(os.path.join(folder, image))
 
 
 def _volumes(folder: Path) -> list[Path]:

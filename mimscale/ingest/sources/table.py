@@ -8,7 +8,7 @@ somebody is. Paths are relative to the table's folder.
 import csv
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from mimscale import console, durable
 from mimscale.errors import DataError
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.sources import dicom_tree
-from mimscale.ingest.sources.cases import first_problem
+from mimscale.ingest.sources.cases import first_problem, missing_channel
 from mimscale.ingest.sources.fence import Fence
-from mimscale.ingest.sources.files import Problem
 from mimscale.ingest.sources.source import Listing, Source, modality_of, subject_of
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -56,6 +55,26 @@ class Table:
         return "row" if self.path.suffix.lower() == ".parquet" else "line"
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Which column holds what: indices into the cells of a row."""
+
+    known: Mapping[str, int]
+    channels: Sequence[int]  # empty where the `image` column holds all channels
+    tags: Mapping[str, int]
+
+    def text(self, row: Row, name: str) -> str:
+        """The cell of a known column, empty where the table does not have it."""
+        return _text(row.cells[self.known[name]]) if name in self.known else ""
+
+    def files(self, row: Row) -> list[str]:
+        """The file of each channel, empty where there is none."""
+        if self.channels:
+            return [_text(row.cells[index]) for index in self.channels]
+        image = row.cells[self.known["image"]]
+        return [part.strip() for part in (image.split(";") if isinstance(image, str) else image)]
+
+
 def listing(path: Path, config: IngestConfig) -> Listing:
     """The sources of a table, one a row.
 
@@ -63,51 +82,49 @@ def listing(path: Path, config: IngestConfig) -> Listing:
         DataError: not a table, no `image` column, or rows that are wrong: all are named by their line at once.
     """
     table = read(path)
-    columns = {name.lower(): index for index, name in enumerate(table.columns) if name.lower() in _KNOWN}
+    known = {name.lower(): index for index, name in enumerate(table.columns) if name.lower() in _KNOWN}
     channels = _channel_columns(table, config.channel_names)
-    used = {*columns.values(), *channels}
-    tags = kept_columns(table, used, config.keep_columns)
-    faults = _Faults(table)
+    channel_names = config.channel_names if channels else ()
+    tags = kept_columns(table, {*known.values(), *channels}, config.keep_columns)
+    columns = _Columns(known, channels, tags)
+    faults, word = _Faults(table), table.line_word
     fence = Fence(path.parent, config.allow_outside)
+    folders: dict[str, Fence] = {}
     entries: list[tuple[str, Source]] = []
-    seen: dict[tuple[str, ...], int] = {}
-    folders: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     for row in table.rows:
-
-        def cell(name: str, row: Row = row) -> str:
-            return _text(row.cells[columns[name]]) if name in columns else ""
-
-        files = [_text(row.cells[index]) for index in channels] or _files(row.cells[columns["image"]])
+        files, label, subject = columns.files(row), columns.text(row, "label"), columns.text(row, "subject")
+        split = columns.text(row, "split").lower()
+        if split not in _SPLITS:
+            faults.add("with a split that is none of train, val and empty", row.line)
+        if "subject" in known and not subject:
+            faults.add("without a subject, in a table that has the column", row.line)
         if not any(files):
             faults.add("with an empty image", row.line)
             continue
-        split = cell("split").lower()
-        if split not in _SPLITS:
-            faults.add("with a split that is none of train, val and empty", row.line)
-        if "subject" in columns and not cell("subject"):
-            faults.add("without a subject, in a table that has the column", row.line)
-        targets = [fence.target(file) for file in files if file]
-        label = [fence.target(cell("label"))] if cell("label") else []
-        key = tuple(target.path for target in targets)
-        if seen.setdefault(key, row.line) != row.line:
+        images = [fence.target(file) for file in files if file]
+        paths = tuple(image.path for image in images)
+        if paths in seen:
             faults.add("that repeat the image of an earlier one", row.line)
-        is_folder = any(target.is_folder for target in targets)
-        folders.update(target.path for target in targets if target.is_folder)
+        seen.add(paths)
+        own_folders = {image.path: fence for image in images if image.is_folder}
+        folders |= own_folders
+        labels = [fence.target(label)] if label else []
         source = Source(
-            channels=tuple(target.files for target in targets),
-            label=label[0].files if label else (),
-            subject=cell("subject") or ("" if is_folder else subject_of(targets[0].path, config.subject_pattern)),
-            modality=modality_of(cell("modality")),
+            channels=tuple(image.files for image in images),
+            label=labels[0].files if labels else (),
+            # A DICOM folder's subject stands in its headers.
+            subject=subject or ("" if own_folders else subject_of(paths[0], config.subject_pattern)),
+            modality=modality_of(columns.text(row, "modality")),
             split=_SPLITS.get(split),
-            tags={name: sys.intern(_text(row.cells[i])) for name, i in tags.items() if row.cells[i]},
-            problem=_missing_channel(files, [table.columns[i] for i in channels]) or first_problem(targets + label),
+            tags={name: sys.intern(_text(row.cells[index])) for name, index in tags.items() if row.cells[index]},
+            problem=missing_channel([bool(file) for file in files], channel_names) or first_problem(images + labels),
         )
-        entries.append((f"{table.line_word} {row.line} of {path}", source))
+        entries.append((f"{word} {row.line} of {path}", source))
     faults.refuse()
     if not entries:
         raise DataError(f"{path}: the table has no row")
-    entries = dicom_tree.open_folders(entries, folders, config)
-    return Listing(entries, channel_names=config.channel_names if channels else ())
+    return Listing(dicom_tree.open_folders(entries, folders, config), channel_names=channel_names)
 
 
 def read(path: Path) -> Table:
@@ -131,6 +148,9 @@ def read(path: Path) -> Table:
 def kept_columns(table: Table, used: set[int], keep: Sequence[str]) -> dict[str, int]:
     """Columns that become tags: those not in `used`, unless they may tell who somebody is. Says what is left out."""
     others = {name: index for index, name in enumerate(table.columns) if name and index not in used}
+    unknown = [name for name in keep if name not in table.columns]
+    if unknown:
+        console.say(f"{table.path}: has no column {', '.join(unknown)}, which keep_columns lists")
     left_out = [name for name in others if name not in keep and may_identify(name)]
     if left_out:
         console.say(
@@ -187,19 +207,6 @@ def _channel_columns(table: Table, channel_names: Sequence[str]) -> list[int]:
     return [table.columns.index(name) for name in there]
 
 
-def _missing_channel(files: Sequence[str], names: Sequence[str]) -> Problem | None:
-    for number, file in enumerate(files):
-        if not file:
-            called = f" ({names[number]})" if names else ""
-            return ("missing_channel", f"channel {number}{called} of {len(files)} has no file")
-    return None
-
-
-def _files(cell: str | tuple[str, ...]) -> list[str]:
-    """Channel files of an `image` cell: a list of a Parquet file, or FILE;FILE."""
-    return [part.strip() for part in (cell.split(";") if isinstance(cell, str) else cell)]
-
-
 def _text(cell: str | tuple[str, ...]) -> str:
     return cell if isinstance(cell, str) else ";".join(cell)
 
@@ -217,9 +224,11 @@ def _checked(path: Path, width: int, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    with durable.explained(DataError, path, "give a table that you may read"):
-        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
-    with file:
+    # Spreadsheets begin with a byte order mark: utf-8-sig passes over it.
+    with (
+        durable.explained(DataError, path, "give a table that you may read"),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
         try:
             first = file.readline()
             file.seek(0)
@@ -230,14 +239,13 @@ def _text_rows(path: Path) -> Iterator[Row]:
             for cells in reader:
                 yield Row(last + 1, tuple(cell.strip() for cell in cells))
                 last = reader.line_num
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start} of a block); save it as UTF-8") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not UTF-8 text; save it as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{path}: not a table of cells ({error}) near line {reader.line_num}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -249,7 +257,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     yield Row(number, tuple(map(_cell, values)))
-    except pyarrow.ArrowException as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file fails anywhere in pyarrow, whose words may repeat what is in it
         raise DataError(f"{path}: not a Parquet file that can be read ({type(error).__name__})") from None
 
 
