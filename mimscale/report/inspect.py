@@ -1,19 +1,21 @@
 """`mimscale inspect STORE_OR_RUN_DIR [VOLUME] [--verify] [--png [FILE]]`: what is in it, and whether it is whole."""
 
 import dataclasses
-from collections import Counter
+import os
 from pathlib import Path
 from typing import Any
 
 from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
-from mimscale.report.data import read_receipts
+from mimscale.report.store_summary import describe_store, list_volumes
 from mimscale.store import layout
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import Manifest, VolumeRow, load_manifest, row_tree
 
 MIB = 2**20
+LISTED_VOLUMES = 20
+WORKERS = min(8, len(os.sched_getaffinity(0)))  # reading a store is bound by its file system before that
 
 
 def main(argv: list[str]) -> int:
@@ -21,60 +23,38 @@ def main(argv: list[str]) -> int:
     parser = verb_parser("inspect", "What a store, one of its volumes, or a run directory holds.")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--verify", action="store_true", help="check every byte; exit 3 when something is damaged")
-    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="a picture of VOLUME, default VOLUME.png")
+    parser.add_argument("--workers", type=_positive, default=WORKERS, help="processes that verify, default %(default)s")
+    parser.add_argument(
+        "--png",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw VOLUME, or the middle slices of many volumes; default VOLUME.png or STORE.png",
+    )
+    parser.add_argument("--volumes", type=_positive, default=24, help="how many to draw, default %(default)s")
     arguments = parser.parse_args(argv)
     words, overrides = split_arguments(arguments.words)
     if overrides or len(words) not in (1, 2):
         raise ConfigError(f"expected STORE_OR_RUN_DIR [VOLUME], got {arguments.words}")
     folder = Path(words[0])
-    if arguments.png is not None and len(words) != 2:
-        raise ConfigError("--png shows one volume: mimscale inspect STORE VOLUME --png [FILE]")
     if len(words) == 2:
         return _show_volume(folder, words[1], arguments.png, as_json=arguments.json)
     if layout.info_path(folder).exists():
-        return (
-            _verify_store(folder, as_json=arguments.json) if arguments.verify else _show_store(folder, arguments.json)
-        )
+        if arguments.verify:
+            return _verify_store(folder, arguments.workers, as_json=arguments.json)
+        return _show_store(folder, arguments.png, arguments.volumes, as_json=arguments.json)
+    if arguments.png is not None:
+        raise ConfigError(f"{folder}: --png draws a store or one of its volumes: mimscale inspect STORE [VOLUME] --png")
     if (folder / "config.yaml").exists():
         return _show_run(folder, as_json=arguments.json, verify=arguments.verify)
     raise DataError(f"{folder}: neither a store (no store.json) nor a run directory (no config.yaml)")
 
 
-def describe_store(store: Path) -> dict[str, Any]:
-    """Counts, grids and sizes of a store.
-
-    Raises:
-        DataError: no store, or one whose ingest has not ended.
-    """
-    info, manifest = read_info(store), load_manifest(store)
-    rows = [manifest.row(index) for index in range(len(manifest))]
-    stored_bytes = sum(row.length_bytes for row in rows)
-    raw_bytes = sum(_raw_bytes(row) for row in rows)
-    receipts = list(read_receipts(store))
-    return {
-        "format_version": info.format_version,
-        "modality": info.modality,
-        "codec": info.codec,
-        "chunk_voxels": info.chunk_voxels,
-        "parts": info.num_parts,
-        "ingest_hash": info.ingest_hash,
-        "overlays": {name: list(overlay.class_names) for name, overlay in info.overlays.items()},
-        "volumes": len(rows),
-        "labelled": {name: sum(name in row.overlays for row in rows) for name in info.overlays},
-        "splits": dict(Counter(row.split for row in rows)),
-        "modalities": dict(Counter(row.modality for row in rows)),
-        "subjects": len({row.subject for row in rows}),
-        "spacings_mm": dict(
-            Counter(" x ".join(f"{edge:g}" for edge in row.spacing_mm) for row in rows).most_common(20)
-        ),
-        "dtypes": dict(Counter(row.dtype for row in rows)),
-        "sources": dict(Counter(receipt["outcome"] for receipt in receipts)),
-        "reasons": dict(Counter(receipt["reason"] for receipt in receipts if receipt.get("reason"))),
-        "raw_bytes": raw_bytes,
-        "stored_bytes": stored_bytes,
-        "compression": round(raw_bytes / stored_bytes, 3) if stored_bytes else None,
-        "disk_bytes": sum(path.stat().st_size for path in store.rglob("*") if path.is_file()),
-    }
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -130,27 +110,33 @@ def draw_volume(store: Path, manifest: Manifest, row: VolumeRow, path: Path) -> 
     volume_picture(cut_planes(layers, (z, y, x), row.spacing_mm), path)
 
 
-def _show_store(store: Path, as_json: bool) -> int:
+def _show_store(store: Path, png: str | None, num_drawn: int, *, as_json: bool) -> int:
     tree = describe_store(store)
+    if png is not None:
+        from mimscale.report.contact_sheet import draw_contact_sheet
+
+        path = Path(png or f"{store.resolve().name}.png")
+        drawn = draw_contact_sheet(store, num_drawn, path)
+        tree["png"] = str(path)
+        say(f"middle slices of {drawn} volumes, which may show faces: {path}")
     if as_json:
         print_json(tree)
         return 0
     rows = [[key.replace("_", " "), _cell(key, value)] for key, value in tree.items() if value not in ({}, None)]
     print_table(f"store {store}", ["", ""], rows)
-    manifest = load_manifest(store)
-    listed = [
-        [row.id, row.split, _grid(row.shape[1:]), _grid(row.spacing_mm), row.dtype]
-        for row in (manifest.row(index) for index in range(min(20, len(manifest))))
-    ]
-    title = f"volumes (first {len(listed)} of {len(manifest)})"
+    listed, volumes = list_volumes(store, LISTED_VOLUMES)
+    title = f"volumes (first {len(listed)} of {volumes})"
     print_table(title, ["volume", "split", "Z x Y x X", "mm", "dtype"], listed)
     return 0
 
 
-def _verify_store(store: Path, *, as_json: bool) -> int:
+def _verify_store(store: Path, workers: int, *, as_json: bool) -> int:
+    from mimscale.ingest.pool import process_pool
     from mimscale.store.verify import verify
 
-    bad = [dataclasses.asdict(item) for item in verify(store)]
+    info = read_info(store)
+    with process_pool(workers, info.num_parts * (1 + len(info.overlays))) as pool:
+        bad = [dataclasses.asdict(item) for item in verify(store, pool)]
     return _report_bad(store, bad, as_json=as_json)
 
 
@@ -210,18 +196,6 @@ def _show_run(folder: Path, *, as_json: bool, verify: bool) -> int:
     ]
     print_table("checkpoints, newest first", ["name", "size", "state"], checkpoints)
     return 0
-
-
-def _raw_bytes(row: VolumeRow) -> int:
-    import math
-
-    import numpy as np
-
-    return math.prod(row.shape) * int(np.dtype(row.dtype).itemsize)
-
-
-def _grid(edges: tuple[Any, ...]) -> str:
-    return " x ".join(f"{edge:g}" for edge in edges)
 
 
 def _cell(key: str, value: Any) -> str:

@@ -205,6 +205,10 @@ class Manifest:
         named = [{"dataset": row["dataset"], "licence": row["licence"], "volumes": row["count_all"]} for row in rows]
         return sorted(named, key=lambda entry: (entry["dataset"], entry["licence"]))
 
+    def overlay_names(self) -> list[str]:
+        """Names of the overlays that any volume has."""
+        return sorted(pc.unique(pc.list_flatten(self._combined("overlays")).field("name")).to_pylist())
+
     def overlay_parts(self, name: str) -> NDArray[np.int64]:
         """The part that holds overlay `name` of each volume: [N], -1 for a volume without."""
         rows, entries = self._overlay(name)

@@ -124,26 +124,30 @@ class ShardReader:
         """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X]. Errors as `read`."""
         return self.read(row, (0, 0, 0), row.shape[1:], overlay)
 
-    def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> None:
-        """Read every byte of a shard and check every crc32c in it, without decoding.
+    def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> list[str]:
+        """Read every chunk of a shard and compare it with its crc32c, without decoding.
+
+        Returns:
+            what is wrong with each bad chunk.
 
         Raises:
-            DataError: as `read`.
+            DataError: as `read`, but for bad chunks.
         """
         target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
         if self._info.codec not in layout.CODECS:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
-            return
+            return []
         index = self._index(target)
         grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
+        bad = []
         for number, (offset, length) in enumerate(index.tolist()):
             if offset != shard.EMPTY:
-                data = self._pread(target, offset, length)
                 try:
-                    shard.check_chunk(data)
+                    shard.check_chunk(self._pread(target, offset, length))
                 except ValueError as error:
                     corner = tuple(map(int, np.unravel_index(number, grid)))
-                    raise target.broken(f"chunk {corner}: {error}") from None
+                    bad.append(str(target.broken(f"chunk {corner}: {error}")))
+        return bad
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)

@@ -9,13 +9,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from store_samples import config_of, make_store, opened, write_pairs
+from store_samples import config_of, make_store, opened, rows_of, write_pairs
 
 from mimscale.cli import main
 from mimscale.errors import DataError
+from mimscale.ingest.pool import process_pool
 from mimscale.ingest.run import ingest
 from mimscale.store import layout, shard
-from mimscale.store.manifest import load_manifest
+from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.store.verify import verify
 
 
@@ -113,6 +114,56 @@ def test_verify_sees_a_flipped_bit_outside_of_every_shard(store):
     path = layout.pack_path(store, row.part)
     flip(path, path.read_bytes().index(b'"millimeter"') + 3)
     assert [bad.path for bad in verify(store)] == [str(path)]
+
+
+def test_every_bad_chunk_is_named_not_just_the_first(store):
+    row = load_manifest(store).row(1)
+    path = layout.pack_path(store, row.part)
+    index = opened(store)[1]._index(opened(store)[1]._volume_shard(row))
+    for offset, _ in index[[0, 2]].tolist():
+        flip(path, row.offset_bytes + offset + 9)
+    assert [bad.volume for bad in verify(store) if "chunk" in bad.reason] == [row.id, row.id]
+
+
+@pytest.mark.parametrize("overlay", [None, "label"])
+def test_verify_names_every_volume_of_a_missing_pack(store, overlay):
+    row = load_manifest(store).row(0)
+    path = layout.overlay_path(store, overlay, row.part) if overlay else layout.pack_path(store, row.part)
+    path.unlink()
+    lost = {other.id for other in rows_of(store) if other.part == row.part}
+    bad = verify(store)
+    assert {item.volume for item in bad} == lost
+    assert {item.path for item in bad} == {str(path)}
+    assert all("missing; restore it" in item.reason for item in bad)
+
+
+@pytest.mark.parametrize("name", ["packs/part-00007.zarr.zip", "packs/notes.txt", "overlays/mask/part-00000.zarr.zip"])
+def test_verify_names_a_file_among_the_packs_that_the_manifest_does_not_know(store, name):
+    (store / name).parent.mkdir(exist_ok=True)
+    shutil.copy(layout.pack_path(store, 0), store / name)
+    (bad,) = verify(store)
+    assert (bad.volume, bad.path) == ("", str(store / name))
+    assert "the manifest knows no such pack" in bad.reason
+
+
+def test_verify_in_several_processes_finds_what_one_finds(store):
+    row = load_manifest(store).row(1)
+    flip(layout.pack_path(store, row.part), row.offset_bytes + 5)
+    layout.overlay_path(store, "label", 1 - row.part).unlink()
+    with process_pool(2, 4) as pool:
+        assert pool is not None
+        found = verify(store, pool)
+    assert found
+    assert found == verify(store)
+
+
+def test_a_shard_of_a_volume_that_is_not_in_the_manifest_is_checked_by_its_zip(store):
+    rows = rows_of(store)
+    write_manifest(store, rows[1:])
+    assert verify(store) == []
+    flip(layout.pack_path(store, rows[0].part), rows[0].offset_bytes + 5)
+    (bad,) = verify(store)
+    assert (bad.volume, bad.path) == (rows[0].id, str(layout.pack_path(store, rows[0].part)))
 
 
 def test_a_damaged_pack_is_repaired_as_the_error_says(store, pristine):

@@ -33,6 +33,8 @@ def test_a_store_tells_its_volumes_grids_sizes_and_what_became_of_its_sources(st
     assert tree["sources"] == {"stored": 3, "quarantined": 1}
     assert tree["reasons"] == {"truncated": 1}
     assert tree["spacings_mm"].keys() == {"2 x 1.5 x 1", "3 x 1 x 0.5", "2 x 1 x 1"}
+    assert sum(tree["shapes"].values()) == 3
+    assert "png" not in tree
     voxels = sum(int(np.prod(shape)) for _, shape, _ in SOURCES.values())
     assert tree["raw_bytes"] == 2 * voxels
     assert tree["compression"] == pytest.approx(tree["raw_bytes"] / tree["stored_bytes"], abs=1e-3)
@@ -78,6 +80,29 @@ def test_a_volume_is_drawn_with_its_labels_below_when_it_has_some(volume, rows, 
     assert coloured == (rows == 2)
 
 
+@pytest.mark.parametrize(("count", "panels"), [(2, 2), (24, 3)])
+def test_a_contact_sheet_has_middle_slices_with_labels_over_them(count, panels, store, tmp_path, capsys):
+    path = tmp_path / "sheet.png"
+    assert main(["inspect", str(store), "--png", str(path), "--volumes", str(count), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["png"] == str(path)
+    assert f"middle slices of {panels} volumes, which may show faces" in err
+    picture = imread(path)[..., :3]
+    width = picture.shape[1] // panels
+    coloured = [
+        bool((np.ptp(picture[:, place * width : (place + 1) * width], axis=2) > 0.2).any()) for place in range(panels)
+    ]
+    # aaaa and bbbb have labels, cccc has none; of two volumes the first and the last are drawn.
+    assert coloured == ([True, False] if count == 2 else [True, True, False])
+
+
+def test_a_contact_sheet_of_a_damaged_store_says_which_volume_it_could_not_read(tmp_path):
+    store = make_store(tmp_path / "data")
+    layout.pack_path(store, 0).write_bytes(b"")
+    assert main(["inspect", str(store), "--png", str(tmp_path / "sheet.png")]) == 0
+    assert imread(tmp_path / "sheet.png").std() > 0.01
+
+
 def test_a_picture_is_named_after_its_volume_by_default(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", str(store), "bbbb", "--png"]) == 0
@@ -115,10 +140,18 @@ def test_a_run_tells_how_it_ended_and_which_checkpoints_are_whole(tmp_path, stor
     [
         (["{tmp}"], 3, "neither a store (no store.json) nor a run directory (no config.yaml)"),
         (["{store}", "zzzz"], 3, "volume 'zzzz': not among the 3 volumes"),
-        (["{store}", "--png", "x.png"], 2, "--png shows one volume"),
+        (["{run}", "--png", "x.png"], 2, "--png draws a store or one of its volumes"),
+        (["{store}", "--verify", "--workers", "0"], 2, "argument --workers: invalid"),
         ([], 2, "expected STORE_OR_RUN_DIR [VOLUME]"),
     ],
 )
 def test_what_cannot_be_inspected_is_said(words, code, text, store, tmp_path, capsys):
-    assert main(["inspect", *(word.format(store=store, tmp=tmp_path) for word in words)]) == code
+    places = {"store": store, "tmp": tmp_path, "run": tmp_path / "run"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("kind: pretrain\n")
+    try:
+        returned = main(["inspect", *(word.format(**places) for word in words)])
+    except SystemExit as leaving:  # argparse
+        returned = leaving.code
+    assert returned == code
     assert text in capsys.readouterr().err
