@@ -314,9 +314,15 @@ def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest
 
 
 def _table_tree(row: VolumeRow) -> dict[str, Any]:
-    tree = row_tree(row)
-    maps = {name: sorted(tree[name].items()) for name in _MAPS}
-    return {**tree, **maps, "overlays": [{"name": name, **place} for name, place in sorted(tree["overlays"].items())]}
+    """As `row_tree`, but lists of pairs instead of dicts, and no deep copies: a merge writes every row of a store."""
+    return {
+        **vars(row),
+        **{name: sorted(getattr(row, name).items()) for name in _MAPS},
+        "stats": [vars(channel) for channel in row.stats],
+        "overlays": [{"name": name, **vars(place)} for name, place in sorted(row.overlays.items())],
+        "foreground_box": _flat(row.foreground_box),
+        "crop_box": None if row.crop_box is None else _flat(row.crop_box),
+    }
 
 
 def row_tree(row: VolumeRow) -> dict[str, Any]:
