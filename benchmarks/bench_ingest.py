@@ -1,0 +1,136 @@
+"""Ingest: conversion speed and memory, stored size, and what grows with the number of volumes.
+
+    taskset -c 1 python benchmarks/bench_ingest.py --hardware my_cpu
+
+One core, one worker. All contenders run in this process, in turn, so that ratios hold on a machine that others use too.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ingest_conversion as conversion
+import ingest_scale as scale
+import measure
+from ingest_volumes import kinds
+
+TARGETS = {
+    "from .nii.gz": "40 MB/s of raw voxels a core, zstd, everything included",
+    "from .nii": "60 MB/s of raw voxels a core, zstd, everything included",
+    "memory": "below 4 times the largest volume a worker",
+    "size": "within 5 % of the smallest Blosc preset",
+    "merge": "100 000 receipts in less than 60 s",
+    "manifest": "the plan's columns of 400 000 rows in less than 1 s and 400 MB",
+}
+
+
+def main() -> int:
+    parser = measure.results_arguments("Benchmark of mimscale ingest.")
+    parser.add_argument("--receipts", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--edge-factor", type=int, default=2, help="memory is measured on a CT of 33 MB x this squared")
+    arguments = parser.parse_args()
+    if len(os.sched_getaffinity(0)) > 1:
+        print("not pinned to one core (taskset -c N): the figures are still of one process", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="bench_ingest_") as name:
+        results = _run(Path(name), arguments)
+    tree = {"surroundings": measure.surroundings(), "config": _config(arguments), "targets": TARGETS, **results}
+    path = measure.write_result(arguments.out, "ingest", arguments.hardware, tree, as_markdown(tree))
+    print(path.read_text())
+    return 0
+
+
+def _config(arguments: Any) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in vars(arguments).items() if name != "out"},
+        "chunk_voxels": conversion.CHUNK_VOXELS,
+        "mb_a_run": conversion.MB_A_RUN,
+    }
+
+
+def _run(folder: Path, arguments: Any) -> dict[str, Any]:
+    results: dict[str, Any] = {"volumes": {}, "conversion": {}, "pieces": {}, "sizes": {}}
+    for kind in kinds():
+        print(f"{kind.name} ...", file=sys.stderr)
+        place = folder / kind.name
+        place.mkdir()
+        results["volumes"][kind.name] = {"shape_xyz": kind.voxels.shape, "mb": measure.megabytes(kind.voxels)}
+        results["conversion"][kind.name] = conversion.conversion(place, kind, arguments.repeats)
+        results["pieces"][kind.name] = conversion.pieces(place, kind, arguments.repeats)
+        results["sizes"][kind.name] = conversion.sizes(conversion.store_order(kind), kind.modality)
+    print("memory ...", file=sys.stderr)
+    results["memory"] = _memory(folder, arguments.edge_factor)
+    print("merge and manifest ...", file=sys.stderr)
+    results["merge"] = scale.merge_receipts(folder / "merge", arguments.receipts)
+    large = folder / "large"
+    results["manifest"] = scale.write_large_manifest(large, arguments.rows)
+    results["manifest"]["imports"] = measure.in_new_process("ingest_scale", "imports_alone")
+    for columns in ("plan", "training", "all"):
+        opened = [
+            measure.in_new_process("ingest_scale", "open_manifest", str(large), columns)
+            for _ in range(arguments.repeats)
+        ]
+        results["manifest"][columns] = sorted(opened, key=lambda one: one["seconds"])[len(opened) // 2]
+    results["inspect"] = measure.in_new_process("ingest_scale", "describe", str(large))
+    return results
+
+
+def _memory(folder: Path, edge_factor: int) -> dict[str, Any]:
+    """Peak of a process that ingests one labelled CT, beyond the peak of one that ingests a small one."""
+    peaks, raw_bytes = {}, {}
+    for name, factor in (("small", 1), ("large", edge_factor)):
+        place = folder / f"memory_{name}"
+        place.mkdir()
+        pair = conversion.write_for_memory(place, factor)
+        raw_bytes[name] = pair["raw_bytes"]
+        sources = json.dumps(pair["sources"])
+        peaks[name] = measure.in_new_process("ingest_conversion", "memory_of_ingest", str(place), sources)["peak_bytes"]
+    grown = (peaks["large"] - peaks["small"]) / (raw_bytes["large"] - raw_bytes["small"])
+    return {"raw_bytes": raw_bytes, "peak_bytes": peaks, "times_volume": round(grown, 2)}
+
+
+def as_markdown(tree: dict[str, Any]) -> str:
+    """The result for a person."""
+    where, presets = tree["surroundings"], ("zstd", "fast")
+    text = f"# Ingest on {where['cpu']}, {where['time'][:10]}, commit {where['commit']}\n\n"
+    text += f"One process on one of {where['cores']} cores, load average {where['load_average']:.1f}; "
+    text += f"median of {tree['config']['repeats']} runs after a warm-up. MB are 10^6 bytes of raw voxels.\n\n"
+    text += "## `mimscale ingest`, from planning to the manifest, MB/s (spread)\n\n"
+    columns = [f"{suffix} {codec}" for suffix in (".nii", ".nii.gz") for codec in presets]
+    rows = [
+        [kind, *(f"{one[name]['mb_per_s']} ({one[name]['spread_percent']:.0f} %)" for name in columns)]
+        for kind, one in tree["conversion"].items()
+    ]
+    text += measure.table(["volume", *columns], rows)
+    text += "\nTargets: 60 from .nii, 40 from .nii.gz, at zstd.\n\n## Its pieces alone, MB/s\n\n"
+    kinds_ = list(tree["pieces"])
+    names = list(next(iter(tree["pieces"].values())))
+    rows = [[name, *(f"{tree['pieces'][kind][name]['mb_per_s']:.0f}" for kind in kinds_)] for name in names]
+    text += measure.table(["piece", *kinds_], rows) + "\n## Stored size, MB\n\n"
+    names = list(next(iter(tree["sizes"].values()))["stored_bytes"])
+    rows = [[name, *(f"{tree['sizes'][kind]['stored_bytes'][name] / 1e6:.2f}" for kind in kinds_)] for name in names]
+    for preset in presets:
+        ours = [tree["sizes"][kind]["ours"][preset] for kind in kinds_]
+        cells = [f"{one['settings']}: {one['above_best_percent']:+.1f} %, ratio {one['ratio']}" for one in ours]
+        rows.append([f"**chosen by preset {preset}**", *cells])
+    text += measure.table(["Blosc settings", *kinds_], rows)
+    memory, merge, manifest = tree["memory"], tree["merge"], tree["manifest"]
+    text += "\nTarget for zstd: within 5 % of the smallest.\n\n## Memory and scale\n\n"
+    rows = [
+        ["memory of a worker that ingests a labelled CT, in volumes", memory["times_volume"], "below 4"],
+        [f"merge of {merge['receipts']} receipts, s", merge["seconds"], "below 60"],
+        ["Python with numpy and pyarrow alone, MB", manifest["imports"]["peak_mb"], ""],
+    ]
+    for name, target in (("plan", "below 1; below 400"), ("training", ""), ("all", "")):
+        opened = f"{manifest[name]['seconds']}; {manifest[name]['peak_mb']}"
+        rows.append([f"{manifest['rows']} rows, {name} columns: s; MB", opened, target])
+    rows.append(["one sample row, us", manifest["training"]["row_us"], ""])
+    rows.append([f"inspect of {manifest['rows']} volumes without receipts, s", tree["inspect"]["seconds"], ""])
+    return text + measure.table(["what", "measured", "target"], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

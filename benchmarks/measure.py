@@ -1,0 +1,123 @@
+"""Timing, memory and result files that all benchmarks share."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimscale import durable
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA_VERSION = 1
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contender, `repeats` times, after one warm-up each.
+
+    All contenders run once, then all again: what else the machine does then hits every one of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rate(seconds: Sequence[float], megabytes: float) -> dict[str, float]:
+    """Median and spread of a throughput."""
+    median = statistics.median(seconds)
+    return {
+        "mb_per_s": round(megabytes / median, 1),
+        "seconds_median": round(median, 4),
+        "seconds_min": round(min(seconds), 4),
+        "seconds_max": round(max(seconds), 4),
+        "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
+    }
+
+
+def memory_peak_bytes() -> int:
+    """The most memory that this process has held. Not ru_maxrss: that begins with the memory of its parent."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    assert found, "Linux tells it"
+    return int(found[1]) * 1024
+
+
+def in_new_process(module: str, function: str, *arguments: str) -> dict[str, Any]:
+    """Call `module.function(*arguments)` in a fresh process and return the dict that it returns."""
+    call = f"import json, sys; from {module} import {function} as f; print(json.dumps(f(*sys.argv[1:])))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", call, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
+    tree: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return tree
+
+
+def surroundings() -> dict[str, Any]:
+    """Hardware, versions and commit: what a number is worth nothing without."""
+    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    packages = ("numpy", "numcodecs", "google-crc32c", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
+    git = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).parent}
+    return {
+        "cpu": cpu[1] if cpu else "unknown",
+        "cores_used": sorted(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "simd": sorted(name for name, there in _cpu_features().items() if there and "AVX" in name)[:8],
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip(),
+        "changed_files": len(subprocess.run(["git", "status", "--short", "-uno"], **git).stdout.splitlines()),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _cpu_features() -> dict[str, bool]:
+    from numpy._core._multiarray_umath import __cpu_features__
+
+    return dict(__cpu_features__)
+
+
+def results_arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--hardware", default="unnamed", help="short name of the machine, for the result's file name")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender, after one warm-up")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def write_result(folder: Path, benchmark: str, hardware: str, tree: dict[str, Any], text: str) -> Path:
+    """Write `<benchmark>_<hardware>_<yyyymm>.json` and the same for a person as .md."""
+    stem = folder / f"{benchmark}_{hardware}_{datetime.now(UTC):%Y%m}"
+    durable.write_json(stem.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "benchmark": benchmark, **tree})
+    durable.write_text(stem.with_suffix(".md"), text)
+    return stem.with_suffix(".md")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A markdown table."""
+    lines = [list(map(str, columns)), ["---"] * len(columns), *(list(map(str, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def megabytes(array: np.ndarray) -> float:
+    """Size of an array in MB (10^6 bytes)."""
+    return array.nbytes / 1e6
