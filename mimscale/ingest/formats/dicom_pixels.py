@@ -1,7 +1,8 @@
 """The pixels of one DICOM file as the scanner stored them, before rescale.
 
-Decoders were chosen by what damaged frames do to them: GDCM ends the process on some JPEGs, imagecodecs on some frames of
-run lengths (not on a segment of one), and CharLS, whoever wraps it, counts for seconds to minutes on JPEG-LS that was cut.
+Decoders were chosen by what damaged frames do to them: GDCM ends the process on some JPEGs, imagecodecs on some frames
+of run lengths (not on a segment of one), and CharLS, whoever wraps it, counts for seconds to minutes on a JPEG-LS that
+was cut.
 """
 
 import io
