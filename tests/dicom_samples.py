@@ -1,19 +1,30 @@
 """DICOM series made in a test."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
+import pydicom.pixels
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
     MRImageStorage,
+    RLELossless,
     generate_uid,
 )
 
@@ -117,3 +128,28 @@ def save(datasets: Sequence[Dataset], folder: Path, names: Sequence[str] | None 
         pydicom.dcmwrite(path, dataset, enforce_file_format=True, **options)
         paths.append(path)
     return paths
+
+
+def compress(datasets: Sequence[Dataset], syntax: str, **options: Any) -> list[Dataset]:
+    """The data sets with their pixels compressed."""
+    encode = {
+        JPEGBaseline8Bit: imagecodecs.jpeg8_encode,
+        JPEGExtended12Bit: imagecodecs.jpeg8_encode,
+        JPEGLossless: partial(imagecodecs.jpeg8_encode, lossless=True, predictor=4),
+        JPEGLosslessSV1: partial(imagecodecs.jpeg8_encode, lossless=True, predictor=1),
+        JPEGLSLossless: imagecodecs.jpegls_encode,
+        JPEG2000Lossless: partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k"),
+        RLELossless: None,
+    }[syntax]
+    for dataset in datasets:
+        if encode is None:
+            dataset.compress(RLELossless, generate_instance_uid=False)
+            continue
+        frames = pydicom.pixels.pixel_array(dataset).reshape(-1, dataset.Rows, dataset.Columns)
+        if syntax != JPEG2000Lossless:  # the others know no sign
+            frames = frames.view(f"u{frames.dtype.itemsize}")
+        dataset.PixelData = encapsulate([encode(np.ascontiguousarray(frame), **options) for frame in frames])
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = syntax
+    return list(datasets)

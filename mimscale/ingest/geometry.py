@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mimscale.store.manifest import VolumeRow
 
 orientations: Any = nibabel.orientations  # nibabel annotates only half of it
+_FARTHEST_MM = 1e6  # no scanner is a kilometre long
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -19,6 +20,8 @@ def why_not_an_affine(affine: NDArray[np.float64]) -> str | None:
     """What is wrong with a voxel -> world matrix [4, 4], or None."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         return "is not 4x4 finite numbers"
+    if np.abs(affine).max() > _FARTHEST_MM:
+        return f"holds {np.abs(affine).max():g} mm"
     edges_mm = np.linalg.norm(affine[:3, :3], axis=0)
     if (edges_mm < 1e-4).any():
         return f"has a voxel edge of 0: {edges_mm.tolist()} mm"

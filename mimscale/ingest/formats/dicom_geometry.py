@@ -22,6 +22,7 @@ SAME_POSITION_MM = 0.01
 _POSITION_TOLERANCE_MM = 0.1
 _OF_THICK_SLICES = 0.02
 _OF_THIN_SLICES = 0.25
+_FARTHEST_MM = 1e6
 _SPACING_TOLERANCE = 1e-3  # relative
 
 
@@ -56,6 +57,9 @@ def stack(planes: Sequence[Plane]) -> tuple[list[int], NDArray[np.float64]]:
         QuarantineError: one of the reasons for DICOM series, or bad_affine.
     """
     first = planes[0]
+    positions = np.array([plane.position for plane in planes])
+    if max(np.abs(positions).max(), np.abs([plane.directions for plane in planes]).max()) > _FARTHEST_MM:
+        raise QuarantineError("bad_affine", "a position that is out of this world")
     rows, columns = np.array(first.directions).reshape(2, 3)
     lengths = np.linalg.norm([rows, columns], axis=1)
     if np.abs(lengths - 1).max() > ORIENTATION_TOLERANCE or abs(rows @ columns) > ORIENTATION_TOLERANCE:
@@ -65,7 +69,6 @@ def stack(planes: Sequence[Plane]) -> tuple[list[int], NDArray[np.float64]]:
     if not np.allclose([plane.spacing_mm for plane in planes], first.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
         raise QuarantineError("mixed_grids", "pixel spacing differs between slices")
     normal = first.normal / np.linalg.norm(first.normal)
-    positions = np.array([plane.position for plane in planes])
     depths = positions @ normal
     order = np.argsort(depths, kind="stable")
     positions, depths = positions[order], depths[order]

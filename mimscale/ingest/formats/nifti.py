@@ -84,7 +84,7 @@ def _dtype(header: Any) -> np.dtype[Any]:
     code = int(header["datatype"])
     try:
         dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         raise QuarantineError("unsupported_dtype", f"NIfTI datatype {code}") from None
     if dtype.names:
         raise QuarantineError("colour", f"NIfTI datatype {code}")

@@ -84,12 +84,12 @@ def rescaled(
     if raw.dtype.kind not in "iuf" or ((slopes == 1).all() and (intercepts == 0).all()):
         return raw
     dtype = np.dtype("<f4")
-    if raw.dtype.kind in "iu" and (slopes % 1 == 0).all() and (intercepts % 1 == 0).all():
-        ends = np.array([raw.min(axis=(0, 1, 2)), raw.max(axis=(0, 1, 2))]) * slopes + intercepts
-        dtype = whole_dtype(ends.min(), ends.max()) or dtype
-    same_size = overwrite and dtype.itemsize == raw.dtype.itemsize
-    values = raw.view(dtype) if same_size else np.empty(raw.shape, dtype, order="F")
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are found afterwards
+        if raw.dtype.kind in "iu" and (slopes % 1 == 0).all() and (intercepts % 1 == 0).all():
+            ends = np.array([raw.min(axis=(0, 1, 2)), raw.max(axis=(0, 1, 2))]) * slopes + intercepts
+            dtype = whole_dtype(ends.min(), ends.max()) or dtype
+        same_size = overwrite and dtype.itemsize == raw.dtype.itemsize
+        values = raw.view(dtype) if same_size else np.empty(raw.shape, dtype, order="F")
         for z in range(raw.shape[-1]):
             values[..., z] = raw[..., z].astype(np.float64) * slopes[z] + intercepts[z]
     return values
