@@ -36,6 +36,11 @@ def sources(files: Iterable[str], config: IngestConfig) -> tuple[list[Source], l
     return listed, strangers
 
 
+def is_directory(path: str) -> bool:
+    """True for the name of a DICOMDIR, which lists the DICOM files of a medium."""
+    return os.path.basename(path).upper() == "DICOMDIR"
+
+
 def dicomdir(path: Path, config: IngestConfig) -> Listing:
     """The series of the files that a DICOMDIR names.
 
