@@ -77,11 +77,8 @@ class TrainingData:
         self.overlay = overlay
         self.info: StoreInfo = read_info(config.store)
         if overlay is not None and overlay not in self.info.overlays:
-            known = ", ".join(self.info.overlays) or "none"
-            raise DataError(
-                f"{config.store}: no overlay {overlay!r}; there are: {known}. Choose one with overlay=NAME, or ingest "
-                "the volumes with their labels"
-            )
+            known = ", ".join(self.info.overlays) or "none, so ingest the volumes with their labels"
+            raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
         self.manifest: Manifest = load_manifest(config.store)
         wanted = {} if config.modality is None else {"modality": config.modality}
         self.train: NDArray[np.int64] = self._labelled(self.manifest.select(split="train", **wanted))

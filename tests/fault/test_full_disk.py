@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from small_disks import fill, small_disk
+from disks import fill, small_disk
 from small_segmentation import make_finetune_run, make_store
 
 from mimscale.cli import main

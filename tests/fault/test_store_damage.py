@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from small_disks import small_disk
+from disks import small_disk
 from store_samples import config_of, make_store, opened, write_pairs
 
 from mimscale.cli import main

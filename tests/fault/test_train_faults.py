@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from rank_pool import run_ranks
-from small_disks import small_disk
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
