@@ -1,10 +1,14 @@
-"""Verbs that only write pictures, scores and copies say that the disk is full, and leave nothing half-written."""
+"""Every verb says that the disk is full and leaves nothing half-written; training has its own in test_train_faults."""
 
+import json
+import re
 import shutil
+import subprocess
 
 import pytest
 from disks import fill, small_disk
 from small_segmentation import make_finetune_run, make_store
+from store_samples import write_pairs
 
 from mimscale.cli import main
 
@@ -45,3 +49,23 @@ def test_a_full_disk_is_named_and_nothing_is_half_written(words, code, result, s
     assert "the disk is full (" in capsys.readouterr().err
     assert not (disk / result).exists()
     assert not list(disk.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_leaves_no_half_written_pack(tmp_path, capsys, workers):
+    sources = write_pairs(tmp_path / "s", 4, (64, 64, 64))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"sources": sources, "class_names": ["a", "b", "c"], "workers": workers}))
+    with small_disk(tmp_path / "disk", size_kb=400) as disk:
+        assert main(["ingest", str(recipe), f"out={disk}/store", "parts=2"]) == 3
+        printed = capsys.readouterr().err
+        assert re.search(
+            r"store/(packs|overlays/label)/part-0000\d\.zarr\.zip: the disk is full \(\d+ bytes free\)", printed
+        )
+        assert "free some space and run the same command again" in printed
+        left = [path for path in (disk / "store").rglob("*") if path.is_file()]
+        for path in left:
+            assert path.name == "store.json" or path.suffix == ".jsonl" or path.name.endswith(".zarr.zip"), path
+            if path.name.endswith(".zarr.zip"):
+                assert subprocess.run(["python3", "-m", "zipfile", "-t", path], capture_output=True).returncode == 0
+        assert not (disk / "store" / "manifest.parquet").exists()

@@ -1,17 +1,12 @@
 """Damage on disk: every read says so, and names the volume."""
 
-import json
 import os
-import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from disks import small_disk
-from store_samples import config_of, make_store, opened, write_pairs
+from store_samples import config_of, make_store, opened
 
-from mimscale.cli import main
 from mimscale.errors import DataError
 from mimscale.ingest.run import ingest
 from mimscale.store import layout, shard
@@ -126,28 +121,3 @@ def test_a_damaged_pack_is_repaired_as_the_error_says(store, pristine):
     sources = {kind: str(folder / kind / "*.nii.gz") for kind in ("images", "labels")}
     ingest(config_of(sources, store, parts=2, chunk_voxels=16))
     assert path.read_bytes() == before
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with small_disk(tmp_path / "disk", size_kb=400) as folder:
-        yield folder
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_leaves_no_half_written_pack(disk, tmp_path, capsys, workers):
-    sources = write_pairs(tmp_path / "s", 4, (64, 64, 64))
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(json.dumps({"sources": sources, "class_names": ["a", "b", "c"], "workers": workers}))
-    assert main(["ingest", str(recipe), f"out={disk}/store", "parts=2"]) == 3
-    printed = capsys.readouterr().err
-    assert re.search(
-        r"store/(packs|overlays/label)/part-0000\d\.zarr\.zip: the disk is full \(\d+ bytes free\)", printed
-    )
-    assert "free some space and run the same command again" in printed
-    left = [path for path in (disk / "store").rglob("*") if path.is_file()]
-    for path in left:
-        assert path.name == "store.json" or path.suffix == ".jsonl" or path.name.endswith(".zarr.zip"), path
-        if path.name.endswith(".zarr.zip"):
-            assert subprocess.run(["python3", "-m", "zipfile", "-t", path], capture_output=True).returncode == 0
-    assert not (disk / "store" / "manifest.parquet").exists()
