@@ -33,8 +33,8 @@ def conversion(folder: Path, kind: Kind, repeats: int) -> dict[str, Any]:
     for suffix, codec in itertools.product((".nii", ".nii.gz"), CODECS):
         sources = write_files(kind, folder, count, suffix)
         contenders[f"{suffix} {codec}"] = lambda sources=sources, codec=codec: _ingest(folder, kind, sources, codec)
-    seconds = measure.interleaved(contenders, repeats)
-    return {name: measure.rate(times, count * measure.megabytes(kind.voxels)) for name, times in seconds.items()}
+    runs = measure.interleaved(contenders, repeats)
+    return {name: measure.rate(timed, count * measure.megabytes(kind.voxels)) for name, timed in runs.items()}
 
 
 def _ingest(folder: Path, kind: Kind, sources: list[str], codec: str) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def pieces(folder: Path, kind: Kind, repeats: int) -> dict[str, Any]:
         "stock zarr-python, same chunks and codec": lambda: _write_with_zarr(folder, volume, fill, blosc),
         "ceiling: copy of the voxels": lambda: volume.copy(),
     }
-    seconds = measure.interleaved(contenders, repeats)
-    return {name: measure.rate(times, measure.megabytes(volume)) for name, times in seconds.items()}
+    runs = measure.interleaved(contenders, repeats)
+    return {name: measure.rate(timed, measure.megabytes(volume)) for name, timed in runs.items()}
 
 
 def _both(kind: Kind, folder: Path) -> list[str]:

@@ -143,7 +143,8 @@ class Place:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The submitting shell's variables."""
-        return {**os.environ, "PYTHONPATH": f"{self.folder / 'site'}{os.pathsep}{TESTS}", **more}
+        paths = (self.folder / "site", TESTS, TESTS.parent)  # this checkout, wherever an installed one lies
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **more}
 
     def submit(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         """Submit and wait for `mimscale submit` to return."""

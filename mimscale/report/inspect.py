@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mimscale import durable
 from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
@@ -155,7 +156,8 @@ def _show_volume(store: Path, volume_id: str, png: str | None, *, as_json: bool)
     tree = row_tree(row)
     if png is not None:
         path = Path(png or f"{volume_id}.png")
-        draw_volume(store, manifest, row, path)
+        with durable.explained(DataError, path, "free space, or give another FILE"):
+            draw_volume(store, manifest, row, path)
         tree["png"] = str(path)
         say(f"picture: {path}")
     if as_json:

@@ -96,6 +96,11 @@ class RunDir:
         return self.path / "env.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
     def samples(self) -> Path:
         """Sample ids a rank and step, when `meter.record_samples` asks for them."""
         return self.path / "samples"
@@ -154,9 +159,14 @@ class RunDir:
 
     @contextmanager
     def registered(self, rank: int) -> Iterator[None]:
-        """Keep this process's id in `pids/` while the block runs, so that it can be signalled."""
+        """Keep this process's id in `pids/` while the block runs, so that it can be signalled.
+
+        Raises:
+            DataError: the disk is full or not writable.
+        """
         file = self.pids / f"rank{rank:05d}.json"
-        durable.write_json(file, vars(Process.this()))
+        with durable.explained(DataError, file, "choose another run_dir or free space"):
+            durable.write_json(file, vars(Process.this()))
         try:
             yield
         finally:

@@ -77,7 +77,7 @@ class TrainingData:
         self.overlay = overlay
         self.info: StoreInfo = read_info(config.store)
         if overlay is not None and overlay not in self.info.overlays:
-            known = ", ".join(self.info.overlays) or "none"
+            known = ", ".join(self.info.overlays) or "none, so ingest the volumes with their labels"
             raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
         self.manifest: Manifest = load_manifest(config.store, TRAINING_COLUMNS)
         wanted = {} if config.modality is None else {"modality": config.modality}

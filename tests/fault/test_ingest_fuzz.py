@@ -15,7 +15,8 @@ import pydicom.uid as uid
 import pytest
 import SimpleITK as sitk
 
-from mimscale.ingest.formats import QuarantineError, ReadOptions, SourceFile, read_scan
+from mimscale.ingest.formats import REASONS, QuarantineError, ReadOptions, SourceFile, read_scan
+from mimscale.ingest.formats.dicom_series import find_series
 
 DAMAGED = 1_000
 SLOWEST_S = 10.0
@@ -224,3 +225,19 @@ def test_damaged_files_are_scans_or_have_a_reason(tmp_path, sample):
     assert slowest_s < SLOWEST_S
     assert outcomes["scan"] < count  # some damage was found: the loop does what it says
     assert len(outcomes) > 2
+
+
+def test_every_damaged_slice_is_in_exactly_one_series(tmp_path):
+    paths = dicom_samples.save(dicom_samples.slices(VOXELS[:5]), tmp_path / "dicom")
+    whole = {path: path.read_bytes() for path in paths}
+    random = np.random.default_rng(0)
+    problems = Counter()
+    for _ in range(DAMAGED // 4):
+        victim = paths[int(random.integers(len(paths)))]
+        victim.write_bytes(damaged(whole[victim], random))
+        series = find_series(paths)
+        assert sorted(path for one in series for path in one.files) == paths
+        problems.update(one.problem[0] for one in series if one.problem)
+        victim.write_bytes(whole[victim])
+    assert problems.keys() <= REASONS.keys()
+    assert problems["unreadable"] > 0

@@ -88,7 +88,10 @@ def test_the_table_of_cases_has_a_line_for_each_volume_and_class(run, scores):
     lines = list(csv.DictReader((run / "evaluate" / "cases.csv").read_text().splitlines()))
     assert [(line["volume"], line["class"]) for line in lines] == [(v, c) for v in SOURCES for c in CLASSES]
     first = scores["cases"][0]["scores"]["grey"]
-    assert float(lines[1]["dice"]) == first["dice"]
+    assert [float(lines[1][name]) for name in ("dice", "hd95_mm", "nsd")] == [
+        first[name] for name in ("dice", "hd95_mm", "nsd")
+    ]
+    assert float(lines[1]["store_grid_dice"]) == scores["cases"][0]["store_grid_scores"]["grey"]["dice"]
     assert lines[0]["hd95_mm"] == ""
 
 

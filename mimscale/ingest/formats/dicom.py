@@ -57,7 +57,7 @@ def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
     headers = [read_header(io.BytesIO(file.data), tags) for file in files]
     for header in headers:
         require_scan(header)
-    shapes = [dicom_pixels.frame_shape(header, options) for header in headers]
+    shapes = [dicom_pixels.frame_shape(file.data, header, options) for file, header in zip(files, headers, strict=True)]
     if len({shape[1:] for shape in shapes}) > 1:
         raise QuarantineError("mixed_grids", "slices differ in rows or columns")
     count, (rows, columns) = sum(shape[0] for shape in shapes), shapes[0][1:]
@@ -119,7 +119,7 @@ def _plane(header: Header, groups: Groups) -> Plane:
     spacing_mm = numbers(_group(header, groups, "PixelMeasuresSequence"), "PixelSpacing", 2)
     if position is None or directions is None:
         raise QuarantineError("no_orientation", "a slice without ImagePositionPatient or ImageOrientationPatient")
-    if spacing_mm is None:
+    if spacing_mm is None or min(spacing_mm) <= 0:
         raise QuarantineError("no_spacing", "a slice without PixelSpacing")
     return Plane(position=position, directions=directions, spacing_mm=spacing_mm)
 

@@ -90,10 +90,8 @@ def parsing() -> Iterator[None]:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
-    except QuarantineError:
+    except (QuarantineError, MemoryError):
         raise
-    except MemoryError:
-        raise QuarantineError("too_large", "there is not enough memory for it") from None
     except Exception as error:  # a damaged file fails anywhere in them, and must not stop the others
         raise QuarantineError("unreadable", f"damaged ({type(error).__name__})") from None
 

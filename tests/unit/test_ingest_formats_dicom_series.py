@@ -122,8 +122,9 @@ def test_a_dicomdir_cannot_lead_out_of_its_folder(tmp_path):
     directory.file_meta = pydicom.dataset.FileMetaDataset()
     directory.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     directory.DirectoryRecordSequence = [record]
+    directory.preamble = bytes(128)
     with pydicom.config.disable_value_validation():
-        pydicom.dcmwrite(tmp_path / "DICOMDIR", directory, preamble=bytes(128))
+        pydicom.dcmwrite(tmp_path / "DICOMDIR", directory)
     (found,) = find_series([tmp_path / "DICOMDIR"])
     assert found.problem is not None
     assert found.problem[0] == "outside_source"

@@ -242,6 +242,7 @@ def damaged(index=2, **fields):
         ({"PixelSpacing": [0.8, 0.9]}, "mixed_grids"),
         ({"Rows": 8, "Columns": 11}, "mixed_grids"),
         ({"PixelSpacing": None}, "no_spacing"),
+        ({"PixelSpacing": [0.8, -0.7]}, "no_spacing"),
         ({"ImagePositionPatient": None}, "no_orientation"),
         ({"ImageOrientationPatient": None}, "no_orientation"),
         ({"PixelData": None}, "missing_pixels"),
@@ -257,6 +258,7 @@ def damaged(index=2, **fields):
         ({"NumberOfFrames": 2_000_000_000}, "too_large"),
         ({"NumberOfFrames": 2}, "no_orientation"),
         ({"PixelData": b"\0" * 100}, "truncated"),
+        ({"Rows": 8000, "Columns": 8000}, "truncated"),
         ({"Rows": 0}, "unreadable"),
     ],
 )
