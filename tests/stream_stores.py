@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mimscale.store import layout
+from mimscale.store import layout, shard
 from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo
 from mimscale.store.manifest import Manifest, OverlayRow, VolumeRow, load_manifest, write_manifest
@@ -114,6 +114,7 @@ def damage(store: Path, manifest: Manifest, index: int) -> None:
     row = manifest.row(index)
     path = layout.pack_path(store, row.part)
     data = bytearray(path.read_bytes())
-    for at in range(row.offset_bytes, row.offset_bytes + row.length_bytes // 2, 64):
+    chunks_bytes = row.length_bytes - shard.index_bytes(row.shape, layout.read_info(store).chunk_voxels)
+    for at in range(row.offset_bytes, row.offset_bytes + chunks_bytes, 8):  # a chunk takes more than 8 bytes
         data[at] ^= 1
     path.write_bytes(data)
