@@ -32,7 +32,7 @@ def reason_of(datasets, folder, **options):
 def itk(folder):
     """Voxels [X, Y, Z] and the affine to RAS+ as SimpleITK reads a series."""
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder / "dicom"))
-    image = sitk.ReadImage(names)
+    image = sitk.ReadImage(names if len(names) > 1 else names[0])
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
