@@ -1,9 +1,10 @@
 """DICOM series in a heap of files: which of them are slices of one volume."""
 
+import filecmp
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _PARTING = ("EchoNumbers", "EchoTime", "AcquisitionNumber", "ImageType")
 _TAGS = [
     *(tag for tag in TAGS if tag not in _GROUPS),
-    *("SeriesInstanceUID", "StudyInstanceUID", "PatientID", *_PARTING),
+    *("SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID", "PatientID", *_PARTING),
 ]
+_COPIES = ("copied_files", "byte for byte files that are there already; the others are read")
 _DICOMDIR = "DICOMDIR"
 _DICOMDIR_BYTES = 2**28
 
@@ -45,6 +47,7 @@ class _Slice:
     plane: Plane | None  # None when this file's header does not say where it lies
     parting: tuple[str, ...]  # values of _PARTING
     number: str
+    instance: str  # SOPInstanceUID
     many_frames: bool
     problem: tuple[str, str] | None
 
@@ -57,7 +60,7 @@ def find_series(files: Iterable[Path]) -> list[Series]:
     a DICOMDIR stands for the files that it names.
 
     Every file is in exactly one result. What is no image has its reason in `problem`: DICOM objects by series, and all
-    files that are no DICOM together.
+    files that are no DICOM together. Second copies of files, byte for byte, are set apart in the same way.
     """
     slices: list[_Slice] = []
     problems: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -69,7 +72,12 @@ def find_series(files: Iterable[Path]) -> list[Series]:
     groups = defaultdict(list)
     for one in slices:
         groups[one.series, one.size, one.problem, one.path if one.many_frames else None].append(one)
-    found = [_series(part) for group in groups.values() for same in _parallel(group) for part in _parted(same)]
+    found = []
+    for group in groups.values():
+        originals, copies = _apart_from_copies(group)
+        found += [_series(part) for same in _parallel(originals) for part in _parted(same)]
+        if copies:
+            found.append(replace(_series(copies), problem=_COPIES))
     found += [Series(files=tuple(paths), problem=problem) for problem, paths in problems.items()]
     return sorted(found, key=lambda series: series.files)
 
@@ -127,6 +135,7 @@ def _read(path: Path) -> _Slice:
         plane=_plane(header) if problem is None else None,
         parting=tuple(header.text(name) for name in _PARTING),
         number=header.text("InstanceNumber"),
+        instance=header.text("SOPInstanceUID"),
         many_frames=header.text("NumberOfFrames") not in ("", "1"),
         problem=problem,
     )
@@ -138,6 +147,26 @@ def _plane(header: Header) -> Plane | None:
     if position is None or directions is None:
         return None
     return Plane(position=position, directions=directions, spacing_mm=())
+
+
+def _apart_from_copies(group: Sequence[_Slice]) -> tuple[list[_Slice], list[_Slice]]:
+    """The slices, and those among them whose file is byte for byte another one's."""
+    originals, copies = [], []
+    by_instance: dict[str, list[Path]] = defaultdict(list)
+    for one in group:
+        if one.instance and any(_same_bytes(one.path, other) for other in by_instance[one.instance]):
+            copies.append(one)
+        else:
+            originals.append(one)
+            by_instance[one.instance].append(one.path)
+    return originals, copies
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:  # whoever reads the voxels says so
+        return False
 
 
 def _parallel(group: Sequence[_Slice]) -> list[list[_Slice]]:
