@@ -3,17 +3,19 @@
 import filecmp
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pydicom
 
+from mimscale import console
 from mimscale.ingest.formats.detached import beside
 from mimscale.ingest.formats.dicom_geometry import FEWEST_SLICES, SAME_POSITION_MM, Plane, same_orientation
 from mimscale.ingest.formats.dicom_header import TAGS, Header, numbers, parsing, read_header, require_scan
 from mimscale.ingest.formats.reasons import QuarantineError
+from mimscale.ingest.pool import process_pool
 
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # long, and for the reader only
 # What parts slices at one position into several volumes, tried in this order.
@@ -25,6 +27,7 @@ _TAGS = [
 _COPIES = ("copied_files", "byte for byte files that are there already; the others are read")
 _DICOMDIR = "DICOMDIR"
 _DICOMDIR_BYTES = 2**28
+_MANY = 1000  # files from which on processes that share them are worth their start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class _Slice:
     problem: tuple[str, str] | None
 
 
-def find_series(files: Iterable[Path]) -> list[Series]:
+def find_series(files: Iterable[Path], workers: int = 1) -> list[Series]:
     """Sort files into volumes by what their headers say; only headers are read.
 
     Slices of one series make one volume when they have the same orientation and as many pixels; where several lie at
@@ -64,11 +67,11 @@ def find_series(files: Iterable[Path]) -> list[Series]:
     """
     slices: list[_Slice] = []
     problems: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for path in sorted(_with_named(files, problems)):
-        try:
-            slices.append(_read(path))
-        except QuarantineError as error:
-            problems[error.reason, error.detail].append(path)
+    for path, result in _read_all(sorted(_with_named(files, problems)), workers):
+        if isinstance(result, _Slice):
+            slices.append(result)
+        else:
+            problems[result].append(path)
     groups = defaultdict(list)
     for one in slices:
         groups[one.series, one.size, one.problem, one.path if one.many_frames else None].append(one)
@@ -80,6 +83,23 @@ def find_series(files: Iterable[Path]) -> list[Series]:
             found.append(replace(_series(copies), problem=_COPIES))
     found += [Series(files=tuple(paths), problem=problem) for problem, paths in problems.items()]
     return sorted(found, key=lambda series: series.files)
+
+
+def _read_all(paths: Sequence[Path], workers: int) -> Iterator[tuple[Path, _Slice | tuple[str, str]]]:
+    """Each path with its slice, or with the reason and the detail why it has none."""
+    if len(paths) < _MANY:
+        yield from zip(paths, map(_read_or_why_not, paths), strict=True)
+        return
+    with process_pool(workers, len(paths) // _MANY + 1) as pool:
+        results = map(_read_or_why_not, paths) if pool is None else pool.map(_read_or_why_not, paths, chunksize=64)
+        yield from zip(paths, console.track(results, "read DICOM headers", len(paths)), strict=True)
+
+
+def _read_or_why_not(path: Path) -> _Slice | tuple[str, str]:
+    try:
+        return _read(path)
+    except QuarantineError as error:
+        return error.reason, error.detail
 
 
 def _with_named(files: Iterable[Path], problems: dict[tuple[str, str], list[Path]]) -> set[Path]:
