@@ -4,7 +4,7 @@ import filecmp
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def find_series(files: Iterable[Path], workers: int = 1) -> list[Series]:
         originals, copies = _apart_from_copies(group)
         found += [_series(part) for same in _parallel(originals) for part in _parted(same)]
         if copies:
-            found.append(replace(_series(copies), problem=_COPIES))
+            found.append(_series(copies, _COPIES))
     found += [Series(files=tuple(paths), problem=problem) for problem, paths in problems.items()]
     return sorted(found, key=lambda series: series.files)
 
@@ -231,7 +231,7 @@ def _most_at_a_position(part: Sequence[_Slice]) -> int:
     return most
 
 
-def _series(slices: Sequence[_Slice]) -> Series:
+def _series(slices: Sequence[_Slice], problem: tuple[str, str] | None = None) -> Series:
     def place(one: _Slice) -> tuple[float, str, Path]:
         return (one.plane.depth_mm if one.plane else 0.0, one.number.zfill(8), one.path)
 
@@ -240,5 +240,5 @@ def _series(slices: Sequence[_Slice]) -> Series:
         files=tuple(one.path for one in sorted(slices, key=place)),
         subject=first.subject,
         modality=first.modality or None,
-        problem=first.problem,
+        problem=problem or first.problem,
     )
