@@ -114,7 +114,10 @@ def damage(store: Path, manifest: Manifest, index: int) -> None:
     row = manifest.row(index)
     path = layout.pack_path(store, row.part)
     data = bytearray(path.read_bytes())
-    chunks_bytes = row.length_bytes - shard.index_bytes(row.shape, layout.read_info(store).chunk_voxels)
-    for at in range(row.offset_bytes, row.offset_bytes + chunks_bytes, 8):  # a chunk takes more than 8 bytes
-        data[at] ^= 1
+    chunk_voxels = layout.read_info(store).chunk_voxels
+    start = row.offset_bytes + row.length_bytes - shard.index_bytes(row.shape, chunk_voxels)
+    entries = bytes(data[start : row.offset_bytes + row.length_bytes])
+    for offset, _ in shard.parse_index(entries, start - row.offset_bytes).tolist():
+        if offset != shard.EMPTY:
+            data[row.offset_bytes + offset] ^= 1
     path.write_bytes(data)
