@@ -50,7 +50,7 @@ def test_every_orientation_keeps_the_world_and_comes_back_exactly(codes, row):
 
 
 def test_an_array_on_another_grid_is_refused(row):
-    with pytest.raises(ValueError, match="array of \\(2, 2, 2\\) voxels"):
+    with pytest.raises(ValueError, match=r"array of \(2, 2, 2\) voxels; the source of volume"):
         geometry.to_source_grid(np.zeros((2, 2, 2)), row)
 
 
