@@ -74,8 +74,8 @@ def test_a_cropped_volume_comes_back_exactly_inside_its_box_and_as_fill_outside(
     assert np.array_equal(on_source, np.where(inside, labels, 0))
 
 
-# Tolerance: voxels of 0.7, 1.1 and 2.5 mm become 1.2 mm, and finer structure than that is gone for ever. The phantom has
-# soft borders and little else; what is left of its range is 0.9 % on average and 6 % at the worst voxel, as measured.
+# Tolerance: voxels of 0.7, 1.1 and 2.5 mm become 1.2 mm, and finer structure than that is gone for ever. The phantom
+# has soft borders and little else: measured are 0.9 % of its range on average and 6 % at the worst voxel.
 @pytest.mark.parametrize("box", [None, ((1, 25), (2, 22), (1, 25))])
 @pytest.mark.parametrize("codes", CODES)
 def test_a_resampled_volume_comes_back_nearly(codes, box, some_row):
