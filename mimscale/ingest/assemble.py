@@ -35,13 +35,18 @@ class Grid:
         """The source grid of a volume that is stored already."""
         return cls(affine=np.reshape(row.source_affine, (4, 4)), shape_xyz=row.source_shape)
 
+    @property
+    def turned_affine(self) -> NDArray[np.float64]:
+        """`affine` of the voxels turned to RAS+."""
+        return geometry.store_grid(self.affine, self.shape_xyz)[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image on the store's grid."""
+    """An image turned to RAS+: its source's voxels, or what is stored of them."""
 
     volume: NDArray[Any]  # [C, Z, Y, X]
-    affine: NDArray[np.float64]  # of voxel (x, y, z, 1) of the store's grid
+    affine: NDArray[np.float64]  # of voxel (x, y, z, 1) of `volume`
     source: Grid
     source_sha256: str
     modality_in_file: str | None
@@ -52,9 +57,9 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """A label map on the store's grid."""
+    """A label map on its source's grid, turned to RAS+."""
 
-    voxels: NDArray[np.uint8]  # [1, Z, Y, X]
+    voxels: NDArray[np.uint8]  # [Z, Y, X]
     source_sha256: str
 
 
@@ -93,7 +98,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
 
 
 def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_names: Sequence[str]) -> Label:
-    """Read a source's label map, and turn it to the store's grid.
+    """Read a source's label map, and turn it to RAS+.
 
     Args:
         source: a source with a label.
@@ -114,7 +119,7 @@ def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_na
     turned, _ = geometry.to_store_grid(scan.voxels[0], scan.affine)
     hashes = sorted(hashlib.sha256(file.data).hexdigest() for file in content)
     return Label(
-        voxels=_classes(turned, config.class_map, len(class_names))[None],
+        voxels=_classes(turned, config.class_map, len(class_names)),
         source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     )
 

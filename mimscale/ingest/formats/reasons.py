@@ -37,6 +37,7 @@ REASONS = {
     "channel_grid_mismatch": "its channels lie on different grids",
     "label_grid_mismatch": "label lies on another grid than its image",
     "conflicting_labels": "image is stored already, with another label map",
+    "too_coarse": "is shorter than half a voxel of spacing_mm",
     "unexpected_labels": "label holds values that class_names does not name",
 }
 
