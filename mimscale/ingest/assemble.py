@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale.ingest import geometry
+from mimscale.ingest import geometry, statistics
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFile, read_scan
 from mimscale.ingest.formats.voxels import to_stored_dtype
@@ -78,7 +78,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
             channels=config.channels if len(source.channels) == 1 else 1, assume_orientation=config.assume_orientation
         )
         content = _read_files(files, "")
-        hashes += [hashlib.sha256(file.data).hexdigest() for file in content]
+        hashes.append(_sha256(content))
         scans.append(read_scan(content, options))
     first = scans[0]
     grid = Grid(affine=first.affine, shape_xyz=_shape_xyz(first))
@@ -89,7 +89,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
         volume=_on_store_grid(scans, shape_zyx),
         affine=affine,
         source=grid,
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
+        source_sha256=_joined(hashes),
         modality_in_file=first.modality,
         acquisition=first.header,
         warnings=tuple(sorted({warning for scan in scans for warning in scan.warnings})),
@@ -117,10 +117,9 @@ def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_na
     # A label may be flipped or permuted against its image; the grids are compared in the store's order.
     _refuse_other_grid("label_grid_mismatch", "label", scan, grid, config.label_tolerance_voxels)
     turned, _ = geometry.to_store_grid(scan.voxels[0], scan.affine)
-    hashes = sorted(hashlib.sha256(file.data).hexdigest() for file in content)
     return Label(
         voxels=_classes(turned, config.class_map, len(class_names)),
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        source_sha256=_sha256(content),
     )
 
 
@@ -134,6 +133,15 @@ def _read_files(files: Sequence[str], kind: str) -> list[SourceFile]:
         except OSError as error:
             raise QuarantineError("unreadable", f"{kind}{error.strerror}") from None
     return content
+
+
+def _sha256(content: Sequence[SourceFile]) -> str:
+    """Of all bytes of a volume: the order in which the slices of a series are listed says nothing."""
+    return _joined(sorted(hashlib.sha256(file.data).hexdigest() for file in content))
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _shape_xyz(scan: Scan) -> tuple[int, int, int]:
@@ -165,8 +173,9 @@ def _refuse_other_grid(reason: str, what: str, scan: Scan, grid: Grid, tolerance
 
 def _classes(turned: NDArray[Any], class_map: Mapping[int, int], classes: int) -> NDArray[np.uint8]:
     turned = np.ascontiguousarray(turned)
-    if turned.dtype.kind == "u":  # counting is several times faster than the sort inside np.unique
-        values: NDArray[Any] = np.flatnonzero(np.bincount(turned.reshape(-1)))
+    if turned.dtype.kind in "iu":  # counting is several times faster than the sort inside np.unique
+        low, high = int(turned.min()), int(turned.max())
+        values: NDArray[Any] = low + np.flatnonzero(statistics.count_values(turned, low, high))
     else:
         values = np.unique(turned)
     stored = [class_map.get(int(value), int(value)) if value == int(value) else -1 for value in values]
