@@ -149,16 +149,17 @@ def store_order(kind: Kind) -> np.ndarray:
     return np.ascontiguousarray(geometry.to_store_grid(kind.voxels, kind.affine)[0])[None]
 
 
-def write_labelled_ct(folder: Path, voxels: np.ndarray) -> list[dict[str, str]]:
-    """Write a CT with a label map; returns `sources`."""
+def write_ct(folder: Path, voxels: np.ndarray, suffix: str, *, labelled: bool) -> list[Any]:
+    """Write a CT, with a label map when asked; returns `sources`."""
     affine = np.diag([-0.8, -0.8, 1.5, 1.0])
-    image = Kind("ct", "ct", voxels, affine)
-    label = Kind("ct", "ct", np.digitize(voxels, [-500, 300]).astype(np.uint8), affine)
+    files = {"image": voxels}
+    if labelled:
+        files["label"] = np.digitize(voxels, [-500, 300]).astype(np.uint8)
     pair = {}
-    for name, kind in (("image", image), ("label", label)):
-        (folder / name).mkdir(parents=True)
-        (pair[name],) = write_files(kind, folder / name, 1, ".nii.gz")
-    return [pair]
+    for name, array in files.items():
+        (folder / name).mkdir()
+        (pair[name],) = write_files(Kind("ct", "ct", array, affine), folder / name, 1, suffix)
+    return [pair] if labelled else [pair["image"]]
 
 
 def memory_of_ingest(folder: str, sources: str) -> dict[str, int]:
@@ -172,4 +173,4 @@ def memory_of_ingest(folder: str, sources: str) -> dict[str, int]:
     }
     summary = ingest(build_config(IngestConfig, tree, "benchmark"))
     assert summary["stored"] == 1, summary
-    return {"peak_bytes": measure.memory_peak_bytes()}
+    return {"bytes": measure.memory_peak_bytes()}
