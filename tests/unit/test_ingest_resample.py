@@ -158,7 +158,7 @@ def test_resampling_holds_its_result_and_a_few_slabs(monkeypatch, step):
 
 
 def test_counting_the_values_of_a_label_map_takes_a_fraction_of_its_memory():
-    labels = np.zeros((100, 200, 200), dtype=np.uint8)
+    labels = np.zeros((200, 200, 200), dtype=np.uint8)
     labels[40:60] = 2
     peak, classes = peak_bytes(lambda: _classes(labels, {}, 3))
     assert np.array_equal(classes, labels)
