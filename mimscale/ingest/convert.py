@@ -238,7 +238,7 @@ def _add_label(part: int, row: VolumeRow, label: Label, how: Conversion, packs: 
         # must not leave the twin of another one behind.
         twin, affine = layout.source_overlay(name), Grid.of_row(row).turned_affine
         overlay = _add_overlay(part, row, twin, label.voxels, affine, label, how, packs)
-        overlays[twin] = replace(overlay, on_source_grid=True)
+        overlays[twin] = replace(overlay, source_zyx=placement.source_zyx)
     return overlays
 
 
