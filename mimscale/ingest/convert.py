@@ -157,7 +157,7 @@ def _placement(image: Image, modality: str, config: IngestConfig) -> Placement:
     spacing_mm = geometry.spacing_zyx_mm(image.affine)
     box = None
     if config.crop == "foreground":
-        _, foreground = statistics.describe(image.volume, modality)
+        _, foreground = statistics.describe(image.volume, modality, image.padding_value)
         box = with_margin(foreground, config.crop_margin_mm, spacing_mm, (z, y, x))
     return place(
         (z, y, x),
@@ -174,7 +174,7 @@ def _add_image(
 ) -> tuple[VolumeRow, dict[str, str]]:
     config = how.config
     placement = _placement(image, modality, config)
-    volume = placement.store_image(image.volume, statistics.padding_below(modality))
+    volume = placement.store_image(image.volume, statistics.padding_below(modality), image.padding_value)
     affine = placement.affine(image.affine)
     spacing_mm = geometry.spacing_zyx_mm(affine)
     fill = statistics.fill_value(volume, modality)
@@ -238,7 +238,7 @@ def _add_label(part: int, row: VolumeRow, label: Label, how: Conversion, packs: 
         # must not leave the twin of another one behind.
         twin, affine = layout.source_overlay(name), Grid.of_row(row).turned_affine
         overlay = _add_overlay(part, row, twin, label.voxels, affine, label, how, packs)
-        overlays[twin] = replace(overlay, on_source_grid=True)
+        overlays[twin] = replace(overlay, source_zyx=placement.source_zyx)
     return overlays
 
 
@@ -259,7 +259,7 @@ def _add_overlay(
         spacing_mm=geometry.spacing_zyx_mm(affine),
         attributes=_attributes(affine, row.modality),
     )
-    counts = np.bincount(classes.reshape(-1), minlength=256)[: len(how.class_names)]
+    counts = statistics.count_values(classes, 0, 255)[: len(how.class_names)]
     return OverlayRow(
         part=part,
         offset_bytes=written.offset_bytes,

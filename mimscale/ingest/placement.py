@@ -78,14 +78,16 @@ class Placement:
             to_source[2 - axis, 3] = start + positions(edge, new, step)[0]
         return source_affine @ to_source
 
-    def store_image(self, volume: NDArray[Any], padding_below: float | None = None) -> NDArray[Any]:
+    def store_image(
+        self, volume: NDArray[Any], padding_below: float | None = None, padding_value: float | None = None
+    ) -> NDArray[Any]:
         """What is stored of a source [C, Z, Y, X]; see `resample_intensities`."""
         if self.as_scanned:
             return volume
         inside = volume[(slice(None), *self._slices())]
         if not self.resampled:
             return inside.copy()  # a view would keep the whole source in memory
-        return resample_intensities(inside, self.shape_zyx, self.step_zyx, padding_below)
+        return resample_intensities(inside, self.shape_zyx, self.step_zyx, padding_below, padding_value)
 
     def store_classes(self, classes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What is stored of a source's label map [Z, Y, X]; see `resample_classes`."""

@@ -48,7 +48,11 @@ def blur_sigma(step: float) -> float:
 
 
 def resample_intensities(
-    volume: NDArray[Any], shape_zyx: Zyx, step_zyx: Steps, padding_below: float | None = None
+    volume: NDArray[Any],
+    shape_zyx: Zyx,
+    step_zyx: Steps,
+    padding_below: float | None = None,
+    padding_value: float | None = None,
 ) -> NDArray[Any]:
     """A volume [C, Z, Y, X] on the grid [C, *shape_zyx], in its own dtype and in the range of each channel.
 
@@ -58,13 +62,14 @@ def resample_intensities(
         step_zyx: see above.
         padding_below: what lies below was never measured. It is not mixed with what was: a new voxel that is mostly
             padding becomes padding, all others are made of measured voxels alone.
+        padding_value: was never measured either.
     """
     axes = _axes(volume.shape[1:], shape_zyx, step_zyx)
     resampled = np.empty((len(volume), *shape_zyx), dtype=volume.dtype)
     for channel, target in zip(volume, resampled, strict=True):
         low, high = float(channel.min()), float(channel.max())
         for start, stop in _slabs(axes):
-            values = _intensities(channel, axes, start, stop, padding_below)
+            values = _intensities(channel, axes, start, stop, padding_below, padding_value)
             if volume.dtype.kind in "iu":
                 np.rint(values, out=values)
             np.clip(values, low, high, out=values)
@@ -122,6 +127,8 @@ def most_likely_classes(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: S
         probabilities /= probabilities.sum(axis=0)
         best = np.full((stop - start, *shape_zyx[1:]), -1, dtype=np.float32)
         for number, one in enumerate(probabilities):
+            if one.max() < 0.999 / len(logits):  # some class has more everywhere
+                continue
             part = _interpolated(one, axes, *_whole(axes, start, stop))
             higher = part > best
             best[higher] = part[higher]
@@ -209,15 +216,28 @@ def _interpolated(
 
 
 def _intensities(
-    channel: NDArray[Any], axes: Sequence[_Axis], start: int, stop: int, padding_below: float | None
+    channel: NDArray[Any],
+    axes: Sequence[_Axis],
+    start: int,
+    stop: int,
+    padding_below: float | None,
+    padding_value: float | None,
 ) -> NDArray[np.float32]:
     old, new = _whole(axes, start, stop)
     part = channel[slice(*old[0])].astype(np.float32)
-    padding = np.zeros(0, dtype=bool) if padding_below is None else part < padding_below
+    padding = part < (-np.inf if padding_below is None else padding_below)
+    if padding_value is not None:
+        padding |= part == padding_value
     if not padding.any():
         return _interpolated(part, axes, old, new)
+    values = part[padding]
+    outside: NDArray[np.float32] | np.float32 = values[0]
+    # Either divisor below is at least a half where its quotient is chosen.
     measured = _interpolated(1 - padding.astype(np.float32), axes, old, new)  # its share of each voxel
-    inside = _interpolated(np.where(padding, np.float32(0), part), axes, old, new)
-    outside = _interpolated(np.where(padding, part, np.float32(0)), axes, old, new)
-    # Either divisor is at least a half where its quotient is chosen.
-    return np.where(measured >= 0.5, inside / np.maximum(measured, 0.25), outside / np.maximum(1 - measured, 0.25))
+    if (values != values[0]).any():  # as a rule a scanner has one number for it
+        outside = _interpolated(np.where(padding, part, np.float32(0)), axes, old, new)
+        outside /= np.maximum(1 - measured, 0.25)
+    part[padding] = 0
+    inside = _interpolated(part, axes, old, new)
+    inside /= np.maximum(measured, 0.25)
+    return np.where(measured >= 0.5, inside, outside)

@@ -28,7 +28,7 @@ ROW_GROUP_ROWS = 32768
 
 @dataclass(frozen=True, kw_only=True)
 class OverlayRow:
-    """Where the overlay of one volume lies. Its voxels are uint8, [1, Z, Y, X]."""
+    """Where the overlay of one volume lies. Its voxels are uint8, [1, Z, Y, X], on the grid of the stored volume."""
 
     part: int
     offset_bytes: int  # of the shard inside the pack
@@ -36,7 +36,7 @@ class OverlayRow:
     sha256: str  # of the shard
     source_sha256: str
     class_voxels: tuple[int, ...]  # voxels of class 0, 1, ...
-    on_source_grid: bool = False  # its grid is that of the source, turned to RAS+, not that of the stored volume
+    source_zyx: tuple[int, int, int] | None = None  # its shape when it lies on the source's grid, turned to RAS+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ _OVERLAY = pa.struct(
         ("sha256", pa.string()),
         ("source_sha256", pa.string()),
         ("class_voxels", pa.list_(pa.int64())),
-        ("on_source_grid", pa.bool_()),
+        ("source_zyx", pa.list_(pa.int32())),
     ]
 )
 SCHEMA = pa.schema(
@@ -348,7 +348,8 @@ def row_of_receipt(tree: dict[str, Any]) -> VolumeRow:
 
 def overlay_of_receipt(tree: dict[str, Any]) -> OverlayRow:
     """The overlay that `dataclasses.asdict` made into JSON."""
-    return OverlayRow(**{**tree, "class_voxels": tuple(tree["class_voxels"])})
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return OverlayRow(**plain)
 
 
 def _row_of_tree(tree: dict[str, Any]) -> VolumeRow:

@@ -95,9 +95,23 @@ class ShardReader:
             out: where to put the voxels, instead of a new array.
 
         Raises:
-            DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
+            DataError: a pack that is missing, truncated or damaged, a volume without this overlay, or an overlay on
+                the grid of the source, where a box would lie elsewhere.
         """
-        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
+        if overlay is not None and overlay in row.overlays and row.overlays[overlay].source_zyx is not None:
+            raise DataError(
+                f"volume {row.id}: overlay {overlay!r} lies on the grid of the source, not on that of the stored "
+                f"volume; use overlay={layout.stored_overlay(overlay)}"
+            )
+        return self._read(self._shard(row, overlay), start_zyx, size_zyx, out)
+
+    def _read(
+        self,
+        target: _Shard,
+        start_zyx: tuple[int, int, int],
+        size_zyx: tuple[int, int, int],
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
         channels, *volume_zyx = target.shape
         if out is None:
             out = np.empty((channels, *size_zyx), dtype=target.dtype)
@@ -123,11 +137,11 @@ class ShardReader:
     def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
         """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X], which may have a grid of its own.
 
-        Errors as `read`.
+        Raises:
+            DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
         """
-        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
-        z, y, x = target.shape[1:]
-        return self.read(row, (0, 0, 0), (z, y, x), overlay)
+        target = self._shard(row, overlay)
+        return self._read(target, (0, 0, 0), target.shape[1:])
 
     def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> list[str]:
         """Read every chunk of a shard and compare it with its crc32c, without decoding.
@@ -138,7 +152,7 @@ class ShardReader:
         Raises:
             DataError: as `read`, but for bad chunks.
         """
-        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
+        target = self._shard(row, overlay)
         if self._info.codec not in layout.CODECS:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
             return []
@@ -154,6 +168,9 @@ class ShardReader:
                     bad.append(str(target.broken(f"chunk {corner}: {error}")))
         return bad
 
+    def _shard(self, row: VolumeRow | SampleRow, overlay: str | None) -> _Shard:
+        return self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)
         dtype = np.dtype(row.dtype)
@@ -167,15 +184,7 @@ class ShardReader:
             has = ", ".join(row.overlays) or "none"
             raise DataError(f"volume {row.id}: has no overlay {name!r} (it has: {has}); ingest it with a label file")
         path = layout.overlay_path(self._store, name, place.part)
-        shape_zyx = row.shape[1:]
-        if place.on_source_grid:
-            if not isinstance(row, VolumeRow):
-                raise DataError(
-                    f"volume {row.id}: overlay {name!r} lies on the grid of the source, not on that of the stored "
-                    f"volume; use overlay={layout.stored_overlay(name)}"
-                )
-            shape_zyx = row.source_zyx
-        shape = (1, *shape_zyx)
+        shape = (1, *(place.source_zyx or row.shape[1:]))
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 

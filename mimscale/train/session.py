@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mimscale import durable
 from mimscale.config import config_tree, config_yaml
 from mimscale.console import say
-from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, LostRankError, MimscaleError
 from mimscale.models.transfer import save_weights
-from mimscale.store.layout import StoreInfo, read_info
+from mimscale.store.layout import StoreInfo, read_info, stored_overlay
 from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
 from mimscale.stream.batch import Batch
 from mimscale.stream.loader import StreamLoader, fixed_batches
@@ -70,6 +70,7 @@ class TrainingData:
 
     Raises:
         DataError: no store, or no volume that the config selects.
+        ConfigError: labels on the grid of the sources.
     """
 
     def __init__(self, config: RunConfig, overlay: str | None) -> None:
@@ -79,6 +80,11 @@ class TrainingData:
         if overlay is not None and overlay not in self.info.overlays:
             known = ", ".join(self.info.overlays) or "none, so ingest the volumes with their labels"
             raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
+        if overlay is not None and overlay != stored_overlay(overlay):
+            raise ConfigError(
+                f"overlay={overlay}: lies on the grid of the sources, for scores; train with "
+                f"overlay={stored_overlay(overlay)}"
+            )
         self.manifest: Manifest = load_manifest(config.store, TRAINING_COLUMNS)
         wanted = {} if config.modality is None else {"modality": config.modality}
         self.train: NDArray[np.int64] = self._labelled(self.manifest.select(split="train", **wanted))

@@ -18,6 +18,8 @@ from mimscale.ingest.geometry import spacing_zyx_mm
 from mimscale.ingest.run import ingest
 from mimscale.store.manifest import load_manifest
 from mimscale.store.verify import verify
+from mimscale.train.config import load_run_config
+from mimscale.train.session import TrainingData
 
 WINDOW = {"kind": "window", "window": [0.0, 1000.0]}
 OPTIONS = {"class_names": list(CLASSES), "val_fraction": 0, "intensity": WINDOW, "parts": 2, "chunk_voxels": 16}
@@ -93,7 +95,7 @@ def test_the_manifest_says_what_is_stored_and_statistics_are_of_that(store):
             assert all(stop <= edge for (_, stop), edge in zip(row.crop_box, row.source_zyx, strict=True))
             assert row.crop_box != tuple((0, edge) for edge in row.source_zyx)
         assert set(row.overlays) == {"label", "label_source"}
-        assert (row.overlays["label"].on_source_grid, row.overlays["label_source"].on_source_grid) == (False, True)
+        assert (row.overlays["label"].source_zyx, row.overlays["label_source"].source_zyx) == (None, row.source_zyx)
         assert reader.read_volume(row, "label").shape == row.shape
         assert reader.read_volume(row, "label_source").shape == (1, *row.source_zyx)
     assert any(row.crop_box for row in rows_of(store)) or all(row.resampled for row in rows_of(store))
@@ -261,7 +263,9 @@ def test_volumes_of_another_spacing_or_crop_are_refused_for_a_store_that_stands(
     assert ingest(config_of(pairs, tmp_path / "store", **OPTIONS, **RESAMPLED))["stored"] == 3
 
 
-def test_training_on_labels_of_the_source_grid_is_refused_with_the_name_to_use(store):
+def test_training_on_labels_of_the_source_grid_is_refused_with_the_name_to_use(store, tmp_path):
+    with pytest.raises(ConfigError, match=r"train with overlay=label$"):
+        TrainingData(load_run_config(make_finetune_run(tmp_path / "run", store)), "label_source")
     manifest, reader = load_manifest(store), opened(store)[1]
     with pytest.raises(DataError, match=r"'label_source' lies on the grid of the source.*use overlay=label"):
         reader.read(manifest.sample_row(0), (0, 0, 0), (8, 8, 8), overlay="label_source")

@@ -1,9 +1,11 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from mimscale.ingest import resample
+from mimscale.ingest.assemble import _classes
 from mimscale.ingest.resample import blur_sigma, new_size, positions, resample_classes, resample_intensities
 
 
@@ -80,8 +82,21 @@ def test_padding_is_not_mixed_with_what_was_measured():
         resampled = resample_intensities(volume, (new, new, new), (step, step, step), padding_below=-1500)
         assert set(np.unique(resampled[resampled < -1000])) == {-3024}
         assert resampled.max() == 60
+        two = volume.copy()
+        two[0, 3, 3, 3] = -2000  # a scanner with two numbers for it: nothing between -1500 and -1000
+        resampled = resample_intensities(two, (new, new, new), (step, step, step), padding_below=-1500)
+        assert not ((resampled >= -1500) & (resampled < -1000)).any()
+        assert resampled.min() == -3024
         mixed = resample_intensities(volume, (new, new, new), (step, step, step))
         assert ((mixed > -3024) & (mixed < -1000)).any(), "without the number there would be values of neither"
+
+
+def test_padding_that_the_header_names_stays_that_number():
+    volume = np.full((1, 24, 24, 24), 300, dtype=np.int16)
+    volume[0, :, :, :7] = 0
+    new, step = (15, 15, 15), 1.6
+    resampled = resample_intensities(volume, new, (step,) * 3, padding_value=0)
+    assert set(np.unique(resampled)) == {0, 300}
 
 
 @pytest.mark.parametrize("steps", [(2.0, 2.0, 2.0), (1.7, 0.6, 1.0)])
@@ -114,3 +129,37 @@ def test_a_slab_is_a_part_of_the_whole_bit_for_bit(monkeypatch):
     monkeypatch.setattr(resample, "SLAB_BYTES", 1)  # a plane at a time
     assert np.array_equal(resample_intensities(volume, shape, steps), whole[0])
     assert np.array_equal(resample_classes(classes, shape, steps), whole[1])
+
+
+def peak_bytes(work):
+    """What `work` allocates at most at once, with its result."""
+    tracemalloc.start()
+    try:
+        result = work()
+        return tracemalloc.get_traced_memory()[1], result
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("step", [0.8, 1.5])
+def test_resampling_holds_its_result_and_a_few_slabs(monkeypatch, step):
+    monkeypatch.setattr(resample, "SLAB_BYTES", 2**20)
+    volume = np.zeros((1, 200, 128, 120), dtype=np.int16)
+    volume[0, :, 20:90, 20:90] = 500
+    volume[0, :, :10] = -3000
+    labels = (volume[0] > 0).astype(np.uint8)
+    shape = tuple(new_size(edge, step) for edge in volume.shape[1:])
+    for work in (
+        lambda: resample_intensities(volume, shape, (step,) * 3, padding_below=-1500),
+        lambda: resample_classes(labels, shape, (step,) * 3),
+    ):
+        peak, result = peak_bytes(work)
+        assert peak < result.nbytes + 12 * 2**20
+
+
+def test_counting_the_values_of_a_label_map_takes_a_fraction_of_its_memory():
+    labels = np.zeros((200, 200, 200), dtype=np.uint8)
+    labels[40:60] = 2
+    peak, classes = peak_bytes(lambda: _classes(labels, {}, 3))
+    assert np.array_equal(classes, labels)
+    assert peak < labels.nbytes
