@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import NoReturn
 import submitit
 
 from launch.profile import OWN_VARIABLES, Accelerator
+from launch.slurm_commands import without_allocation
 from mimscale import cli
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
 from mimscale.world import World
@@ -41,7 +43,8 @@ class RunVerb:
     arguments: tuple[str, ...]  # the verb and its words
     folder: Path  # working directory: the one that the job was submitted from
     environment: Mapping[str, str]  # see `job_environment`
-    master_port: int
+    submission: str  # names the submission, whatever ids its jobs get
+    master_port: int | None = None  # None: the batch script chooses one at each start
 
     def __call__(self) -> int:
         """Run the verb as one rank.
@@ -59,16 +62,19 @@ class RunVerb:
             local_size=local_size,
             node=place.hostname,
             master_address="127.0.0.1" if place.num_nodes == 1 else place.hostnames[0],
-            master_port=self.master_port,
+            master_port=int(os.environ["MIMSCALE_MASTER_PORT"]) if self.master_port is None else self.master_port,
         )
         os.environ.update(self.environment)
         os.environ.update(world.environment())
         os.environ["MIMSCALE_JOB_ID"] = place.job_id  # named in the run directory's lock
+        os.environ["MIMSCALE_SUBMISSION"] = self.submission
+        os.environ["MIMSCALE_RANK_UNIX_S"] = str(time.time())
         os.chdir(self.folder)
         if place.cluster == "debug":
             return cli.main(list(self.arguments))
 
         _prepare_process()
+        _remove_stale_result(place.paths.result_pickle)
         try:
             code = cli.main(list(self.arguments))
         except SystemExit as stop:
@@ -80,6 +86,8 @@ class RunVerb:
             signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
         if code not in (0, INTERRUPTED_EXIT_CODE):
             _leave_at_once(code)
+        if place.cluster == "slurm" and world.size > 1:
+            return 0  # srun would kill the ranks that still close their files; outcome.json has the truth
         if code:
             sys.exit(code)
         return 0
@@ -93,6 +101,12 @@ def _prepare_process() -> None:
         signal.signal(number, _stop_before_training)
     # When the supervisor is killed, its ranks save and leave instead of training on unseen.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _remove_stale_result(pickle: Path) -> None:
+    # Of an attempt before a requeue: Submitit refuses to write a second one beside the draft of a killed one.
+    for file in (pickle, pickle.with_name(f"{pickle.name}.save_tmp")):
+        file.unlink(missing_ok=True)
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
@@ -116,10 +130,10 @@ def job_environment(
     Another launcher's variables are left out: a rank that finds the RANK or SLURM_PROCID of the shell that submitted it
     would take another's place. CUDA_VISIBLE_DEVICES stays as the user has it.
     """
-    foreign = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    foreign = ("SUBMITIT_", "TORCHELASTIC_")
     kept = {
         name: value
-        for name, value in inherited.items()
+        for name, value in without_allocation(inherited).items()
         if not name.startswith(foreign) and name not in OWN_VARIABLES and name not in ("GROUP_RANK", "ROLE_RANK")
     }
     return {**kept, **chosen, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}
