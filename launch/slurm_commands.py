@@ -257,8 +257,7 @@ def submit(script: Path, environment: Mapping[str, str], job_name: str, *options
     assert done is not None
     if done.returncode:
         raise LaunchError(f"{_refusal(complaint)} (the script is {script})")
-    answer: str = done.stdout
-    return answer.strip().split(";")[0]
+    return str(done.stdout).strip().partition(";")[0]
 
 
 def _find_lost(job_name: str, complaint: str) -> str:

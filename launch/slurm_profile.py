@@ -8,9 +8,8 @@ from typing import Literal
 from mimscale.config import require_positive
 
 # sbatch reads `#SBATCH` lines with rules of its own, so nothing that any of them could mean is let through.
-_OPTION_VALUE = re.compile(r"[A-Za-z0-9_.,:;@%+=/&|*()\[\]!<>~^-]+( [A-Za-z0-9_.,:;@%+=/&|*()\[\]!<>~^-]+)*")
+_OPTION_VALUE = re.compile(r"[A-Za-z0-9_.,:@%+=/&|*()\[\]^-]+( [A-Za-z0-9_.,:@%+=/&|*()\[\]^-]+)*")
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*")
-_GPUS_OF_GRES = re.compile(r"gpu(?::[A-Za-z0-9_.-]+)?(?::(?P<count>\d+))?(?:\(.*\))?")
 
 # Options that the launcher derives from other settings; a second source would contradict the first.
 OWN_OPTIONS = {
@@ -129,9 +128,9 @@ class SlurmConfig:
     def _gres_gpus(self) -> int:
         gpus = 0
         for part in (self.gres or "").split(","):
-            found = _GPUS_OF_GRES.fullmatch(part)
-            if found:
-                gpus += int(found["count"] or 1)
+            kind, *more = part.split(":")  # gpu, gpu:4, gpu:a100 or gpu:a100:4
+            if kind == "gpu":
+                gpus += int(more[-1]) if more and more[-1].isdigit() else 1
         return gpus
 
 
@@ -139,7 +138,7 @@ def check_option_value(name: str, value: str) -> None:
     """Raise ValueError unless `value` can stand on an `#SBATCH` line and mean itself."""
     if not _OPTION_VALUE.fullmatch(value):
         raise ValueError(
-            f"{name}={value!r}: quotes, backslashes, '#', '$', '`', line ends and spaces at an end mean something to "
+            f"{name}={value!r}: quotes, backslashes, '#', '$', '`', ';', line ends and spaces at an end mean something to "
             "sbatch or a shell; write the plain value"
         )
 

@@ -6,6 +6,7 @@ The queue is asked once for all runs. Where Slurm keeps no accounts, or does not
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -62,10 +63,10 @@ def expand(paths: Sequence[Path]) -> list[RunDir]:
         ConfigError: a path that is neither.
     """
     runs: list[RunDir] = []
-    for path in paths:
-        found = [run for place in (path, path.with_name(path.name + SUFFIX)) if (run := _as_run(place.absolute()))]
+    for path in (Path(os.path.abspath(path)) for path in paths):  # `..` and `.` gone, links as they are
+        found = [run for place in (path, path.with_name(path.name + SUFFIX)) if (run := _as_run(place))]
         if not found and path.is_dir():
-            children = sorted(child for child in path.absolute().iterdir() if child.is_dir())
+            children = sorted(child for child in path.iterdir() if child.is_dir())
             found = [run for child in children if (run := _as_run(child))]
         if not found:
             raise ConfigError(f"{path}: no run directory, and none in it; give the run_dir of a run that was submitted")
@@ -220,7 +221,9 @@ def _row(status: RunStatus) -> list[str]:
     beat = "" if status.heartbeat_age_s is None else f"{status.heartbeat_age_s:.0f} s"
     saved = "" if status.last_checkpoint is None else str(status.last_checkpoint)
     restarts = str(status.restarts) if status.restarts else ""
-    head = [status.run_dir, status.verb, status.job_id or "", status.state]
+    place = Path(status.run_dir)
+    shown = str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else status.run_dir
+    head = [shown, status.verb, status.job_id or "", status.state]
     return [*head, step, speed, beat, saved, restarts, status.nodes, status.reason]
 
 
