@@ -166,7 +166,8 @@ def preempt_mode(partition: str) -> str:
         shown = call(["scontrol", "--oneliner", "show", "partition", partition])
     except SlurmSilentError:
         return ""
-    return dict(_PAIR.findall(shown)).get("PreemptMode", "")
+    pairs: dict[str, str] = dict(_PAIR.findall(shown))
+    return pairs.get("PreemptMode", "")
 
 
 def partitions() -> dict[str, float | None]:

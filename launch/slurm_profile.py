@@ -138,8 +138,8 @@ def check_option_value(name: str, value: str) -> None:
     """Raise ValueError unless `value` can stand on an `#SBATCH` line and mean itself."""
     if not _OPTION_VALUE.fullmatch(value):
         raise ValueError(
-            f"{name}={value!r}: quotes, backslashes, '#', '$', '`', ';', line ends and spaces at an end mean something to "
-            "sbatch or a shell; write the plain value"
+            f"{name}={value!r}: quotes, backslashes, '#', '$', '`', ';', line ends and spaces at an end mean something "
+            "to sbatch or a shell; write the plain value"
         )
 
 
