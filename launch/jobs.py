@@ -51,7 +51,8 @@ class RunVerb:
 
         Returns:
             0, or any exit code under the debug executor. Elsewhere a process that failed ends here with its exit code:
-            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone.
+            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone. Under
+            Slurm every process ends here.
         """
         place = submitit.JobEnvironment()
         local_size = place.num_tasks // place.num_nodes
@@ -84,10 +85,13 @@ class RunVerb:
             code = 1
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
+        if place.cluster == "slurm":
+            # srun would kill the ranks that still close their files when one leaves with 75; outcome.json has the
+            # truth. And the interpreter takes seconds to end torch, out of those that a preemption leaves for a save.
+            together = code == INTERRUPTED_EXIT_CODE and world.size > 1
+            _leave_at_once(0 if together else code)
         if code not in (0, INTERRUPTED_EXIT_CODE):
             _leave_at_once(code)
-        if place.cluster == "slurm" and world.size > 1:
-            return 0  # srun would kill the ranks that still close their files; outcome.json has the truth
         if code:
             sys.exit(code)
         return 0
