@@ -20,6 +20,7 @@ from launch import slurm_commands
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
+from launch.srun_log import FirstEnd, first_end, last_message
 from mimscale.errors import (
     INTERRUPTED_EXIT_CODE,
     CheckpointError,
@@ -98,13 +99,17 @@ def decide(outcome: Outcome, slurm: SlurmView, *, restart: int, cancelled: bool)
     return Decision(action="again", cause="lost rank", outcome=outcome)
 
 
-def rank_outcome(written: Outcome | None, srun_code: int, *, trains: bool, step: int) -> Outcome:
-    """How the ranks ended: what training wrote; where it wrote nothing, what srun's exit code says.
+def rank_outcome(
+    written: Outcome | None, srun_code: int, first: FirstEnd | None, *, trains: bool, step: int, message: str = ""
+) -> Outcome:
+    """How the ranks ended: what training wrote; where it wrote nothing, what srun says.
 
     Args:
         written: outcome.json of this attempt, or None. It stands whatever came later: all that matters is on disk.
         srun_code: 128 + signal when a signal ended a rank. Ranks that were interrupted together leave with 0, because
             srun would kill the others when one leaves with another code.
+        first: the first rank that failed.
+        message: what that rank printed.
         trains: only training writes an outcome.
         step: newest committed step.
     """
@@ -118,15 +123,14 @@ def rank_outcome(written: Outcome | None, srun_code: int, *, trains: bool, step:
         return Outcome(outcome="finished", exit_code=0, step=-1)
     if srun_code == INTERRUPTED_EXIT_CODE:
         return Outcome(outcome="interrupted", exit_code=srun_code, step=step, message="stopped by request")
-    if srun_code > 128:
-        killed = f"a rank was killed by signal {srun_code - 128}; the logs of the ranks end where it happened"
-        return Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=killed)
-    return Outcome(
-        outcome="failed",
-        exit_code=srun_code,
-        step=step,
-        message=f"a rank failed with exit code {srun_code}; see its log",
-    )
+    who = f"rank {first.rank} on {first.node}" if first else "a rank"
+    code = first.code if first else srun_code
+    if code is None or code > 128:
+        how = first.how if first else f"killed by signal {srun_code - 128}"
+        text = f"{who}: {how}; its log ends where it happened"
+        return Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=text)
+    text = f"{who} failed with exit code {code}: {message or 'see its log'}"
+    return Outcome(outcome="failed", exit_code=code, step=step, message=text)
 
 
 def start(folder: JobFolder) -> int:
@@ -157,7 +161,8 @@ def end(folder: JobFolder, srun_code: int) -> int:
     record = folder.read()
     step = _committed_step(folder, record)
     written = folder.run.read_outcome() if record.trains else None
-    outcome = rank_outcome(written, srun_code, trains=record.trains, step=step)
+    first, message = _first_failure(folder, record, task)
+    outcome = rank_outcome(written, srun_code, first, trains=record.trains, step=step, message=message)
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:
@@ -174,6 +179,14 @@ def end(folder: JobFolder, srun_code: int) -> int:
         folder.run.write_outcome(decision.outcome)
     _say(f"{decision.outcome.outcome}: {decision.outcome.message or 'all done'}")
     return decision.outcome.exit_code
+
+
+def _first_failure(folder: JobFolder, record: JobRecord, task: int | None) -> tuple[FirstEnd | None, str]:
+    name = str(record.job_id) if task is None else f"{record.job_id}_{task}"
+    log = folder.rank_log(name, 0)  # of rank 0 and of the batch script
+    first = first_end(log.read_text(errors="replace")) if log.exists() else None
+    own = folder.rank_log(name, first.rank) if first else log
+    return first, last_message(own.read_text(errors="replace")) if own.exists() else ""
 
 
 def _again(

@@ -247,7 +247,10 @@ def main(argv: list[str]) -> int:
         else:
             if arguments.watch and sys.stderr.isatty():
                 console.human().clear()
-            console.print_table(time.strftime("%H:%M:%S"), COLUMNS, [_row(status) for status in statuses])
+            rows = [_row(status) for status in statuses]
+            used = [index for index, name in enumerate(COLUMNS) if name == "state" or any(row[index] for row in rows)]
+            title, names = time.strftime("%H:%M:%S"), [COLUMNS[index] for index in used]
+            console.print_table(title, names, [[row[index] for index in used] for row in rows])
         if not arguments.watch:
             return 0
         try:

@@ -6,6 +6,7 @@ import pytest
 
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, read_attempts, why_not_again
 from launch.requeue import SlurmView, decide, rank_outcome
+from launch.srun_log import FirstEnd, first_end, last_message
 from mimscale.train.run_dir import Outcome
 
 RUNNING = SlurmView(state="RUNNING", preempted=False, restarts=0)
@@ -77,9 +78,51 @@ def test_a_cancelled_job_never_starts_again_whatever_else_ends_it(outcome: Outco
 def test_how_the_ranks_ended_is_what_training_wrote_or_what_srun_says(
     written: Outcome | None, srun_code: int, trains: bool, kind: str, code: int, text: str
 ) -> None:
-    outcome = rank_outcome(written, srun_code, trains=trains, step=7)
+    outcome = rank_outcome(written, srun_code, None, trains=trains, step=7)
     assert (outcome.outcome, outcome.exit_code) == (kind, code)
     assert text in outcome.message
+
+
+LOG = """\
+mimscale: 22:34:30 start 1 of job 6 on node[1-2], from step 0
+srun: error: node9: task 9: Exited with exit code 9
+mimscale: 22:35:12 start 2 of job 6 on node[1-2], from step 0
+Traceback (most recent call last):
+srun: error: node2: task 3: Exited with exit code 3
+srun: launch/slurm: _step_signal: Terminating StepId=6.0
+slurmstepd-node1: error: *** STEP 6.0 ON node1 CANCELLED AT 2026-11-24T22:35:13 ***
+srun: error: node2: task 2: Killed
+srun: error: node1: tasks 0-1: Killed
+"""
+
+
+def test_the_first_rank_that_failed_is_the_cause_and_not_those_that_srun_ended_because_of_it() -> None:
+    first = first_end(LOG)
+    assert first == FirstEnd(node="node2", rank=3, code=3, how="Exited with exit code 3")
+    outcome = rank_outcome(None, 137, first, trains=True, step=7, message="ct_7: broken")
+    assert outcome.exit_code == 3
+    assert outcome.message == "rank 3 on node2 failed with exit code 3: ct_7: broken"
+
+
+@pytest.mark.parametrize(
+    "how", ["Killed", "Segmentation fault (core dumped)", "Out Of Memory", "Exited with exit code 139"]
+)
+def test_a_rank_that_a_signal_ended_is_a_lost_rank(how: str) -> None:
+    first = first_end(f"mimscale: start 1 of job 6\nsrun: error: node1: tasks 1-2: {how}\n")
+    outcome = rank_outcome(None, 137, first, trains=True, step=7)
+    assert outcome.exit_code == 6
+    assert f"rank 1 on node1: {how}" in outcome.message
+
+
+def test_no_failure_is_no_failure() -> None:
+    assert first_end("mimscale: start 1 of job 6\nstep 3\n") is None
+
+
+def test_the_error_of_a_rank_is_found_among_what_it_prints() -> None:
+    log = "mimscale: 22:35:12 start 2 of job 6\nmimscale pretrain: old\nx\n"
+    log += "mimscale: not started:\n  node2: a\n  node3: b\nbye\n"
+    assert last_message(log) == "not started:\n  node2: a\n  node3: b"
+    assert last_message("nothing") == ""
 
 
 # What Slurm 22.05 prints, shortened.
