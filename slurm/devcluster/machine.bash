@@ -56,6 +56,7 @@ take_down() {
   for name in "$dir"/pids/*; do stop "$name"; done
   for node in $(nodes_of_machine); do
     ip netns pids "$node" | xargs -r kill -KILL 2>/dev/null || true # jobs that outlived their slurmd
+    ip link delete "$node" 2>/dev/null || true # at once; with its namespace it would go some time later
     ip netns delete "$node"
   done
   ip link delete "$BRIDGE" 2>/dev/null || true
