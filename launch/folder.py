@@ -159,8 +159,9 @@ class JobFolder:
         if self.read_outcome() is not None:
             return []
         record = self.read()
-        # The submitter counts only until a supervisor stands in for it.
-        candidates = [record.supervisor or record.submitter, *self.read_ranks()]
+        # The submitter counts only until a supervisor, or Slurm, stands in for it.
+        submitter = [] if record.executor == "slurm" and record.job_id else [record.submitter]
+        candidates = [*([record.supervisor] if record.supervisor else submitter), *self.read_ranks()]
         return [process for process in candidates if process.is_alive()]
 
     def queued(self, jobs: dict[str, QueuedJob]) -> list[QueuedJob]:

@@ -44,6 +44,7 @@ class SlurmView:
     state: str  # of squeue, by its long name
     preempted: bool
     restarts: int  # so far; more than we know of when Slurm has requeued it meanwhile
+    reason: str = ""
 
     @classmethod
     def of(cls, shown: Mapping[str, str]) -> "SlurmView":
@@ -54,6 +55,7 @@ class SlurmView:
             state=state,
             preempted=state == "PREEMPTED" or preempt_time not in ("None", "Unknown", "N/A", ""),
             restarts=int(shown.get("Restarts", "0")),
+            reason=shown.get("Reason", ""),
         )
 
 

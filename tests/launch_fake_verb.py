@@ -145,7 +145,7 @@ class Place:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The submitting shell's variables."""
-        return {**os.environ, "PYTHONPATH": f"{self.folder / 'site'}{os.pathsep}{TESTS}", **more}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (self.folder / "site", TESTS, TESTS.parent))), **more}
 
     def submit(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         """Submit and wait for `mimscale submit` to return."""
