@@ -47,7 +47,7 @@ def unpack(archive: Path, folder: Path) -> None:
     temporary = folder.with_name(f"{durable.TEMPORARY_PREFIX}{folder.name}.{os.getpid()}")
     try:
         with durable.explained(LaunchError, folder, "name another slurm.node_dir in the profile"):
-            temporary.mkdir(parents=True, mode=0o700)  # nobody else may put a module where our ranks look for one
+            temporary.mkdir(parents=True)
         done = subprocess.run(
             ["tar", "-xf", str(archive), "-C", str(temporary)], capture_output=True, text=True, check=False
         )
@@ -58,6 +58,7 @@ def unpack(archive: Path, folder: Path) -> None:
             raise LaunchError(
                 f"{archive}: holds no bin/python at its top; make it with `tar -C ENVIRONMENT -cf FILE .`"
             )
+        temporary.chmod(0o700)  # nobody else may put a module where our ranks look for one
         try:
             temporary.rename(folder)
         except OSError:

@@ -20,7 +20,7 @@ from mimscale.errors import DataError, LaunchError
 from mimscale.world import Process
 
 # The lock of another host counts as dead when its holder has given no sign of life for so long.
-EXPIRES_S = 300.0
+EXPIRES_S = 600.0
 BEAT_EVERY_S = 10.0
 # A job that its scheduler starts again holds the place of its own earlier start, which is over or about to be. Its lock
 # counts as dead after this long without a new sign of life.

@@ -145,7 +145,8 @@ class Place:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The submitting shell's variables."""
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (self.folder / "site", TESTS, TESTS.parent))), **more}
+        places = (self.folder / "site", TESTS, TESTS.parent)
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), **more}
 
     def submit(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         """Submit and wait for `mimscale submit` to return."""
