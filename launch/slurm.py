@@ -25,6 +25,7 @@ from launch.unpack import environment_folder
 from mimscale.errors import ConfigError, LaunchError
 
 RESTART_STRIDE = 7919  # a prime: the restarts of a job meet neither its own ports nor those of the jobs after it
+LAST_WORD_S = 20  # for the batch script to requeue the job, before Slurm kills it
 _UNFIT_FOR_SLURM = re.compile(r"[%'\"\\#\x00-\x1f\x7f]")  # in a path: % is a pattern, the others end a quoted word
 
 
@@ -57,6 +58,11 @@ class BatchJob:
         if self.profile.timeout_min is None:
             raise ConfigError("profile.timeout_min: a Slurm job needs a time limit; write it in minutes")
         return self.profile.timeout_min
+
+    @property
+    def last_word_s(self) -> int:
+        """How long before the time limit ranks that have not stopped are killed."""
+        return min(LAST_WORD_S, round(self.profile.signal_lead_s / 4))
 
     @property
     def python(self) -> str:
@@ -161,11 +167,20 @@ class BatchJob:
             unpack = [sys.executable, "-m", "launch.unpack", slurm.env_archive, str(self._environment_folder())]
             one_a_node = 'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
             lines.append(f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || exit $?")
-        return [*lines, "export MIMSCALE_SRUN_UNIX_S=$(date +%s.%N)"]
+        # srun's first step is number 0, and unpacking is a step.
+        step = f'"$SLURM_JOB_ID.{int(slurm.env_archive is not None)}"'
+        return [
+            *lines,
+            "# Ranks that hang although they were told to stop are ended while the job can still be requeued.",
+            f"(sleep $((end - {self.last_word_s} - $(date +%s))) && scancel --signal=KILL {step}) &",
+            "watchdog=$!",
+            "export MIMSCALE_SRUN_UNIX_S=$(date +%s.%N)",
+        ]
 
     def _teardown(self) -> list[str]:
         return [
             "code=$?",
+            "kill $watchdog",
             f'{shlex.quote(sys.executable)} -m launch.requeue end {shlex.quote(str(self.folder))} "$code"',
             "exit $?",
         ]

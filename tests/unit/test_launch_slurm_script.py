@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,32 +104,46 @@ def test_a_value_with_a_line_end_is_refused(field: str) -> None:
         SlurmConfig(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("evil", EVIL)
-def test_no_value_of_a_profile_becomes_a_command(tmp_path: Path, evil: str) -> None:
-    """The script is run, with every program that it calls replaced by one that notes its words."""
-    programs, ran = tmp_path / "bin", tmp_path / "ran"
+def _run_script(job: BatchJob, folder: Path, *, srun: str = "", **variables: str) -> list[str]:
+    """Run a batch script, with every program that it calls replaced by one that notes its words."""
+    programs, ran = folder / "bin", folder / "ran"
     programs.mkdir()
-    for name in ("srun", "module"):
-        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {ran}\n')
+    bodies = {"srun": srun, "module": "", "scancel": "", "python": ""}
+    for name, body in bodies.items():
+        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {ran}\n{body}\n')
         (programs / name).chmod(0o755)
-    python = programs / "python"
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
-    slurm = SlurmConfig(modules=(evil,), source_files=(f"/none/{evil}",), srun_options=(f"--x={evil}",))
-    script = BatchExecutor(_job(tmp_path / "logs" / "001", slurm, environment={"A": evil, "B": evil})).script()
-    script = script.replace(shlex.quote(_python_of(script)), str(python))
+    script = BatchExecutor(job).script()
+    script = script.replace(shlex.quote(_python_of(script)), str(programs / "python"))
     subprocess.run(
         ["/bin/bash", "-c", script],
-        cwd=tmp_path,
-        env={"PATH": f"{programs}:/bin:/usr/bin", "SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1"},
-        capture_output=True,
+        cwd=folder,
+        env={"PATH": f"{programs}:/bin:/usr/bin", "SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1", **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         timeout=20,
         check=False,
     )
-    words = ran.read_text().splitlines()
+    return ran.read_text().splitlines()
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_value_of_a_profile_becomes_a_command(tmp_path: Path, evil: str) -> None:
+    slurm = SlurmConfig(modules=(evil,), source_files=(f"/none/{evil}",), srun_options=(f"--x={evil}",))
+    words = _run_script(_job(tmp_path / "logs" / "001", slurm, environment={"A": evil, "B": evil}), tmp_path)
     assert f"--x={evil}" in words
     assert words[:3] == ["module", "load", evil]
     assert not (tmp_path / "EVIL").exists()
+
+
+def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
+    profile = Profile(executor="slurm", timeout_min=1, signal_lead_s=4)
+    end_s = int(time.time()) + 3
+    hang = "for _ in 1 2 3 4 5 6 7 8 9; do sleep 0.5; grep -q ^scancel ran && exit 137; done"
+    words = _run_script(_job(tmp_path / "logs", profile=profile), tmp_path, srun=hang, SLURM_JOB_END_TIME=str(end_s))
+    assert time.time() < end_s + 1
+    assert words[words.index("scancel") :][:3] == ["scancel", "--signal=KILL", "5.0"]
+    assert words[-4:] == ["launch.requeue", "end", str(tmp_path / "logs"), "137"]
 
 
 def _python_of(script: str) -> str:
