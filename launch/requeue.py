@@ -87,10 +87,11 @@ def decide(outcome: Outcome, slurm: SlurmView, *, restart: int, cancelled: bool)
         return Decision(action="leave", cause="requeued from outside", outcome=_saying(outcome, "requeued by Slurm"))
     if slurm.preempted:
         return Decision(action="again", cause="preempted", outcome=_saying(outcome, "preempted"))
-    if slurm.state == "CANCELLED":
-        return Decision(action="settle", cause="stopped", outcome=_saying(outcome, "cancelled with scancel"))
-    if slurm.state in ("TIMEOUT", "DEADLINE"):
+    if slurm.state in ("TIMEOUT", "DEADLINE") or slurm.reason == "TimeLimit":
         return Decision(action="again", cause="time limit", outcome=_saying(outcome, "cut off by the time limit"))
+    # While its script still runs a job is completing only when somebody ends it, and this is the only way that is left.
+    if slurm.state in ("CANCELLED", "COMPLETING"):
+        return Decision(action="settle", cause="stopped", outcome=_saying(outcome, "cancelled with scancel"))
     if outcome.exit_code == INTERRUPTED_EXIT_CODE:
         if outcome.stopped_by == "SIGTERM":
             why = "stopped by a TERM that was no preemption; `mimscale resume` goes on"

@@ -39,6 +39,14 @@ def _interrupted_by(what: str) -> Outcome:
         (_failed(6), _view("CANCELLED"), "settle", "stopped"),
         (_interrupted_by("SIGTERM"), _view("PENDING", restarts=1), "leave", "requeued from outside"),
         (_failed(6), _view("COMPLETING", restarts=1), "leave", "requeued from outside"),
+        (_failed(6), _view("COMPLETING"), "settle", "stopped"),
+        (_interrupted_by(""), _view("COMPLETING"), "settle", "stopped"),
+        (
+            _failed(6),
+            SlurmView(state="COMPLETING", preempted=False, restarts=0, reason="TimeLimit"),
+            "again",
+            "time limit",
+        ),
         (_failed(6), _view("TIMEOUT"), "again", "time limit"),
         (_failed(6), RUNNING, "again", "lost rank"),
         (_failed(1), RUNNING, "again", "lost rank"),
@@ -127,7 +135,10 @@ def test_the_error_of_a_rank_is_found_among_what_it_prints() -> None:
 
 # What Slurm 22.05 prints, shortened.
 SHOWN = {
-    "JobState=RUNNING Reason=None Requeue=1 Restarts=0 PreemptEligibleTime=2026-11-24T PreemptTime=None": RUNNING,
+    "JobState=RUNNING Requeue=1 Restarts=0 PreemptEligibleTime=2026-11-24T PreemptTime=None": RUNNING,
+    "JobState=COMPLETING Reason=TimeLimit Restarts=1": SlurmView(
+        state="COMPLETING", preempted=False, restarts=1, reason="TimeLimit"
+    ),
     "JobState=RUNNING Restarts=2 PreemptTime=2026-11-24T22:31:08": _view(preempted=True, restarts=2),
     "JobState=PREEMPTED Restarts=0 PreemptTime=None": _view("PREEMPTED", preempted=True),
     "": _view(""),
