@@ -9,6 +9,7 @@ that fails, that stops before its time limit, or that is preempted with PreemptM
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -151,6 +152,7 @@ def start(folder: JobFolder) -> int:
         end_attempt(folder.attempts_file(task), step, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
+    folder.outcome_file(task).unlink(missing_ok=True)  # somebody has requeued a job that was over
     if record.trains:
         folder.run.outcome.unlink(missing_ok=True)  # how the attempt before ended
     _say(f"start {len(attempts)} of job {job_id} on {os.environ.get('SLURM_JOB_NODELIST')}, from step {step}")
@@ -310,6 +312,8 @@ def main(argv: list[str]) -> int:
     """The two calls of the batch script."""
     what, folder, *rest = argv
     job = JobFolder(Path(folder))
+    if what == "end":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to the script as soon as the job is requeued
     try:
         return start(job) if what == "start" else end(job, int(rest[0]))
     except OSError as error:  # the run directory's disk is full or gone
