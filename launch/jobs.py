@@ -43,7 +43,7 @@ class RunVerb:
     arguments: tuple[str, ...]  # the verb and its words
     folder: Path  # working directory: the one that the job was submitted from
     environment: Mapping[str, str]  # see `job_environment`
-    submission: str  # names the submission, whatever ids its jobs get
+    lock_owner: str | None = None  # jobs with the same one follow each other, and wait for what the one before left
     master_port: int | None = None  # None: the batch script chooses one at each start
 
     def __call__(self) -> int:
@@ -68,7 +68,8 @@ class RunVerb:
         os.environ.update(self.environment)
         os.environ.update(world.environment())
         os.environ["MIMSCALE_JOB_ID"] = place.job_id  # named in the run directory's lock
-        os.environ["MIMSCALE_SUBMISSION"] = self.submission
+        if self.lock_owner is not None:
+            os.environ["MIMSCALE_LOCK_OWNER"] = self.lock_owner
         os.environ["MIMSCALE_RANK_UNIX_S"] = str(time.time())
         os.chdir(self.folder)
         if place.cluster == "debug":

@@ -161,7 +161,8 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
         folder=Path.cwd(),
         environment=_chosen_variables(plan)
         | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
-        submission=str(folder.path),
+        # Slurm has said that no other job of this run is alive, but not that its node has let go of the lock.
+        lock_owner=str(plan.run.path) if plan.profile.executor == "slurm" else None,
         master_port=master_port,
     )
 

@@ -35,7 +35,8 @@ def sole_writer(path: Path, holder: str, owner: str | None = None) -> Iterator[N
     Args:
         path: the lock file.
         holder: what an error calls us, for example "job 4711".
-        owner: what a restart of the same job has in common with it. A lock of the same owner is waited for.
+        owner: what jobs that follow each other have in common, a job and its restart for one. A lock of the same owner
+            is waited for.
 
     Raises:
         LaunchError: somebody else holds it.

@@ -202,10 +202,10 @@ class RunDir:
                 )
         durable.write_text(self.config, text)
 
-    def locked(self, job_id: str, submission: str | None = None) -> AbstractContextManager[None]:
-        """Hold the run directory's lock. A job that was started again waits for what is left of its earlier start.
+    def locked(self, job_id: str, owner: str | None = None) -> AbstractContextManager[None]:
+        """Hold the run directory's lock. A job waits for what an earlier one of the same owner has left.
 
         Raises:
             LaunchError: another job is writing here.
         """
-        return sole_writer(self.lock, f"job {job_id}", submission)
+        return sole_writer(self.lock, f"job {job_id}", owner)

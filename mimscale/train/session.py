@@ -225,7 +225,7 @@ class _Claim:
             run.outcome.unlink(missing_ok=True)
 
     def _lock(self) -> AbstractContextManager[None]:
-        return self._run.locked(os.environ.get("MIMSCALE_JOB_ID", "none"), os.environ.get("MIMSCALE_SUBMISSION"))
+        return self._run.locked(os.environ.get("MIMSCALE_JOB_ID", "none"), os.environ.get("MIMSCALE_LOCK_OWNER"))
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()

@@ -94,9 +94,7 @@ def test_no_free_port_is_an_error_that_names_the_range(monkeypatch: pytest.Monke
 
 
 def test_what_runs_in_a_job_is_pickled_by_reference() -> None:
-    task = RunVerb(
-        arguments=("pretrain", "c.yaml"), folder=Path("/w"), environment={"A": "b"}, submission="s", master_port=12345
-    )
+    task = RunVerb(arguments=("pretrain", "c.yaml"), folder=Path("/w"), environment={"A": "b"}, master_port=12345)
     pickled = pickle.dumps(task)
     assert b"launch.jobs" in pickled
     assert len(pickled) < 500
