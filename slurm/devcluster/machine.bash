@@ -46,20 +46,21 @@ stop() {
 }
 
 nodes_of_machine() { ip netns list | sed -nE 's/^(msdev[0-9]+).*/\1/p'; }
+links_of_machine() { ip -brief link show | sed -nE 's/^(msdev[0-9]+).*/\1/p'; }
 
 # Remove all that `up` made on this machine except the state directory, which holds the logs.
 take_down() {
-  local dir node name
+  local dir node name link
   dir=$(cat "$RECORD" 2>/dev/null || true)
   rm -f "$dir/ready"
   for name in slurmctld slurmdbd mariadbd; do stop "$dir/pids/$name"; done
   for name in "$dir"/pids/*; do stop "$name"; done
   for node in $(nodes_of_machine); do
     ip netns pids "$node" | xargs -r kill -KILL 2>/dev/null || true # jobs that outlived their slurmd
-    ip link delete "$node" 2>/dev/null || true # at once; with its namespace it would go some time later
     ip netns delete "$node"
   done
-  ip link delete "$BRIDGE" 2>/dev/null || true
+  # Each by itself: a node's link would go with its namespace, but only when the last process in it has gone.
+  for link in $(links_of_machine); do ip link delete "$link" 2>/dev/null || true; done
   if grep -q "$HOSTS_TAG" /etc/hosts; then
     # Written in place: in a container /etc/hosts is a mount, which cannot be replaced.
     grep -v "$HOSTS_TAG" /etc/hosts >"/run/hosts.$$" || true
