@@ -24,6 +24,7 @@ from launch.profile import OWN_VARIABLES, Accelerator
 from launch.slurm_commands import without_allocation
 from mimscale import cli
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
+from mimscale.train.startup import MARKS as STARTUP_MARKS
 from mimscale.world import World
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -135,7 +136,8 @@ def job_environment(
     Another launcher's variables are left out: a rank that finds the RANK or SLURM_PROCID of the shell that submitted it
     would take another's place. CUDA_VISIBLE_DEVICES stays as the user has it.
     """
-    foreign = ("SUBMITIT_", "TORCHELASTIC_")
+    # The last are what a job of ours finds; a job that is submitted from inside it has its own.
+    foreign = ("SUBMITIT_", "TORCHELASTIC_", "MIMSCALE_LOCK_OWNER", "MIMSCALE_MASTER_PORT", *STARTUP_MARKS.values())
     kept = {
         name: value
         for name, value in without_allocation(inherited).items()

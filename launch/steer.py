@@ -28,28 +28,42 @@ def logs_main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     folder = _newest_with_log(arguments.run_dir, arguments.task)
     record = folder.read()
+    task = _task(record, arguments.task)
     if not 0 <= arguments.rank < record.processes:
         raise ConfigError(f"--rank {arguments.rank}: job {record.job_id} has ranks 0 to {record.processes - 1}")
-    if arguments.follow and arguments.task is None:
+    if arguments.follow and task is None:
         with suppress(KeyboardInterrupt):
             show_until_ended(folder, arguments.rank, sys.stdout)
         return 0
-    path = folder.rank_log(_log_id(record, arguments.task), arguments.rank)
+    path = _log(folder, task, arguments.rank)
     if not path.exists():
         raise LaunchError(f"{path}: not there yet; job {record.job_id} has not started (see `mimscale status`)")
     Log(path, sys.stdout).show_new()
     return 0
 
 
-def _log_id(record: JobRecord, task: int | None) -> str:
-    return f"{record.job_id}" if task is None else f"{record.job_id}_{task}"
+def _task(record: JobRecord, asked: int | None) -> int | None:
+    """Which task of a job array is meant, the first unless another is asked for; None where there is no array."""
+    if record.array is None:
+        return None
+    task = asked or 0
+    if not 0 <= task < record.array:
+        raise ConfigError(f"--task {task}: job {record.job_id} has tasks 0 to {record.array - 1}")
+    return task
 
 
-def _newest_with_log(run_dir: Path, task: int | None) -> JobFolder:
+def _log(folder: JobFolder, task: int | None, rank: int) -> Path:
+    job_id = folder.read().job_id
+    return folder.rank_log(f"{job_id}" if task is None else f"{job_id}_{task}", rank)
+
+
+def _newest_with_log(run_dir: Path, asked: int | None) -> JobFolder:
     folders = _folders(run_dir)
-    if task is not None:
-        folders = [folder for folder in folders if task < (folder.read().array or 0)] or folders
-    written = [folder for folder in folders if folder.rank_log(_log_id(folder.read(), task), 0).exists()]
+    if asked is not None:
+        folders = [folder for folder in folders if folder.read().array is not None]
+        if not folders:
+            raise ConfigError(f"--task {asked}: {run_dir} has no job array")
+    written = [folder for folder in folders if _log(folder, _task(folder.read(), asked), 0).exists()]
     return (written or folders)[-1]
 
 

@@ -212,6 +212,13 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     merging = pickle.loads((merge.path / "101_submitted.pkl").read_bytes()).function
     assert merging.arguments[2:] == ("merge=true",)
     assert merge.read().after == str(array.path)
+    array.rank_log("100_0", 0).write_text("part 0\n")
+    array.rank_log("100_2", 0).write_text("part 2\n")
+    assert site.verb("logs", "data/store")[1] == "part 0\n"
+    assert site.verb("logs", "data/store", "--task", "2")[1] == "part 2\n"
+    assert "has tasks 0 to 2" in site.verb("logs", "data/store", "--task", "3")[2]
+    merge.rank_log("101", 0).write_text("merged\n")
+    assert site.verb("logs", "data/store")[1] == "merged\n"
     code, _, said = site.submit("--array", "3")
     assert code == 2
     assert "--array 3: for ingest on Slurm" in said
