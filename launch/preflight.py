@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.plan import Plan
+from launch.profile import slurm_config
 from launch.slurm import check_partition
 from mimscale.errors import ConfigError, LaunchError
 
@@ -28,7 +29,18 @@ def check_on_login_node(plan: Plan) -> None:
     """
     check_times(plan)
     check_disk(plan)
+    check_files(plan)
     check_partition(plan.profile)
+
+
+def check_files(plan: Plan) -> None:
+    """Raise LaunchError when a file that the profile names is not there."""
+    slurm = slurm_config(plan.profile)
+    names = {"source_files": slurm.source_files, "env_archive": (slurm.env_archive,) if slurm.env_archive else ()}
+    for key, files in names.items():
+        for file in files:
+            if not os.access(file, os.R_OK):
+                raise LaunchError(f"slurm.{key}: {file} is not readable here; correct the profile")
 
 
 def check_times(plan: Plan) -> None:

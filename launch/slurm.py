@@ -146,27 +146,40 @@ class BatchJob:
         return [*words, *slurm.srun_options]
 
     def _setup(self) -> list[str]:
-        slurm = self.slurm
+        slurm, python, folder = self.slurm, shlex.quote(sys.executable), shlex.quote(str(self.folder))
         lead_s, limit_s = round(self.profile.signal_lead_s), round(self.timeout_min * 60)
+        exports = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
+        own = " ".join(word for word in exports if word.startswith("PYTHON"))  # whatever the site's modules change
         lines = [
             "# A TERM to the script itself (scancel, a time limit) must not keep it from saying how the job ended.",
             "trap : TERM",
-            *(f"module load {shlex.quote(module)}" for module in slurm.modules),
-            *(f"source {shlex.quote(file)}" for file in slurm.source_files),
-            *(f"export {name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())),
+            f"end=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {limit_s}))}}  # Slurm before 22.05 does not say it",
+            f'ask() {{ {own} {python} -m launch.requeue "$1" {folder} "${{@:2}}"; }}',
+            f'fail() {{ echo "mimscale: $1 on $(hostname)"; ask end {LaunchError.exit_code}; exit $?; }}',
+            "export MIMSCALE_BATCH_UNIX_S=$(date +%s.%N)",
+            "ask start || exit $?",
+            *(
+                f"module load {word} || fail {shlex.quote(f'module load {word} fails')}"
+                for word in map(shlex.quote, slurm.modules)
+            ),
+        ]
+        for file in map(shlex.quote, slurm.source_files):
+            lines += [
+                f"test -r {file} || fail {shlex.quote(f'slurm.source_files: {file} is not readable')}",
+                f"source {file}",
+            ]
+        lines += [
+            *(f"export {word}" for word in exports),
             f"read -r first_ephemeral _ < {EPHEMERAL_PORTS}",
             f"((first_ephemeral > {FIRST_PORT + 1_000})) || first_ephemeral=32768",
             f"restart=$((SLURM_JOB_ID + {RESTART_STRIDE} * ${{SLURM_RESTART_COUNT:-0}}))",
             f"export MIMSCALE_MASTER_PORT=$(({FIRST_PORT} + restart % (first_ephemeral - {FIRST_PORT})))",
-            f"end=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {limit_s}))}}",
             f"export MIMSCALE_STOP_AT_UNIX_S=$((end - {lead_s}))",
-            "export MIMSCALE_BATCH_UNIX_S=$(date +%s.%N)",
-            f"{shlex.quote(sys.executable)} -m launch.requeue start {shlex.quote(str(self.folder))} || exit $?",
         ]
         if slurm.env_archive:
             unpack = [sys.executable, "-m", "launch.unpack", slurm.env_archive, str(self._environment_folder())]
             one_a_node = 'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
-            lines.append(f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || exit $?")
+            lines.append(f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || {{ ask end $?; exit $?; }}")
         # srun's first step is number 0, and unpacking is a step.
         step = f'"$SLURM_JOB_ID.{int(slurm.env_archive is not None)}"'
         return [
@@ -178,12 +191,7 @@ class BatchJob:
         ]
 
     def _teardown(self) -> list[str]:
-        return [
-            "code=$?",
-            "kill $watchdog",
-            f'{shlex.quote(sys.executable)} -m launch.requeue end {shlex.quote(str(self.folder))} "$code"',
-            "exit $?",
-        ]
+        return ["code=$?", "kill $watchdog", 'ask end "$code"', "exit $?"]
 
 
 def _megabytes(gigabytes: float | None) -> str | None:

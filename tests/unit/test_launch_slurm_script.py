@@ -129,11 +129,19 @@ def _run_script(job: BatchJob, folder: Path, *, srun: str = "", **variables: str
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_value_of_a_profile_becomes_a_command(tmp_path: Path, evil: str) -> None:
-    slurm = SlurmConfig(modules=(evil,), source_files=(f"/none/{evil}",), srun_options=(f"--x={evil}",))
+    file = tmp_path / evil.replace("/", "_")
+    file.write_text("export SOURCED=1\n")
+    slurm = SlurmConfig(modules=(evil,), source_files=(str(file),), srun_options=(f"--x={evil}",))
     words = _run_script(_job(tmp_path / "logs" / "001", slurm, environment={"A": evil, "B": evil}), tmp_path)
     assert f"--x={evil}" in words
-    assert words[:3] == ["module", "load", evil]
+    assert words[words.index("module") :][:3] == ["module", "load", evil]
     assert not (tmp_path / "EVIL").exists()
+
+
+def test_a_file_of_the_site_that_a_node_does_not_see_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    words = _run_script(_job(tmp_path / "logs", SlurmConfig(source_files=("/none/site.sh",))), tmp_path)
+    assert "srun" not in words
+    assert words[-4:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5"]
 
 
 def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
@@ -205,7 +213,8 @@ def test_gpus_are_counted_from_gres(gres: str, gpus: int) -> None:
 
 
 def _port_and_end(script: str, **variables: str) -> tuple[int, int]:
-    setup = script[script.index("read -r first_ephemeral") : script.index("export MIMSCALE_BATCH_UNIX_S")]
+    starts = ("end=", "read -r", "((first", "restart=", "export MIMSCALE_MASTER_PORT", "export MIMSCALE_STOP_AT")
+    setup = "\n".join(line for line in script.splitlines() if line.startswith(starts))
     shown = subprocess.run(
         ["bash", "-c", f"{setup}\necho $MIMSCALE_MASTER_PORT $MIMSCALE_STOP_AT_UNIX_S"],
         env={"PATH": "/bin:/usr/bin", **variables},
