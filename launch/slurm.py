@@ -153,7 +153,7 @@ class BatchJob:
         lines = [
             "# A TERM to the script itself (scancel, a time limit) must not keep it from saying how the job ended.",
             "trap : TERM",
-            f"end=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {limit_s}))}}  # Slurm before 22.05 does not say it",
+            f"end=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {limit_s}))}}  # older Slurm does not say it",
             f'ask() {{ {own} {python} -m launch.requeue "$1" {folder} "${{@:2}}"; }}',
             f'fail() {{ echo "mimscale: $1 on $(hostname)"; ask end {LaunchError.exit_code}; exit $?; }}',
             "export MIMSCALE_BATCH_UNIX_S=$(date +%s.%N)",
