@@ -7,8 +7,9 @@
       ranks.json                      the job's processes (on this machine)
       attempts.jsonl                  each start and end of the job (Slurm)
       cancelled.json                  who asked for its end; present before the job hears of it
-      JOBID_submission.sh             the batch script (Slurm)
-      JOBID_submitted.pkl             Submitit's pickle
+      submission.sh                   the batch script (Slurm)
+      task.pkl, task-00003.pkl        what its ranks run, of a job array one a task
+      JOBID_submitted.pkl             the same under the name by which Submitit looks for it
       JOBID_0_log.out                 output of rank 0, and so on
       supervisor.log                  what ended the job, in words
       outcome.json                    how it ended; absent while it runs
@@ -85,6 +86,15 @@ class JobFolder:
     def cancelled(self) -> Path:
         """Who asked for the job's end, and when."""
         return self.path / "cancelled.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script."""
+        return self.path / "submission.sh"
+
+    def task_file(self, task: int | None = None) -> Path:
+        """Submitit's pickle of what the ranks run."""
+        return self.path / ("task.pkl" if task is None else f"task-{task:05d}.pkl")
 
     @property
     def dependents(self) -> Path:

@@ -152,6 +152,9 @@ def start(folder: JobFolder) -> int:
         end_attempt(folder.attempts_file(task), step, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
+    # Submitit looks for the task under the job's id, which nobody knew when it was written.
+    name = job_id if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    shutil.copyfile(folder.task_file(task), folder.path / f"{name}_submitted.pkl")
     folder.outcome_file(task).unlink(missing_ok=True)  # somebody has requeued a job that was over
     if record.trains:
         folder.run.outcome.unlink(missing_ok=True)  # how the attempt before ended
@@ -237,11 +240,7 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     own_id = os.environ["SLURM_JOB_ID"]
     name = f"{record.job_name}.{own_id}"
     options = [f"--dependency=afterany:{own_id}", f"--job-name={name}"]
-    script = folder.path / f"{record.job_id}_submission.sh"
-    new_id = slurm_commands.submit(script, slurm_commands.without_allocation(os.environ), name, *options)
-    # Submitit finds script and task by the job's id. The new job waits for this one, so it does not look for them yet.
-    for suffix in ("submission.sh", "submitted.pkl"):
-        shutil.copyfile(folder.path / f"{record.job_id}_{suffix}", folder.path / f"{new_id}_{suffix}")
+    new_id = slurm_commands.submit(folder.script, slurm_commands.without_allocation(os.environ), name, *options)
     folder.write(replace(folder.read(), job_id=new_id, job_name=name))
     append_job(
         folder.run.jobs,

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.core.utils import DelayedSubmission
 
 from launch import slurm_commands
+from launch.folder import JobFolder
 from launch.jobs import EPHEMERAL_PORTS, FIRST_PORT, RunVerb
 from launch.profile import Profile, slurm_config
 from launch.slurm_profile import SlurmConfig
 from launch.unpack import environment_folder
+from mimscale import durable
 from mimscale.errors import ConfigError, LaunchError
 
 RESTART_STRIDE = 7919  # a prime: the restarts of a job meet neither its own ports nor those of the jobs after it
@@ -221,28 +223,24 @@ class BatchExecutor(submitit.SlurmExecutor):
     def submit_task(self, task: RunVerb) -> str:
         """Submit the job, each rank of which runs `task`; returns its id.
 
+        All that the job needs is on disk before Slurm hears of it, so that it runs even when its id gets lost.
+
         Raises:
             LaunchError: Slurm does not take it.
         """
-        script = self._batch_job.folder / "submission.sh"
-        script.write_text(self.script())
-        job_id = slurm_commands.submit(script, self._environment, self._batch_job.job_name)
-        paths = JobPaths(self._batch_job.folder, job_id=job_id)
-        script.rename(paths.submission_file)
-        # Ranks wait up to a minute for their task.
-        for name, arguments in self._tasks(job_id, task.arguments):
-            submission = DelayedSubmission(replace(task, arguments=arguments))
-            submission.set_timeout(round(self._batch_job.timeout_min), 0)
-            draft = self._batch_job.folder / f".tmp-{name}.pkl"
-            submission.dump(draft)
-            draft.rename(JobPaths(self._batch_job.folder, job_id=name).submitted_pickle)
-        return job_id
-
-    def _tasks(self, job_id: str, arguments: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
-        count = self._batch_job.array
+        folder, count = JobFolder(self._batch_job.folder), self._batch_job.array
         if count is None:
-            return [(job_id, arguments)]
-        return [(f"{job_id}_{task}", (*arguments, f"task={task}/{count}")) for task in range(count)]
+            self._write_task(task, folder.task_file())
+        for index in range(count or 0):
+            part = replace(task, arguments=(*task.arguments, f"task={index}/{count}"))
+            self._write_task(part, folder.task_file(index))
+        durable.write_text(folder.script, self.script())
+        return slurm_commands.submit(folder.script, self._environment, self._batch_job.job_name)
+
+    def _write_task(self, task: RunVerb, file: Path) -> None:
+        submission = DelayedSubmission(task)
+        submission.set_timeout(round(self._batch_job.timeout_min), 0)
+        submission.dump(file)
 
 
 def check_partition(profile: Profile) -> None:

@@ -80,12 +80,12 @@ def test_a_submission_returns_the_job_its_log_and_the_commands_to_steer_it(
         assert f"{command} {site.run.path}" in said
     record = folder.read()
     assert (record.job_id, record.nodes, record.processes, record.master_port) == ("100", 2, 4, None)
-    task = pickle.loads((folder.path / "100_submitted.pkl").read_bytes()).function
+    task = pickle.loads(folder.task_file().read_bytes()).function
     assert task.arguments == ("pretrain", str(folder.config))
     assert task.environment["DS_ACCELERATOR"] == "cpu"
     assert task.environment["OMP_NUM_THREADS"] == "3"
     script = site.slurm.script("100")
-    assert script == (folder.path / "100_submission.sh").read_text()
+    assert script == folder.script.read_text()
     assert f"#SBATCH --job-name={record.job_name}\n" in script
     assert "export GLOO_SOCKET_IFNAME=eth0\n" in script
     assert f"export PYTHONPATH={site.run.code}/" in script
@@ -207,9 +207,9 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     array, merge = job_folders(RunDir(site.folder / "data" / "store.job").logs)
     assert "#SBATCH --array=0-2%3\n" in site.slurm.script("100")
     assert "#SBATCH --dependency=afterok:100\n" in site.slurm.script("101")
-    tasks = [pickle.loads((array.path / f"100_{task}_submitted.pkl").read_bytes()).function for task in range(3)]
+    tasks = [pickle.loads(array.task_file(task).read_bytes()).function for task in range(3)]
     assert [task.arguments[2:] for task in tasks] == [("task=0/3",), ("task=1/3",), ("task=2/3",)]
-    merging = pickle.loads((merge.path / "101_submitted.pkl").read_bytes()).function
+    merging = pickle.loads(merge.task_file().read_bytes()).function
     assert merging.arguments[2:] == ("merge=true",)
     assert merge.read().after == str(array.path)
     array.rank_log("100_0", 0).write_text("part 0\n")

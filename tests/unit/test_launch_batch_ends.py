@@ -49,8 +49,9 @@ class Job:
             }
         )
         folder = claim_folder(self.run.logs, record, "")
-        (folder.path / "100_submission.sh").write_text("#!/bin/bash\n")
-        (folder.path / "100_submitted.pkl").write_bytes(b"task")
+        folder.script.write_text("#!/bin/bash\n")
+        for task in (None, 0, 1):
+            folder.task_file(task).write_bytes(b"task")
         return folder
 
     def commit(self, step: int) -> None:
@@ -76,6 +77,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
     slurm.answer("shown", RUNNING)
     return Job(tmp_path, slurm)
+
+
+def test_a_job_whose_id_got_lost_runs_all_the_same_and_writes_it_down(job: Job) -> None:
+    job.folder = job.claim(job_id=None)
+    assert job.start() == 0
+    assert job.folder.read().job_id == "100"
+    assert (job.folder.path / "100_submitted.pkl").read_bytes() == b"task"
 
 
 def test_a_finished_job_is_settled_without_asking_anybody(job: Job) -> None:
@@ -109,11 +117,10 @@ def test_what_a_preemption_cancels_is_submitted_again_and_what_waits_for_it_wait
     (call,) = job.slurm.calls("sbatch")
     assert "--dependency=afterany:100" in call
     assert "--job-name=mimscale-x.100" in call
-    assert call.endswith("/100_submission.sh")
+    assert call.endswith("/submission.sh")
     assert "SLURM_JOB_ID" not in (job.slurm.folder / "environment.200").read_text()
     record = job.folder.read()
     assert (record.job_id, record.job_name) == ("200", "mimscale-x.100")
-    assert (job.folder.path / "200_submitted.pkl").read_bytes() == b"task"
     assert "requeue 100" not in job.slurm.calls("scontrol")
     assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:200"
     assert '"continues": "100"' in job.run.jobs.read_text()
