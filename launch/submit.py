@@ -265,8 +265,12 @@ def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | 
     if plan.array is None:
         return folder, job_id
     merging = replace(plan, array=None, words=("merge=true",))
-    merge_folder = prepare(merging, fresh=False, waiting=Waiting(beside=(*waiting.beside, folder), parent=folder))
-    merge_id = start(merging, merge_folder, argv, depends_on=[job_id])
+    try:
+        merge_folder = prepare(merging, fresh=False, waiting=Waiting(beside=(*waiting.beside, folder), parent=folder))
+        merge_id = start(merging, merge_folder, argv, depends_on=[job_id])
+    except BaseException:
+        slurm_commands.cancel(job_id)  # parts that nobody would merge
+        raise
     _remember_dependent(folder, merge_folder)
     return merge_folder, merge_id
 

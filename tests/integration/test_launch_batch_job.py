@@ -224,6 +224,18 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     assert "--array 3: for ingest on Slurm" in said
 
 
+def test_an_array_whose_merge_is_refused_does_not_stay_in_the_queue(site: Site) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    sbatch = site.slurm.folder / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("test ! -e refuse", 'test "$count" = 100'))
+    site.slurm.answer("refuse", "sbatch: error: Job dependency problem\n")
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=store2", "--array", "3", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 5
+    assert "Job dependency problem" in said
+    assert site.slurm.calls("scancel") == ["100"]
+
+
 def _set(folder: JobFolder, **heartbeat: float) -> None:
     durable.write_json(folder.run.heartbeat, {"step": 7, "steps": 20, "samples_per_s": 3.5, **heartbeat})
     (folder.run.checkpoints / "step_00000005").mkdir(parents=True, exist_ok=True)
