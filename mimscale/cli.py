@@ -21,7 +21,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("mimscale.train.verbs:finetune_main", "train a UNETR, from a pretrained encoder or from scratch"),
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
-    "submit": ("launch.submit:main", "run a verb as a job, on this machine or a scheduler"),
+    "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
+    "status": ("launch.status:main", "what submitted runs are doing"),
+    "logs": ("launch.steer:logs_main", "what a submitted run prints"),
+    "cancel": ("launch.steer:cancel_main", "let a submitted run save and stop, for good"),
+    "resume": ("launch.steer:resume_main", "submit a run again where it stopped"),
 }
 
 

@@ -58,7 +58,8 @@ def _behave(behaviour: list[str], rank: int, run: RunDir, stop: StopRequest) -> 
             time.sleep(0.05)
         print(f"rank {rank} stopped by {stop.received.name}", file=sys.stderr, flush=True)
         if rank == 0:
-            run.write_outcome(Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=7, message="saved"))
+            saved = Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=7, stopped_by=stop.reason)
+            run.write_outcome(saved)
         return INTERRUPTED_EXIT_CODE
     if what != "finish":
         if culprit == [str(rank)]:

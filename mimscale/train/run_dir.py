@@ -37,6 +37,7 @@ class Outcome:
     exit_code: int
     step: int
     message: str = ""
+    stopped_by: str = ""  # of an interrupted job: the signal that rank 0 got, or the limit that it kept
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,10 @@ class RunDir:
                 )
         durable.write_text(self.config, text)
 
-    def locked(self, job_id: str) -> AbstractContextManager[None]:
-        """Hold the run directory's lock.
+    def locked(self, job_id: str, owner: str | None = None) -> AbstractContextManager[None]:
+        """Hold the run directory's lock. A job waits for what an earlier one of the same owner has left.
 
         Raises:
             LaunchError: another job is writing here.
         """
-        return sole_writer(self.lock, f"job {job_id}")
+        return sole_writer(self.lock, f"job {job_id}", owner)

@@ -5,8 +5,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,10 +33,14 @@ from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
+from mimscale.train.preflight import preflight
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.train.startup import Startup
 from mimscale.world import StopRequest, World
 
+# When a batch script wants the run to save and leave, in seconds since 1970.
+STOP_AT_VARIABLE = "MIMSCALE_STOP_AT_UNIX_S"
 # What torch says when the process at the other end of a collective is gone.
 LOST_PEER_TEXTS = ("Connection closed", "Connection reset", "remote process", "Broken pipe", "Timed out")
 
@@ -170,11 +174,19 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
     accumulation(config, world.size)
     run = RunDir(config.run_dir)
     stop = StopRequest()
+    if config.stop_after_min is not None:
+        stop.stop_after("stop_after_min", 60 * config.stop_after_min)
+    if STOP_AT_VARIABLE in os.environ:
+        stop.stop_after("time limit", float(os.environ[STOP_AT_VARIABLE]) - time.time())
+    startup = Startup(os.environ)
     claimed = False
     try:
         with ExitStack() as stack:
             ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
             stack.callback(leave_ranks)
+            startup.ends("init_s")
+            preflight(config, ranks)
+            startup.ends("preflight_s")
             if world.is_first:
                 # Opened here and not inside `first_does`, so that the lock is held as long as the job lasts.
                 stack.enter_context(_Claim(ranks, run, config, fresh))
@@ -182,7 +194,7 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
                 ranks.first_does(lambda: None)
             claimed = True
             stack.enter_context(run.registered(world.rank))
-            outcome, metrics = _train(config, objective, run, ranks, stop, stack)
+            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack)
     except Exception as error:
         failure = _as_failure(error, world, config)
         # Before the claim the directory may be another job's. After it, the first rank to fail says why.
@@ -218,26 +230,35 @@ class _Claim:
         if self._fresh:
             run.move_aside()
         with durable.explained(DataError, run.path, "choose another run_dir or free space"):
-            self._stack.enter_context(run.locked(os.environ.get("MIMSCALE_JOB_ID", "none")))
+            self._stack.enter_context(self._lock())
             run.open(config_tree(config), config_yaml(config), free_keys=FREE_KEYS)
             durable.write_json(run.environment, job_record(os.environ))
             run.outcome.unlink(missing_ok=True)
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return self._run.locked(os.environ.get("MIMSCALE_JOB_ID", "none"), os.environ.get("MIMSCALE_LOCK_OWNER"))
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
 
 
 def _train(
-    config: RunConfig, objective: Objective, run: RunDir, ranks: Ranks, stop: StopRequest, stack: ExitStack
+    config: RunConfig,
+    objective: Objective,
+    run: RunDir,
+    ranks: Ranks,
+    stop: StopRequest,
+    startup: Startup,
+    stack: ExitStack,
 ) -> tuple[Outcome, dict[str, Any]]:
     world = ranks.world
-    deadline_s = None if config.stop_after_min is None else time.monotonic() + 60 * config.stop_after_min
     data = TrainingData(config, objective.overlay)
     torch.manual_seed(config.seed)
     model = objective.build(data.channels)
     if not any(run.checkpoints.glob("step_*")):
         objective.prepare(model, data, ranks)
     engine = Engine(model, config, ranks)
+    startup.ends("build_s")
 
     def write_weights(folder: Path, step: int) -> None:
         weights = engine.full_weights()
@@ -252,13 +273,16 @@ def _train(
         assert first_step == restored.step, f"step {restored.step} stands at the data of step {first_step}"
         if ranks.is_first:
             say(f"{run.path}: continues at step {first_step} of {config.steps}")
+    startup.ends("load_s")
     meter = stack.enter_context(Meter(run, config.meter, world, steps=config.steps, global_batch=config.global_batch))
     meter.start(first_step)
     loader = data.loader(world, first_step)
     stack.callback(loader.close)
 
     def stop_wanted() -> bool:
-        return stop.received is not None or (deadline_s is not None and time.monotonic() > deadline_s)
+        if ranks.is_first:
+            startup.first_step_is_done(run)
+        return stop.reason != ""
 
     def validate() -> dict[str, float]:
         sums: dict[str, Tensor | float] = {}
@@ -278,7 +302,7 @@ def _train(
         accumulation=accumulation(config, world.size),
         engine=engine,
         ranks=ranks,
-        batches=loader,
+        batches=startup.watched(loader),
         loss_of=lambda batch: objective.loss(engine, batch.to(ranks.device)),
         meter=meter,
         stop_wanted=stop_wanted,
@@ -293,6 +317,7 @@ def _train(
         exit_code=0 if finished else INTERRUPTED_EXIT_CODE,
         step=done,
         message="" if finished else "stopped by request; the same command continues",
+        stopped_by="" if finished else stop.reason or "another rank",
     )
     if ranks.is_first:
         run.write_outcome(outcome)
@@ -326,4 +351,14 @@ def session_main(config: RunConfig, objective: Objective, *, fresh: bool, as_jso
         os._exit(error.exit_code)
     if as_json and world.is_first:
         print(json.dumps(metrics, sort_keys=True), flush=True)
-    return outcome.exit_code
+    return exit_code_of_rank(outcome, world, os.environ)
+
+
+def exit_code_of_rank(outcome: Outcome, world: World, environment: Mapping[str, str]) -> int:
+    """The exit code of this rank's process.
+
+    srun ends the other ranks when one leaves with another code than 0, while they may still close their files. So
+    ranks that srun has started leave an interrupted run with 0; outcome.json has the truth.
+    """
+    started_by_srun = "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment
+    return 0 if started_by_srun and world.size > 1 and outcome.outcome == "interrupted" else outcome.exit_code
