@@ -96,4 +96,4 @@ def _middle_slice(reader: ShardReader, row: VolumeRow) -> Plane:
 
 def _drawn_overlay(row: VolumeRow) -> str | None:
     """The first overlay that lies on the grid of the stored voxels."""
-    return next((name for name, place in row.overlays.items() if not place.on_source_grid), None)
+    return next((name for name, place in row.overlays.items() if place.source_zyx is None), None)
