@@ -63,9 +63,7 @@ class IngestConfig:
     class_names: tuple[str, ...] = ()  # name of label value 0, 1, ...; a dataset.json may give them instead
     overlay: str = "label"  # name under which the label maps are stored; another one adds to volumes that are there
     class_map: dict[int, int] = field(default_factory=dict)  # value in the label files -> value in the store
-    spacing_mm: float | tuple[float, float, float] | None = (
-        None  # resample to voxels of these edges [z, y, x]; null: keep
-    )
+    spacing_mm: float | tuple[float, ...] | None = None  # resample to voxels of this edge or of [z, y, x]; null: keep
     crop: Literal["none", "foreground"] = "none"  # foreground: store only the box of what is no air, and a margin
     crop_margin_mm: float = 10.0  # at least this much around the foreground
     chunk_voxels: int = 32  # edge of the smallest readable cube; about a third of the crop edge
@@ -100,7 +98,9 @@ class IngestConfig:
         )
         if self.parts is not None:
             require_positive("ingest", parts=self.parts)
-        if self.spacing_mm is not None and not all(0 < edge < math.inf for edge in self.spacing_zyx_mm or ()):
+        if isinstance(self.spacing_mm, tuple) and len(self.spacing_mm) != 3:
+            raise ValueError(f"spacing_mm={list(self.spacing_mm)}: give one number for all axes, or three: [z, y, x]")
+        if not all(0 < edge < math.inf for edge in self.spacing_zyx_mm or ()):
             raise ValueError(f"spacing_mm={self.spacing_mm}: a voxel edge must be above 0 mm")
         if not 0 <= self.crop_margin_mm < math.inf:
             raise ValueError(f"crop_margin_mm={self.crop_margin_mm}: must be at least 0")
@@ -134,9 +134,10 @@ class IngestConfig:
     @property
     def spacing_zyx_mm(self) -> tuple[float, float, float] | None:
         """`spacing_mm` of each axis."""
-        if self.spacing_mm is None or isinstance(self.spacing_mm, tuple):
-            return self.spacing_mm
-        return (self.spacing_mm, self.spacing_mm, self.spacing_mm)
+        if self.spacing_mm is None:
+            return None
+        z, y, x = self.spacing_mm if isinstance(self.spacing_mm, tuple) else (self.spacing_mm,) * 3
+        return (z, y, x)
 
     @property
     def keeps_grid(self) -> bool:

@@ -180,8 +180,10 @@ def _add_image(
     fill = statistics.fill_value(volume, modality)
     stats, box = statistics.describe(volume, modality, image.padding_value)
     warnings = dict.fromkeys(image.warnings, "")
+    # The scan is judged, not what is stored of it: resampling makes thick slices no thinner, and a crop is small on
+    # purpose.
     scanned_mm = geometry.spacing_zyx_mm(image.affine)
-    warnings |= failed_gates(volume, spacing_mm, scanned_mm, stats, modality, image.modality_in_file, config.gates)
+    warnings |= failed_gates(image.volume, scanned_mm, stats, modality, image.modality_in_file, config.gates)
     if warnings and config.gates.action == "quarantine":
         raise QuarantineError(next(iter(warnings)), "; ".join(filter(None, warnings.values())))
     attributes = _attributes(affine, modality)

@@ -248,10 +248,16 @@ def test_spacings_that_cannot_be_are_typed_reasons_in_the_summary(tmp_path):
     assert "more than 32 times as many voxels" in summary["examples"]["too_large"]
 
 
-def test_a_scan_of_thick_slices_is_called_coarse_whatever_it_was_resampled_to(tmp_path):
-    write_nifti(tmp_path / "s" / "thick.nii.gz", phantom(0), np.diag([1.0, 1.0, 9.0, 1.0]))
-    summary = ingest(config_of(str(tmp_path / "s"), tmp_path / "store", spacing_mm=1))
-    assert "coarse_spacing" in summary["warnings"]
+def test_gates_judge_the_scan_and_not_what_is_stored_of_it(tmp_path):
+    write_nifti(tmp_path / "s" / "thick.nii.gz", phantom(0), np.diag([1.1, 1.1, 9.0, 1.0]))
+    options = {"spacing_mm": [9, 3, 3], "crop": "foreground", "crop_margin_mm": 0}
+    ingest(config_of(str(tmp_path / "s"), tmp_path / "store", **options))
+    row = rows_of(tmp_path / "store")[0]
+    assert min(row.shape[1:]) < 16
+    assert min(edge * mm for edge, mm in zip(row.shape[1:], row.spacing_mm, strict=True)) < 40
+    assert row.warnings == ("coarse_spacing",)
+    summary = ingest(config_of(str(tmp_path / "s"), tmp_path / "fine", spacing_mm=1))
+    assert summary["warnings"] == {"coarse_spacing": 1}
 
 
 def test_volumes_of_another_spacing_or_crop_are_refused_for_a_store_that_stands(sources, tmp_path):

@@ -101,7 +101,7 @@ def test_a_label_on_the_grid_of_the_source_is_not_laid_over_other_voxels(tmp_pat
     store = make_store(tmp_path / "data", labelled=("aaaa",))
     rows = [load_manifest(store).row(index) for index in range(3)]
     for row in rows:
-        row.overlays.update({name: replace(place, on_source_grid=True) for name, place in row.overlays.items()})
+        row.overlays.update({name: replace(place, source_zyx=row.source_zyx) for name, place in row.overlays.items()})
     write_manifest(store, rows)
     for words in (["--png", str(tmp_path / "sheet.png")], ["aaaa", "--png", str(tmp_path / "sheet.png")]):
         assert main(["inspect", str(store), *words]) == 0

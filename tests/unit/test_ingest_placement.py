@@ -199,7 +199,7 @@ def test_an_id_depends_on_what_decides_the_voxels_and_on_nothing_else(tmp_path):
     [
         ({"spacing_mm": 0}, "spacing_mm=0.0: a voxel edge must be above 0 mm"),
         ({"spacing_mm": [1, -2, 1]}, "spacing_mm="),
-        ({"spacing_mm": [1, 2]}, "spacing_mm"),
+        ({"spacing_mm": [1, 2]}, r"spacing_mm=\[1.0, 2.0\]: give one number for all axes, or three"),
         ({"spacing_mm": float("nan")}, "spacing_mm=nan"),
         ({"crop": "body"}, "crop: Input should be 'none' or 'foreground'"),
         ({"crop_margin_mm": -1}, "crop_margin_mm=-1.0: must be at least 0"),
