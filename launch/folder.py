@@ -87,6 +87,17 @@ class JobFolder:
         """Who asked for the job's end, and when."""
         return self.path / "cancelled.json"
 
+    def waiting(self) -> "list[JobFolder]":
+        """The submissions that wait for this one and are not over."""
+        lines = self.dependents.read_text().splitlines() if self.dependents.exists() else []
+        children = [JobFolder(Path(line)) for line in dict.fromkeys(lines)]
+        return [child for child in children if child.path.exists() and child.read_outcome() is None]
+
+    def add_dependent(self, child: "JobFolder") -> None:
+        """Remember that `child` waits for this submission."""
+        with self.dependents.open("a") as file:
+            file.write(f"{child.path}\n")
+
     @property
     def script(self) -> Path:
         """The batch script."""

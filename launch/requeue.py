@@ -22,6 +22,7 @@ from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
 from launch.srun_log import FirstEnd, first_end, last_message
+from mimscale.console import say
 from mimscale.errors import (
     INTERRUPTED_EXIT_CODE,
     CheckpointError,
@@ -257,17 +258,16 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     return f"submitted again as job {new_id}"
 
 
-def repoint_dependents(folder: JobFolder, job_id: str) -> None:
-    """Let the submissions that wait for this one wait for `job_id`, which continues it."""
-    if not folder.dependents.exists():
-        return
-    for line in folder.dependents.read_text().splitlines():
-        child = JobFolder(Path(line))
-        if child.read_outcome() is None and (child_id := child.read().job_id):
-            try:
-                slurm_commands.set_dependency(child_id, f"afterok:{job_id}")
-            except SlurmSilentError as error:
-                _say(f"job {child_id} waits for a job that is over and will never start ({error}); submit it again")
+def repoint_dependents(folder: JobFolder, job_id: str) -> list[JobFolder]:
+    """Let the submissions that wait for this one wait for `job_id`, which continues it; returns them."""
+    children = []
+    for child in folder.waiting():
+        try:
+            slurm_commands.set_dependency(str(child.read().job_id), f"afterok:{job_id}")
+            children.append(child)
+        except SlurmSilentError as error:
+            say(f"job {child.read().job_id} waits for a job that is over and will never start ({error}); cancel it")
+    return children
 
 
 def _patiently(ask: Callable[[], dict[str, str]], otherwise: dict[str, str]) -> dict[str, str]:

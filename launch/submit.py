@@ -25,6 +25,7 @@ from launch.jobs import JOB_SIGNALS, RunVerb, free_port, job_environment
 from launch.plan import JOB_VERBS, Plan, check_verb, make_plan
 from launch.preflight import check_on_login_node, check_times, refuse_inside_allocation
 from launch.profile import load_profile, slurm_config
+from launch.requeue import repoint_dependents
 from launch.slurm import BatchExecutor, BatchJob, dependency_of, new_job_name
 from launch.slurm_commands import LostSubmissionError
 from launch.snapshot import snapshot_code
@@ -34,7 +35,7 @@ from mimscale.errors import ConfigError, LaunchError
 from mimscale.store.layout import info_path, read_info
 from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
-from mimscale.train.run_dir import RunDir
+from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.world import Process
 
 
@@ -257,12 +258,19 @@ def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | 
     """
     check_on_login_node(plan)
     parent = None if after is None else find_parent(after)
-    waiting = Waiting(beside=() if parent is None else (parent,), parent=parent)
+    # What waits for a job of this run that has failed cannot start before the new one has finished.
+    failed = [folder for folder in job_folders(plan.run.logs) if (end := folder.read_outcome()) and end.exit_code]
+    stuck = [child for folder in failed for child in folder.waiting()]
+    if plan.array is not None:
+        _drop_old_merges([child for child in stuck if child.run == plan.run])
+    waiting = Waiting(beside=(*stuck, *([] if parent is None else [parent])), parent=parent)
     depends_on = [] if parent is None else [str(parent.read().job_id)]
     folder = prepare(plan, fresh=fresh, waiting=waiting)
     job_id = start(plan, folder, argv, depends_on=depends_on)
-    _remember_dependent(parent, folder)
+    if parent is not None:
+        parent.add_dependent(folder)
     if plan.array is None:
+        _take_over(failed, folder, job_id)
         return folder, job_id
     merging = replace(plan, array=None, words=("merge=true",))
     try:
@@ -271,14 +279,25 @@ def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | 
     except BaseException:
         slurm_commands.cancel(job_id)  # parts that nobody would merge
         raise
-    _remember_dependent(folder, merge_folder)
+    folder.add_dependent(merge_folder)
+    _take_over(failed, merge_folder, merge_id)
     return merge_folder, merge_id
 
 
-def _remember_dependent(parent: JobFolder | None, child: JobFolder) -> None:
-    if parent is not None:
-        with parent.dependents.open("a") as file:
-            file.write(f"{child.path}\n")
+def _drop_old_merges(merges: Sequence[JobFolder]) -> None:
+    """Take merges that can never start out of the queue: a new array brings its own."""
+    for merge in merges:
+        slurm_commands.cancel(str(merge.read().job_id))
+        why = "its job array failed and was submitted again, with another merge"
+        merge.settle(Outcome(outcome="failed", exit_code=LaunchError.exit_code, step=-1, message=why))
+
+
+def _take_over(failed: Sequence[JobFolder], folder: JobFolder, job_id: str) -> None:
+    """Let what waits for the failed jobs of a run wait for the new one."""
+    for old in failed:
+        for child in repoint_dependents(old, job_id):
+            folder.add_dependent(child)
+            child.write(replace(child.read(), after=str(folder.path)))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -199,6 +199,27 @@ def test_a_job_waits_for_the_run_that_after_names(site: Site) -> None:
     assert "--after nowhere: nothing was submitted there" in said
 
 
+def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Site) -> None:
+    assert site.submit()[0] == 0
+    parent = only_folder(site.run)
+    site.slurm.hold(parent, "RUNNING")
+    assert site.submit("run_dir=second", "--after", "run")[0] == 0
+    words = ["submit", "evaluate", "run_dir=run", "store=store", "--after", "run", "--profile", "profile.yaml"]
+    assert site.verb(*words)[0] == 0
+    site.slurm.forget()
+    children = [only_folder(RunDir(site.folder / "second")), job_folders(site.run.logs)[-1]]
+    for child in children:
+        site.slurm.hold(child, "PENDING", "DependencyNeverSatisfied")
+    parent.settle(FAILED)
+    code, _, said = site.verb("resume", "run")
+    assert code == 0, said
+    newest = job_folders(site.run.logs)[-1]
+    updates = [call for call in site.slurm.calls("scontrol") if call.startswith("update")]
+    assert updates == ["update JobId=101 Dependency=afterok:103", "update JobId=102 Dependency=afterok:103"]
+    assert [child.read().after for child in children] == [str(newest.path)] * 2
+    assert newest.waiting() == children
+
+
 def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site) -> None:
     (site.folder / "a.nii").write_bytes(b"")
     words = ["ingest", "demo/ingest", "sources=*.nii", "out=data/store", "--array", "3", "--profile", "profile.yaml"]
@@ -219,6 +240,13 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     assert "has tasks 0 to 2" in site.verb("logs", "data/store", "--task", "3")[2]
     merge.rank_log("101", 0).write_text("merged\n")
     assert site.verb("logs", "data/store")[1] == "merged\n"
+    array.settle(FAILED)
+    site.slurm.hold(merge, "PENDING", "DependencyNeverSatisfied")
+    code, _, said = site.verb("resume", "data/store")
+    assert code == 0, said
+    assert site.slurm.calls("scancel") == ["101"]
+    assert "#SBATCH --array=0-2%3\n" in site.slurm.script("102")
+    assert "#SBATCH --dependency=afterok:102\n" in site.slurm.script("103")
     code, _, said = site.submit("--array", "3")
     assert code == 2
     assert "--array 3: for ingest on Slurm" in said

@@ -120,7 +120,7 @@ def check_nothing_is_mixed_up(site: Site, jobs: dict[str, str]) -> None:
         assert names[job_id] == record.job_name
         assert run_dir in record.job_name
         assert len(site.run(run_dir).jobs.read_text().splitlines()) == 1
-        assert f"/{run_dir}/" in (folder.path / f"{job_id}_submission.sh").read_text()
+        assert f"/{run_dir}/" in folder.script.read_text()
 
 
 def test_submissions_of_two_shells_at_once_do_not_get_mixed_up(cluster: DevCluster, site: Site) -> None:
