@@ -192,6 +192,26 @@ class Manifest:
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         return column
 
+    def values(self, name: str, place: int | str | None = None) -> pa.Array:
+        """A column [N]; `place` picks one of a row's numbers, or the value of one key ("" in a row without it)."""
+        column = self._combined(name)
+        if isinstance(place, int):
+            return pc.list_element(column, place)
+        return column if place is None else pc.map_lookup(column, pa.scalar(place), "first").fill_null("")
+
+    def keys(self, name: str) -> list[str]:
+        """Keys that any row of a column of maps has."""
+        return sorted(pc.unique(self._combined(name).keys).to_pylist())
+
+    def holds(self, name: str, wanted: str) -> NDArray[np.bool_]:
+        """Which rows of a column of names (`overlays`, `warnings`) hold one: [N]."""
+        column = self._combined(name)
+        entries = pc.list_flatten(column)
+        names = entries.field("name") if pa.types.is_struct(entries.type) else entries
+        found = np.zeros(len(self), dtype=bool)
+        found[pc.list_parent_indices(column).filter(pc.equal(names, wanted)).to_numpy(zero_copy_only=False)] = True
+        return found
+
     def value_counts(self, name: str) -> dict[str, int]:
         """How many rows hold each value of a column of text, most first."""
         counts = pc.value_counts(self._table.column(name)).to_pylist()
