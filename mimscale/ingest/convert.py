@@ -25,7 +25,7 @@ from mimscale.ingest.gates import failed_gates
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.receipts import Lines, write_receipt
 from mimscale.ingest.subjects import hidden
-from mimscale.store import layout
+from mimscale.store import chunk_maps, layout
 from mimscale.store.manifest import OverlayRow, VolumeRow, load_manifest, row_tree
 from mimscale.store.writer import PackWriter
 
@@ -147,7 +147,13 @@ def _add_image(
     modality = _modality(source, image, config)
     spacing_mm = geometry.spacing_zyx_mm(image.affine)
     fill = statistics.fill_value(volume, modality)
-    stats, box = statistics.describe(volume, modality, image.padding_value)
+    stats, box, thresholds = statistics.measure(volume, modality, image.padding_value)
+    occupied = np.logical_or.reduce(
+        [
+            chunk_maps.chunk_maxima(channel, config.chunk_voxels) > threshold
+            for channel, threshold in zip(volume, thresholds, strict=True)
+        ]
+    )
     warnings = dict.fromkeys(image.warnings, "")
     warnings |= failed_gates(volume, spacing_mm, stats, modality, image.modality_in_file, config.gates)
     if warnings and config.gates.action == "quarantine":
@@ -183,6 +189,7 @@ def _add_image(
         tags=dict(source.tags),
         acquisition=dict(image.acquisition),
         warnings=tuple(sorted(warnings)),
+        occupied_chunks=chunk_maps.encode_map(occupied),
     )
     return row, warnings
 
@@ -218,6 +225,7 @@ def _add_label(
         sha256=place.sha256,
         source_sha256=label.source_sha256,
         class_voxels=tuple(map(int, counts)),
+        class_chunks=chunk_maps.class_maps(label.voxels[0], len(how.class_names), how.config.chunk_voxels),
     )
 
 

@@ -9,7 +9,7 @@ import ast
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: pc.greater,
     ast.GtE: pc.greater_equal,
 }
-_MOST_CHARACTERS = 10_000
+_MOST_CHARACTERS = 2_000
 _ALLOWED = (
     "a filter is made of columns, numbers, quoted text, == != < <= > >=, in, not in, and, or, not and parentheses"
 )
@@ -60,7 +60,10 @@ def parse_filter(text: str, key: str = "stream.filter") -> Filter:
         ConfigError: broken syntax, something that is no filter, an unknown column, or a comparison of unlike kinds.
     """
     parser = _Parser(text, key)
-    condition = parser.condition(parser.tree())
+    try:
+        condition = parser.condition(parser.tree())
+    except RecursionError:
+        raise ConfigError(f"{key}={text}: nested too deeply") from None
     return Filter(text, frozenset(parser.columns), condition)
 
 
@@ -100,13 +103,13 @@ class _Parser:
 
     def tree(self) -> ast.expr:
         if len(self._text) > _MOST_CHARACTERS:
-            self._refuse(f"has more than {_MOST_CHARACTERS} characters")
+            raise self._error(f"has more than {_MOST_CHARACTERS} characters")
         try:
             return ast.parse(self._text.strip(), mode="eval").body
         except SyntaxError as error:
-            self._refuse(f"{error.msg} at character {error.offset}; {_ALLOWED}")
+            raise self._error(f"{error.msg} at character {error.offset}; {_ALLOWED}") from None
         except (ValueError, RecursionError, MemoryError) as error:
-            self._refuse(f"cannot be read ({error})")
+            raise self._error(f"cannot be read ({error})") from None
 
     def condition(self, node: ast.expr) -> Condition:
         match node:
@@ -126,7 +129,7 @@ class _Parser:
                 return lambda manifest: np.logical_and.reduce([part(manifest) for part in parts])
         operand = self.operand(node)
         if operand.column is None or operand.kind != "flag":
-            self._refuse(f"{ast.unparse(node)} alone is no condition; compare it with something")
+            raise self._error(f"{ast.unparse(node)} alone is no condition; compare it with something")
         return lambda manifest: _mask(operand.values(manifest))
 
     def _comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Condition:
@@ -134,14 +137,14 @@ class _Parser:
             inside = self._membership(left, right)
             return inside if isinstance(operator, ast.In) else lambda manifest: ~inside(manifest)
         if type(operator) not in _COMPARISONS:
-            self._refuse(f"{ast.unparse(left)} ... {ast.unparse(right)}: {_ALLOWED}")
+            raise self._error(f"{ast.unparse(left)} ... {ast.unparse(right)}: {_ALLOWED}")
         compare = _COMPARISONS[type(operator)]
         first, second = self.operand(left), self.operand(right)
         shown = f"{ast.unparse(left)} and {ast.unparse(right)}"
         if first.column is None and second.column is None:
-            self._refuse(f"compares {shown}, neither of which is a column")
+            raise self._error(f"compares {shown}, neither of which is a column")
         if first.kind != second.kind:
-            self._refuse(f"compares {shown}: {first.kind} with {second.kind}")
+            raise self._error(f"compares {shown}: {first.kind} with {second.kind}")
         modality = "modality" in (first.column, second.column)
 
         def holds(manifest: Manifest) -> NDArray[np.bool_]:
@@ -156,18 +159,18 @@ class _Parser:
             name, column = right.id, left
             self.columns.add(name)
             if not (isinstance(column, ast.Constant) and isinstance(column.value, str)):
-                self._refuse(f"{ast.unparse(left)} in {name}: {name} holds names; write one, in quotes")
+                raise self._error(f"{ast.unparse(left)} in {name}: {name} holds names; write one, in quotes")
             wanted = column.value
             return lambda manifest: manifest.holds(name, wanted)
         if not isinstance(right, ast.List | ast.Tuple) or not right.elts:
-            self._refuse(
+            raise self._error(
                 f"in {ast.unparse(right)}: must be a list of values in brackets, or one of {', '.join(_sets())}"
             )
         choices = [self.operand(element) for element in right.elts]
         if operand.column is None or any(choice.column is not None for choice in choices):
-            self._refuse(f"{ast.unparse(left)} in {ast.unparse(right)}: must be a column in a list of constants")
+            raise self._error(f"{ast.unparse(left)} in {ast.unparse(right)}: must be a column in a list of constants")
         if any(choice.kind != operand.kind for choice in choices):
-            self._refuse(f"looks for {ast.unparse(left)}, which is {operand.kind}, in {ast.unparse(right)}")
+            raise self._error(f"looks for {ast.unparse(left)}, which is {operand.kind}, in {ast.unparse(right)}")
         equal = [self._comparison(left, ast.Eq(), element) for element in right.elts]
         return lambda manifest: np.logical_or.reduce([part(manifest) for part in equal])
 
@@ -183,45 +186,45 @@ class _Parser:
                 isinstance(constant, bool)
             ):
                 return _constant("number", -float(constant))
-            case ast.Name():
-                return self._column(node.id, None)
-            case ast.Subscript(value=ast.Name(), slice=ast.Constant()):
-                return self._column(node.value.id, node.slice.value)
-        self._refuse(f"{ast.unparse(node)}: {_ALLOWED}")
+            case ast.Name(id=name):
+                return self._column(name, None)
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=place)):
+                return self._column(name, place)
+        raise self._error(f"{ast.unparse(node)}: {_ALLOWED}")
 
     def _column(self, name: str, place: Any) -> _Operand:
         if name not in SCHEMA.names:
             close = difflib.get_close_matches(name, SCHEMA.names, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            self._refuse(f"no column {name!r}; {hint}there are {', '.join(_usable())}")
+            raise self._error(f"no column {name!r}; {hint}there are {', '.join(_usable())}")
         kind = SCHEMA.field(name).type
         self.columns.add(name)
         if pa.types.is_map(kind):
             if not isinstance(place, str):
-                self._refuse(f'{name} holds values by name; write {name}["..."]')
+                raise self._error(f'{name} holds values by name; write {name}["..."]')
             return _Operand("text", lambda manifest: self._mapped(manifest, name, place), name)
         if pa.types.is_fixed_size_list(kind):
             if type(place) is not int or not 0 <= place < kind.list_size:
                 last = kind.list_size - 1
-                self._refuse(f"{name} holds {kind.list_size} numbers; write {name}[0] ... {name}[{last}]")
+                raise self._error(f"{name} holds {kind.list_size} numbers; write {name}[0] ... {name}[{last}]")
             return _Operand("number", lambda manifest: manifest.values(name, place), name)
         if name in _sets():
-            self._refuse(f'{name} holds names; write "..." in {name}')
+            raise self._error(f'{name} holds names; write "..." in {name}')
         if name not in _usable():
-            self._refuse(f"{name} cannot be filtered by; usable are {', '.join(_usable())}")
+            raise self._error(f"{name} cannot be filtered by; usable are {', '.join(_usable())}")
         if place is not None:
-            self._refuse(f"{name} holds one value; write {name} without brackets")
+            raise self._error(f"{name} holds one value; write {name} without brackets")
         plain: Kind = "text" if pa.types.is_string(kind) else "flag" if pa.types.is_boolean(kind) else "number"
         return _Operand(plain, lambda manifest: manifest.values(name), name)
 
     def _mapped(self, manifest: Manifest, name: str, place: str) -> Any:
         known = manifest.keys(name)
         if place not in known:
-            self._refuse(f"no volume has {name}[{place!r}]; there are {', '.join(known) or 'none'}")
+            raise self._error(f"no volume has {name}[{place!r}]; there are {', '.join(known) or 'none'}")
         return manifest.values(name, place)
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise ConfigError(f"{self._key}={self._text}: {why}")
+    def _error(self, why: str) -> ConfigError:
+        return ConfigError(f"{self._key}={self._text}: {why}")
 
 
 def _constant(kind: Kind, value: object) -> _Operand:
@@ -239,8 +242,7 @@ def _sets() -> list[str]:
 
 
 def _usable() -> list[str]:
-    def usable(kind: Any) -> bool:
-        of_numbers = pa.types.is_fixed_size_list(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        return of_numbers or pa.types.is_string(kind) or pa.types.is_boolean(kind) or pa.types.is_map(kind)
-
-    return [*(field.name for field in SCHEMA if usable(field.type) and field.name != "crop_box"), *_sets()]
+    types = pa.types
+    usable = (types.is_fixed_size_list, types.is_integer, types.is_floating, types.is_string, types.is_boolean)
+    names = [field.name for field in SCHEMA if any(is_one(field.type) for is_one in (*usable, types.is_map))]
+    return [*(name for name in names if name != "crop_box"), *_sets()]
