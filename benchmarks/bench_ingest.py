@@ -15,7 +15,7 @@ from typing import Any
 import ingest_conversion as conversion
 import ingest_scale as scale
 import measure
-from ingest_volumes import kinds
+from ingest_volumes import kinds, synthetic_ct, tiled_ct
 
 TARGETS = {
     "from .nii.gz": "40 MB/s of raw voxels a core, zstd, everything included",
@@ -31,6 +31,10 @@ def main() -> int:
     parser = measure.results_arguments("Benchmark of mimscale ingest.")
     parser.add_argument("--receipts", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="only these of the volumes that there are")
+    parser.add_argument(
+        "--mb-a-run", type=float, default=60, help="raw voxels of a timed ingest, so that little is fixed"
+    )
     parser.add_argument("--edge-factor", type=int, default=2, help="memory is measured on a CT of 33 MB x this squared")
     arguments = parser.parse_args()
     if len(os.sched_getaffinity(0)) > 1:
@@ -47,18 +51,19 @@ def _config(arguments: Any) -> dict[str, Any]:
     return {
         **{name: value for name, value in vars(arguments).items() if name != "out"},
         "chunk_voxels": conversion.CHUNK_VOXELS,
-        "mb_a_run": conversion.MB_A_RUN,
     }
 
 
 def _run(folder: Path, arguments: Any) -> dict[str, Any]:
     results: dict[str, Any] = {"volumes": {}, "conversion": {}, "pieces": {}, "sizes": {}}
     for kind in kinds():
+        if arguments.kinds and kind.name not in arguments.kinds:
+            continue
         print(f"{kind.name} ...", file=sys.stderr)
         place = folder / kind.name
         place.mkdir()
         results["volumes"][kind.name] = {"shape_xyz": kind.voxels.shape, "mb": measure.megabytes(kind.voxels)}
-        results["conversion"][kind.name] = conversion.conversion(place, kind, arguments.repeats)
+        results["conversion"][kind.name] = conversion.conversion(place, kind, arguments.mb_a_run, arguments.repeats)
         results["pieces"][kind.name] = conversion.pieces(place, kind, arguments.repeats)
         results["sizes"][kind.name] = conversion.sizes(conversion.store_order(kind), kind.modality)
     print("memory ...", file=sys.stderr)
@@ -81,13 +86,12 @@ def _run(folder: Path, arguments: Any) -> dict[str, Any]:
 def _memory(folder: Path, edge_factor: int) -> dict[str, Any]:
     """Peak of a process that ingests one labelled CT, beyond the peak of one that ingests a small one."""
     peaks, raw_bytes = {}, {}
-    for name, factor in (("small", 1), ("large", edge_factor)):
+    for name, voxels in (("small", synthetic_ct((32, 32, 32))), ("large", tiled_ct(edge_factor))):
         place = folder / f"memory_{name}"
         place.mkdir()
-        pair = conversion.write_for_memory(place, factor)
-        raw_bytes[name] = pair["raw_bytes"]
-        sources = json.dumps(pair["sources"])
+        sources = json.dumps(conversion.write_labelled_ct(place, voxels))
         peaks[name] = measure.in_new_process("ingest_conversion", "memory_of_ingest", str(place), sources)["peak_bytes"]
+        raw_bytes[name] = voxels.nbytes
     grown = (peaks["large"] - peaks["small"]) / (raw_bytes["large"] - raw_bytes["small"])
     return {"raw_bytes": raw_bytes, "peak_bytes": peaks, "times_volume": round(grown, 2)}
 

@@ -25,12 +25,16 @@ CT_HAS_AIR_BELOW_HU = -200.0  # air, lung or fat: no CT of a patient is without
 def failed_gates(
     volume: NDArray[Any],
     spacing_mm: tuple[float, float, float],
+    scanned_mm: tuple[float, float, float],
     stats: tuple[ChannelStats, ...],
     modality: str,
     modality_in_file: str | None,
     gates: GatesConfig,
 ) -> dict[str, str]:
-    """The gates that a volume [C, Z, Y, X] fails: warning -> detail."""
+    """The gates that a volume [C, Z, Y, X] fails: warning -> detail.
+
+    `scanned_mm` is the spacing of its source: resampling makes a coarse scan no finer.
+    """
     shape = volume.shape[1:]
     edges_mm = [count * edge for count, edge in zip(shape, spacing_mm, strict=True)]
     low, high = float(volume.min()), float(volume.max())
@@ -41,8 +45,8 @@ def failed_gates(
         failed["small_field_of_view"] = (
             f"{min(edges_mm):.1f} mm, gates.min_field_of_view_mm={gates.min_field_of_view_mm}"
         )
-    if max(spacing_mm) > gates.max_spacing_mm:
-        failed["coarse_spacing"] = f"{max(spacing_mm):.2f} mm, gates.max_spacing_mm={gates.max_spacing_mm}"
+    if max(scanned_mm) > gates.max_spacing_mm:
+        failed["coarse_spacing"] = f"{max(scanned_mm):.2f} mm, gates.max_spacing_mm={gates.max_spacing_mm}"
     if any(channel.std == 0 for channel in stats):
         failed["constant"] = "one value only"
     if max(-low, high) > gates.max_abs_value:

@@ -31,6 +31,11 @@ def fill_value(volume: NDArray[Any], modality: str) -> float:
     return float(volume.min())
 
 
+def padding_below(modality: str) -> float | None:
+    """Voxels below this were never measured; None where no number says so."""
+    return CT_PADDING_BELOW_HU if modality == "ct" else None
+
+
 def describe(
     volume: NDArray[Any], modality: str, padding_value: float | None = None
 ) -> tuple[tuple[ChannelStats, ...], Box]:

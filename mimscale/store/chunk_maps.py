@@ -48,12 +48,12 @@ def encode_map(chunks: NDArray[np.bool_]) -> str:
 
 def class_maps(label: NDArray[np.uint8], num_classes: int, chunk_voxels: int) -> dict[str, str]:
     """Maps of a label map [Z, Y, X]: class above 0 -> its chunks, encoded; only classes that it holds."""
-    maps = {}
-    for number in range(1, num_classes):
-        chunks = chunk_maxima(label == number, chunk_voxels)
-        if chunks.any():
-            maps[str(number)] = encode_map(chunks)
-    return maps
+    grid = shard.chunk_grid((1, *label.shape), chunk_voxels)[1:]
+    holds = np.zeros((256, *grid), dtype=bool)
+    for corner in np.ndindex(*grid):  # one pass over the voxels, however many classes there are
+        z, y, x = (slice(place * chunk_voxels, (place + 1) * chunk_voxels) for place in corner)
+        holds[:, *corner] = np.bincount(label[z, y, x].reshape(-1), minlength=256) > 0
+    return {str(number): encode_map(holds[number]) for number in range(1, num_classes) if holds[number].any()}
 
 
 def write_chunk_maps(store: Path, rows: Sequence[VolumeRow]) -> dict[bytes, bytes]:

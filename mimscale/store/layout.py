@@ -22,6 +22,7 @@ from mimscale.store.intensity import IntensityContract
 FORMAT_VERSION = 2
 CHUNK_MAPS_GLOB = "chunk_maps-*.arrow"
 IGNORE_VALUE = 255  # an overlay voxel that no loss and no score may count
+ON_SOURCE_GRID = "_source"  # ends the name of an overlay's twin: the same labels on the grid of the source
 # Blosc settings that the own encoder writes and the own reader decodes: name -> (compressor, level). The shuffle is
 # chosen for each volume; its `zarr.json` and Blosc's own header name it.
 CODECS = {"zstd": ("zstd", 3), "fast": ("lz4", 5)}
@@ -78,6 +79,16 @@ def pack_path(store: Path, part: int) -> Path:
 def overlay_path(store: Path, name: str, part: int) -> Path:
     """The pack that holds one overlay of the volumes of a part."""
     return store / "overlays" / name / f"part-{part:05d}.zarr.zip"
+
+
+def source_overlay(name: str) -> str:
+    """Name of the twin of an overlay: its labels on the grid of the source, for volumes that are stored on another."""
+    return f"{name}{ON_SOURCE_GRID}"
+
+
+def stored_overlay(name: str) -> str:
+    """The overlay that `name` is the twin of, or `name` itself."""
+    return name.removesuffix(ON_SOURCE_GRID)
 
 
 def receipt_path(store: Path, part: int) -> Path:

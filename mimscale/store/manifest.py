@@ -76,6 +76,13 @@ class VolumeRow:
     resampled: bool = False  # its voxels are not those of the source
     occupied_chunks: str = ""  # in receipts only: see `chunk_maps`
 
+    @property
+    def source_zyx(self) -> tuple[int, int, int]:
+        """Shape of the source turned to RAS+, voxels."""
+        edge_of = dict(zip(self.source_orientation, self.source_shape, strict=True))
+        z, y, x = (next(edge_of[code] for code in codes if code in edge_of) for codes in ("SI", "AP", "RL"))
+        return (z, y, x)
+
 
 _STATS = pa.struct([(item.name, pa.float64()) for item in dataclasses.fields(ChannelStats)])
 _OVERLAY = pa.struct(

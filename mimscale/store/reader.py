@@ -121,8 +121,13 @@ class ShardReader:
         return out
 
     def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
-        """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X]. Errors as `read`."""
-        return self.read(row, (0, 0, 0), row.shape[1:], overlay)
+        """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X], which may have a grid of its own.
+
+        Errors as `read`.
+        """
+        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
+        z, y, x = target.shape[1:]
+        return self.read(row, (0, 0, 0), (z, y, x), overlay)
 
     def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> list[str]:
         """Read every chunk of a shard and compare it with its crc32c, without decoding.
@@ -162,7 +167,15 @@ class ShardReader:
             has = ", ".join(row.overlays) or "none"
             raise DataError(f"volume {row.id}: has no overlay {name!r} (it has: {has}); ingest it with a label file")
         path = layout.overlay_path(self._store, name, place.part)
-        shape = (1, *row.shape[1:])
+        shape_zyx = row.shape[1:]
+        if place.on_source_grid:
+            if not isinstance(row, VolumeRow):
+                raise DataError(
+                    f"volume {row.id}: overlay {name!r} lies on the grid of the source, not on that of the stored "
+                    f"volume; use overlay={layout.stored_overlay(name)}"
+                )
+            shape_zyx = row.source_zyx
+        shape = (1, *shape_zyx)
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 

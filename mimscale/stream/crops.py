@@ -25,7 +25,16 @@ class Samples:
     volume: NDArray[np.int64]  # [n] index into the plan's volumes
     origin: NDArray[np.int64]  # [n, 3] first voxel; negative where the volume is smaller than the crop
     seed: NDArray[np.uint64]  # [n] for masks and augmentation
-    region: NDArray[np.int64] | None = None  # [n, 3, 2] start and stop of what crops of a volume share, or None
+
+
+@dataclass(frozen=True)
+class ReadBoxes:
+    """What is read of the store for crops, and where the crops' voxels lie in it: Z, Y, X."""
+
+    start: NDArray[np.int64]  # [n, 3] first voxel in the volume
+    size: NDArray[np.int64]  # [n, 3]
+    first: NDArray[np.float64]  # [n, 3] where the centre of a crop's first voxel lies, in voxels of the box
+    step: NDArray[np.float64]  # [n, 3] from each to the next one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +92,37 @@ class CropSpace:
 
     def draw(
         self, seed: int, index: NDArray[np.int64], volume: NDArray[np.int64], draw_id: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Crop origins [n, 3] of samples `index` [n] in `volume` [n], and their regions [n, 3, 2], if there are such.
+    ) -> NDArray[np.int64]:
+        """Crop origins [n, 3] of samples `index` [n] in `volume` [n].
 
-        Crops with the same `draw_id` [n] share a region. It is drawn as a crop would be, and the crops lie in it
-        uniformly.
+        With `region_voxels`, crops with the same `draw_id` [n] lie in one region: it is drawn as a crop would be, and
+        they lie in it uniformly. A region is cut to its volume.
         """
         if self._config.region_voxels is None:
-            return self.origins(seed, index, volume), None
+            return self.origins(seed, index, volume)
         extent = self.extents(volume, self.crop_voxels)
         wanted = self.extents(volume, self._config.region_voxels)
         size = np.maximum(extent, np.minimum(wanted, self.shapes[volume]))
         start = self._placed(seed, draw_id, volume, size, order.REGION, attempt=0)
         words = order.draw(seed, index, order.ORIGIN)[..., :3]
-        return start + order.below(words, size - extent + 1), np.stack([start, start + size], axis=-1)
+        return start + order.below(words, size - extent + 1)
+
+    def read_boxes(self, volume: NDArray[np.int64], origin: NDArray[np.int64]) -> ReadBoxes:
+        """What to read for crops at `origin` [n, 3] of `volume` [n].
+
+        At the store's spacing that is the crop. At a target spacing, voxel j of the crop has its centre
+        (j + 0.5) * target / spacing - 0.5 voxels behind the centre of the first voxel, and the box holds both
+        neighbours of each.
+        """
+        if self.target_spacing_mm is None:
+            step = np.ones(origin.shape)
+        else:
+            assert self._volumes.spacing_mm is not None, "volumes without spacing"
+            step = np.asarray(self.target_spacing_mm) / self._volumes.spacing_mm[volume]
+        first = 0.5 * step - 0.5
+        low = np.floor(first).astype(np.int64)
+        high = np.ceil(first + (self.crop_voxels - 1) * step).astype(np.int64) + 1
+        return ReadBoxes(start=origin + low, size=high - low, first=first - low, step=step)
 
     def origins(
         self, seed: int, index: NDArray[np.int64], volume: NDArray[np.int64], attempt: int = 0

@@ -163,15 +163,34 @@ class SamplePlan:
         """The samples with these global indices [n]."""
         index = np.asarray(global_indices, dtype=np.int64)
         volume, draw_id = self._volumes(index)
-        origin, region = self.crops.draw(self.seed, index, volume, draw_id)
-        seed = order.draw_seeds(self.seed, index, order.SAMPLE_SEED)
-        return Samples(volume=volume, origin=origin, seed=seed, region=region)
+        origin = self.crops.draw(self.seed, index, volume, draw_id)
+        return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
 
     def substitutes(self, global_indices: NDArray[np.int64], attempt: int) -> Samples:
         """What replaces unreadable samples at attempt 1, 2 ...: another volume and origin, the same seed."""
         index = np.asarray(global_indices, dtype=np.int64)
         volume, origin = self.crops.substitutes(self.seed, index, self._volumes(index)[0], attempt)
         return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
+
+    @property
+    def batches_a_group(self) -> int:
+        """Global batches whose crops come from the same regions; 1 without regions."""
+        return 1 if self._config.region_voxels is None else self._config.crops_per_volume
+
+    def group_of(self, batch_index: int) -> int:
+        """The group of global batches that one belongs to. An epoch begins a group, and may end with a smaller one."""
+        epoch, place = divmod(batch_index, self.batches_per_epoch)
+        return epoch * self._groups_per_epoch + place // self.batches_a_group
+
+    def group(self, number: int) -> range:
+        """The global batches of a group."""
+        epoch, place = divmod(number, self._groups_per_epoch)
+        first, end = place * self.batches_a_group, self.batches_per_epoch
+        return range(epoch * end + first, epoch * end + min(first + self.batches_a_group, end))
+
+    @property
+    def _groups_per_epoch(self) -> int:
+        return -(-self.batches_per_epoch // self.batches_a_group)
 
     def batch_seed(self, batch_index: int) -> int:
         """A seed that all ranks share in one global batch, for what must be the same in the whole batch."""
@@ -301,9 +320,8 @@ class FixedPlan:
         """The samples `indices` [n] of [0, len)."""
         index = np.asarray(indices, dtype=np.int64)
         volume = index // self._per_volume
-        origin, region = self.crops.draw(self.seed, index, volume, draw_id=volume)
-        seed = order.draw_seeds(self.seed, index, order.SAMPLE_SEED)
-        return Samples(volume=volume, origin=origin, seed=seed, region=region)
+        origin = self.crops.draw(self.seed, index, volume, draw_id=volume)
+        return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
 
     def substitutes(self, indices: NDArray[np.int64], attempt: int) -> Samples:
         """What replaces unreadable samples at attempt 1, 2 ..."""

@@ -1,5 +1,6 @@
 """Damaged files of every format end as a scan or as a typed reason: no other exception, no hang, no memory."""
 
+import bz2
 import gzip
 import json
 import re
@@ -78,6 +79,11 @@ def nrrd(folder):
 
 def nrrd_gz(folder):
     return itk(folder, "a.nrrd", compressed=True)
+
+
+def nrrd_bz2(folder):
+    header, voxels = nrrd(folder)["a.nrrd"].split(b"\n\n", 1)
+    return {"a.nrrd": header.replace(b"encoding: raw", b"encoding: bzip2") + b"\n\n" + bz2.compress(voxels)}
 
 
 def nhdr(folder):
@@ -194,7 +200,7 @@ def bounded_memory():
 @pytest.mark.parametrize(
     "sample",
     [
-        *(nifti, nifti2, nifti_gz, nifti_pair, mgh, mgz, nrrd, nrrd_gz, nhdr, mha, mha_zlib, mhd, npy, npz),
+        *(nifti, nifti2, nifti_gz, nifti_pair, mgh, mgz, nrrd, nrrd_gz, nrrd_bz2, nhdr, mha, mha_zlib, mhd, npy, npz),
         *(dicom, dicom_frames, *COMPRESSED_DICOM),
     ],
 )

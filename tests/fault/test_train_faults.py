@@ -91,12 +91,11 @@ def test_a_full_disk_stops_both_ranks_with_exit_code_4_and_keeps_the_last_good_c
         assert not list(run.checkpoints.glob(".tmp-*"))
 
 
-# What is full first: the process's record (16), metrics or heartbeat (28), TensorBoard's events (64).
-@pytest.mark.parametrize(("size_kb", "codes"), [(16, [3]), (28, [4]), (64, [4])])
-def test_a_disk_that_is_full_while_a_run_reports_ends_it_in_words(store, tmp_path, size_kb, codes):
+@pytest.mark.parametrize("size_kb", [4, 12, 20, 28, 64])  # another file meets the end of each
+def test_a_disk_that_is_full_while_a_run_starts_or_reports_ends_it_in_words(store, tmp_path, size_kb):
     with small_disk(tmp_path / "disk", size_kb) as disk:
         words = pretrain_words(store, disk / "run", "steps=500", "meter.tensorboard=true", "meter.record_samples=false")
         (ended,) = run_ranks([*words, "validation.every_steps=0", "checkpoint.every_steps=1000"], size=1)
-        assert [ended.code] == codes, ended.err
+        assert ended.code in (3, 4), ended.err  # what belongs to the run directory, what the run reports
         assert "the disk is full" in ended.err.splitlines()[-1], ended.err
         assert not list(disk.rglob(".tmp-*"))

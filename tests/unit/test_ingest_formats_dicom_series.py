@@ -101,6 +101,17 @@ def test_what_is_no_volume_is_listed_with_its_reason(tmp_path):
     assert sum(len(one.files) for one in series) == 10  # every file is somewhere
 
 
+def test_copies_of_files_do_not_spoil_a_series(tmp_path):
+    paths = dicom_samples.save(dicom_samples.slices(RAW), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "backup")
+    volume, copies = found_in(tmp_path)
+    assert (volume.files, volume.problem) == (tuple(paths), None)
+    assert np.array_equal(scan(volume).voxels[0].T, RAW)
+    assert len(copies.files) == 5
+    assert copies.problem is not None
+    assert copies.problem[0] == "copied_files"
+
+
 def test_a_dicomdir_stands_for_the_files_that_it_names(tmp_path):
     samples = Path(str(pydicom.data.get_testdata_file("MR_small.dcm", download=False))).parent / "dicomdirtests"
     shutil.copytree(samples, tmp_path / "disc")
