@@ -168,7 +168,7 @@ class SampleReader:
             overlay: name of the label overlay to read, or None.
             shared_memory: decode straight into memory that another process can map.
             refused: volumes of the plan that count as unreadable, and why.
-            now: told of each volume before it is read.
+            now: told of each volume before it is read, and of -1 when nothing is.
         """
         self._refused, self._now = refused or {}, now
         self._store, self._manifest, self._indices = store, manifest, indices
@@ -205,6 +205,7 @@ class SampleReader:
                 # Each on its own: which of them fail must not depend on what happened to be read together.
                 for draft, place in places:
                     self._read_or_replace(draft, place)
+        self._now(-1)
         part = 1 / len(drafts)
         return [
             self._batch(draft, (self._voxels_decoded - voxels) * part, (self._bytes_read - num_bytes) * part)

@@ -24,6 +24,7 @@ from mimscale.models.transfer import save_weights
 from mimscale.store.layout import StoreInfo, read_info
 from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
 from mimscale.stream.batch import Batch
+from mimscale.stream.device import OnDevice
 from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 from mimscale.stream.select import parse_attribute, parse_filter
@@ -283,8 +284,8 @@ def _train(
     def validate() -> dict[str, float]:
         sums: dict[str, Tensor | float] = {}
         with engine.evaluating():
-            for batch in data.validation_batches(world):
-                for name, value in objective.validation_sums(engine, batch.to(ranks.device)).items():
+            for batch in OnDevice(data.validation_batches(world), ranks.device):
+                for name, value in objective.validation_sums(engine, batch).items():
                     sums[name] = sums.get(name, 0.0) + value
         return objective.validation_metrics(ranks.sum(sums).wait())
 
@@ -298,8 +299,8 @@ def _train(
         accumulation=accumulation(config, world.size),
         engine=engine,
         ranks=ranks,
-        batches=loader,
-        loss_of=lambda batch: objective.loss(engine, batch.to(ranks.device)),
+        batches=OnDevice(loader, ranks.device),
+        loss_of=lambda batch: objective.loss(engine, batch),
         meter=meter,
         stop_wanted=stop_wanted,
         save=lambda step: checkpoints.save(step, data.plan.position(step).to_dict()),
