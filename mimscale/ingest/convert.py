@@ -26,7 +26,7 @@ from mimscale.ingest.placement import Placement, place, with_margin
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.receipts import Lines, write_receipt
 from mimscale.ingest.subjects import hidden
-from mimscale.store import layout
+from mimscale.store import chunk_maps, layout
 from mimscale.store.manifest import OverlayRow, VolumeRow, load_manifest, row_tree
 from mimscale.store.writer import PackWriter
 
@@ -178,7 +178,13 @@ def _add_image(
     affine = placement.affine(image.affine)
     spacing_mm = geometry.spacing_zyx_mm(affine)
     fill = statistics.fill_value(volume, modality)
-    stats, box = statistics.describe(volume, modality, image.padding_value)
+    stats, box, thresholds = statistics.measure(volume, modality, image.padding_value)
+    occupied = np.logical_or.reduce(
+        [
+            chunk_maps.chunk_maxima(channel, config.chunk_voxels) > threshold
+            for channel, threshold in zip(volume, thresholds, strict=True)
+        ]
+    )
     warnings = dict.fromkeys(image.warnings, "")
     # The scan is judged, not what is stored of it: resampling makes thick slices no thinner, and a crop is small on
     # purpose.
@@ -219,6 +225,7 @@ def _add_image(
         warnings=tuple(sorted(warnings)),
         crop_box=placement.crop_box,
         resampled=placement.resampled,
+        occupied_chunks=chunk_maps.encode_map(occupied),
     )
     return row, warnings
 
@@ -269,6 +276,7 @@ def _add_overlay(
         sha256=written.sha256,
         source_sha256=label.source_sha256,
         class_voxels=tuple(map(int, counts)),
+        class_chunks=chunk_maps.class_maps(classes, len(how.class_names), how.config.chunk_voxels),
     )
 
 

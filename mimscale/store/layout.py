@@ -2,6 +2,7 @@
 
 store/store.json
 store/manifest.parquet                       written last
+store/chunk_maps-<hash>.arrow                named by the manifest: which chunks hold foreground and each class
 store/packs/part-00042.zarr.zip
 store/overlays/<name>/part-00042.zarr.zip
 store/receipts/part-00042.jsonl
@@ -19,6 +20,7 @@ from mimscale.errors import ConfigError, DataError
 from mimscale.store.intensity import IntensityContract
 
 FORMAT_VERSION = 2
+CHUNK_MAPS_GLOB = "chunk_maps-*.arrow"
 IGNORE_VALUE = 255  # an overlay voxel that no loss and no score may count
 ON_SOURCE_GRID = "_source"  # ends the name of an overlay's twin: the same labels on the grid of the source
 # Blosc settings that the own encoder writes and the own reader decodes: name -> (compressor, level). The shuffle is
@@ -62,6 +64,11 @@ def info_path(store: Path) -> Path:
 def manifest_path(store: Path) -> Path:
     """`manifest.parquet`."""
     return store / "manifest.parquet"
+
+
+def chunk_maps_path(store: Path, sha256: str) -> Path:
+    """Which chunks hold what: one file, named after its content, so that the manifest decides which one counts."""
+    return store / f"chunk_maps-{sha256[:16]}.arrow"
 
 
 def pack_path(store: Path, part: int) -> Path:

@@ -208,7 +208,8 @@ class RunDir:
                 raise ConfigError(
                     f"{self.path}: holds a run with another config; these may not change when it continues:\n  "
                     + "\n  ".join(differing)
-                    + "\nUse another run_dir, put the old values back, or start over with --fresh"
+                    + "\nUse another run_dir, put the old values back, or start over with --fresh; --fresh-data "
+                    "accepts another seed, modality, global_batch and stream.*"
                 )
         durable.write_text(self.config, text)
 
