@@ -14,7 +14,7 @@ import numpy as np
 from mimscale import console
 from mimscale.errors import DataError
 from mimscale.store import layout
-from mimscale.store.manifest import Manifest, VolumeRow, load_manifest
+from mimscale.store.manifest import SAMPLE_COLUMNS, Manifest, SampleRow, load_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.writer import SHARD_KEY
 
@@ -55,7 +55,7 @@ def verify(store: Path, pool: Executor | None = None) -> list[Bad]:
         DataError: no store, or no manifest to compare with.
     """
     info = layout.read_info(store)
-    manifest = load_manifest(store)
+    manifest = load_manifest(store, (*SAMPLE_COLUMNS, "sha256"))
     packs = list(_packs_of(store, manifest))
     check = partial(_check_pack, store)
     checked = map(check, packs) if pool is None else pool.map(check, packs)
@@ -100,21 +100,24 @@ def _check_pack(store: Path, pack: _Pack) -> list[Bad]:
         lost = pack.rows.column("id").tolist()
         return [Bad(volume=volume_id, path=str(pack.path), reason=reason) for volume_id in lost]
     reader = ShardReader(store, pack.rows)
-    for index in range(len(pack.rows)):
-        bad += _damaged_shard(reader, pack.rows.row(index), pack)
+    for index, sha256 in enumerate(pack.rows.column("sha256").tolist()):
+        row = pack.rows.sample_row(index)
+        if pack.overlay is not None:
+            sha256 = row.overlays[pack.overlay].sha256
+        bad += _damaged_shard(reader, row, pack, sha256)
     reader.close()
     return bad + _damaged_directory(pack.path, set(pack.rows.column("id").tolist()))
 
 
-def _damaged_shard(reader: ShardReader, row: VolumeRow, pack: _Pack) -> list[Bad]:
+def _damaged_shard(reader: ShardReader, row: SampleRow, pack: _Pack, sha256: str) -> list[Bad]:
     place = row if pack.overlay is None else row.overlays[pack.overlay]
     try:
         reasons = reader.check(row, pack.overlay)  # first: it names the chunks, a sha256 cannot
-        sha256 = _sha256_of_range(pack.path, place.offset_bytes, place.length_bytes)
+        found = _sha256_of_range(pack.path, place.offset_bytes, place.length_bytes)
     except DataError as error:
-        reasons, sha256 = [str(error)], place.sha256
-    if not reasons and sha256 != place.sha256:
-        reasons = [f"shard has sha256 {sha256}, manifest {place.sha256}"]
+        reasons, found = [str(error)], sha256
+    if not reasons and found != sha256:
+        reasons = [f"shard has sha256 {found}, manifest {sha256}"]
     return [Bad(volume=row.id, path=str(pack.path), reason=reason) for reason in reasons]
 
 
