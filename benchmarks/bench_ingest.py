@@ -41,9 +41,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if len(os.sched_getaffinity(0)) > 1:
         print("not pinned to one core (taskset -c N): the figures are still of one process", file=sys.stderr)
+    surroundings = measure.surroundings()  # before: the code that runs is that of this commit
     with tempfile.TemporaryDirectory(prefix="bench_ingest_") as name:
         results = _run(Path(name), arguments)
-    tree = {"surroundings": measure.surroundings(), "config": _config(arguments), "targets": TARGETS, **results}
+    tree = {"surroundings": surroundings, "config": _config(arguments), "targets": TARGETS, **results}
     path = measure.write_result(arguments.out, "ingest", arguments.hardware, tree, as_markdown(tree))
     print(path.read_text())
     return 0
