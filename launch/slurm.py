@@ -193,7 +193,7 @@ class BatchJob:
         ]
 
     def _teardown(self) -> list[str]:
-        return ["code=$?", "kill $watchdog", 'ask end "$code"', "exit $?"]
+        return ["code=$?", "kill $watchdog 2>/dev/null", 'ask end "$code"', "exit $?"]
 
 
 def _megabytes(gigabytes: float | None) -> str | None:
