@@ -205,9 +205,9 @@ def _again(
     outcome = decision.outcome
     why = why_not_again(attempts, record.max_requeues)
     if why is not None:
-        code = outcome.exit_code if outcome.exit_code != INTERRUPTED_EXIT_CODE else LostRankError.exit_code
-        stopped = replace(outcome, outcome="failed", exit_code=code)
-        return replace(decision, action="settle", outcome=_saying(stopped, why))
+        if outcome.outcome == "interrupted" and not attempts[-1].made_progress:
+            outcome = replace(outcome, outcome="failed", exit_code=LostRankError.exit_code)
+        return replace(decision, action="settle", outcome=_saying(outcome, why))
     try:
         how = _requeue(decision.cause, record) or _resubmit(folder, record, task)
     except LaunchError as error:

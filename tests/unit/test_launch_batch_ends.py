@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,19 @@ def test_a_crash_loop_ends_with_its_reason_after_three_restarts(job: Job, monkey
     assert outcome is not None
     assert outcome == job.run.read_outcome()
     assert "crash loop: 3 restarts in a row without a new committed step" in outcome.message
+
+
+def test_a_job_that_has_used_up_its_requeues_stays_interrupted_when_it_made_progress(job: Job) -> None:
+    job.folder = job.claim(max_requeues=0)
+    job.start()
+    job.commit(7)
+    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert (outcome.outcome, outcome.message) == (
+        "interrupted",
+        "slurm.max_requeues=0 is used up; `mimscale resume` goes on",
+    )
 
 
 def test_a_job_that_its_node_takes_down_again_and_again_stops_at_its_next_start(job: Job) -> None:
