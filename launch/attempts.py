@@ -29,6 +29,11 @@ class Attempt:
     cause: Cause | None = None  # of its end
     message: str = ""
 
+    @property
+    def made_progress(self) -> bool:
+        """True when it has ended at a later step than it began."""
+        return self.last_step is not None and self.last_step > self.first_step
+
 
 def read_attempts(file: Path) -> list[Attempt]:
     """All attempts, oldest first. A line cut short by a kill is left out."""
@@ -70,7 +75,7 @@ def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str 
         return f"slurm.max_requeues={max_requeues} is used up; `mimscale resume` goes on"
     idle = 0
     for attempt in reversed(own):
-        if attempt.number == 0 or attempt.last_step is None or attempt.last_step > attempt.first_step:
+        if attempt.number == 0 or attempt.made_progress:
             break
         idle += 1
     if idle < MAX_IDLE_RESTARTS:

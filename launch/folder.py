@@ -8,6 +8,7 @@
       attempts.jsonl                  each start and end of the job (Slurm)
       cancelled.json                  who asked for its end; present before the job hears of it
       submission.sh                   the batch script (Slurm)
+      moved-00003.txt                 the job that goes on with a task of a job array which a preemption has cancelled
       task.pkl, task-00003.pkl        what its ranks run, of a job array one a task
       JOBID_submitted.pkl             the same under the name by which Submitit looks for it
       JOBID_0_log.out                 output of rank 0, and so on
@@ -97,6 +98,27 @@ class JobFolder:
         """Remember that `child` waits for this submission."""
         with self.dependents.open("a") as file:
             file.write(f"{child.path}\n")
+
+    def moved_file(self, task: int) -> Path:
+        """The id of the job that goes on with a task of a job array."""
+        return self.path / f"moved-{task:05d}.txt"
+
+    def task_job_id(self, task: int | None) -> str:
+        """The job's id, or that of one task of a job array."""
+        job_id = self.read().job_id
+        if task is None:
+            return str(job_id)
+        moved = self.moved_file(task)
+        return f"{moved.read_text() if moved.exists() else job_id}_{task}"
+
+    def unfinished_job_ids(self) -> list[str]:
+        """The ids that what waits for this submission has to wait for."""
+        array = self.read().array
+        if array is None:
+            return [self.task_job_id(None)]
+        files = {task: self.outcome_file(task) for task in range(array)}
+        ends = {task: Outcome(**json.loads(file.read_text())) for task, file in files.items() if file.exists()}
+        return [self.task_job_id(task) for task in files if task not in ends or ends[task].exit_code]
 
     @property
     def script(self) -> Path:
@@ -188,12 +210,12 @@ class JobFolder:
     def queued(self, jobs: dict[str, QueuedJob]) -> list[QueuedJob]:
         """Of these jobs of Slurm the ones of this submission: several, when it is a job array."""
         record = self.read()
+        ids = {record.job_id, *(file.read_text() for file in self.path.glob("moved-*.txt"))}
         return [
             job
             for job in jobs.values()
             # By name as well: the id is missing when a submission was killed before it could write it down.
-            if (record.job_id is not None and job.job_id.partition("_")[0] == record.job_id)
-            or (record.job_name != "" and job.name == record.job_name)
+            if job.job_id.partition("_")[0] in ids or (record.job_name != "" and job.name == record.job_name)
         ]
 
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
 from launch.srun_log import FirstEnd, first_end, last_message
+from mimscale import durable
 from mimscale.console import say
 from mimscale.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -170,7 +171,7 @@ def end(folder: JobFolder, srun_code: int) -> int:
     record = folder.read()
     step = _committed_step(folder, record)
     written = folder.run.read_outcome() if record.trains else None
-    first, message = _first_failure(folder, record, task)
+    first, message = _first_failure(folder, task)
     outcome = rank_outcome(written, srun_code, first, trains=record.trains, step=step, message=message)
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
@@ -190,8 +191,8 @@ def end(folder: JobFolder, srun_code: int) -> int:
     return decision.outcome.exit_code
 
 
-def _first_failure(folder: JobFolder, record: JobRecord, task: int | None) -> tuple[FirstEnd | None, str]:
-    name = str(record.job_id) if task is None else f"{record.job_id}_{task}"
+def _first_failure(folder: JobFolder, task: int | None) -> tuple[FirstEnd | None, str]:
+    name = folder.task_job_id(task)
     log = folder.rank_log(name, 0)  # of rank 0 and of the batch script
     first = first_end(log.read_text(errors="replace")) if log.exists() else None
     own = folder.rank_log(name, first.rank) if first else log
@@ -205,9 +206,9 @@ def _again(
     outcome = decision.outcome
     why = why_not_again(attempts, record.max_requeues)
     if why is not None:
-        code = outcome.exit_code if outcome.exit_code != INTERRUPTED_EXIT_CODE else LostRankError.exit_code
-        stopped = replace(outcome, outcome="failed", exit_code=code)
-        return replace(decision, action="settle", outcome=_saying(stopped, why))
+        if outcome.outcome == "interrupted" and not attempts[-1].made_progress:
+            outcome = replace(outcome, outcome="failed", exit_code=LostRankError.exit_code)
+        return replace(decision, action="settle", outcome=_saying(outcome, why))
     try:
         how = _requeue(decision.cause, record) or _resubmit(folder, record, task)
     except LaunchError as error:
@@ -236,13 +237,14 @@ def _requeue(cause: Cause, record: JobRecord) -> str | None:
 
 def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     """Submit the same batch script again, to start when this job is gone."""
-    if task is not None:
-        raise LaunchError(f"task {task} of a job array cannot be submitted again by itself; submit the array again")
     own_id = os.environ["SLURM_JOB_ID"]
     name = f"{record.job_name}.{own_id}"
-    options = [f"--dependency=afterany:{own_id}", f"--job-name={name}"]
+    options = [f"--dependency=afterany:{own_id}", f"--job-name={name}", *([] if task is None else [f"--array={task}"])]
     new_id = slurm_commands.submit(folder.script, slurm_commands.without_allocation(os.environ), name, *options)
-    folder.write(replace(folder.read(), job_id=new_id, job_name=name))
+    if task is None:
+        folder.write(replace(folder.read(), job_id=new_id, job_name=name))
+    else:
+        durable.write_text(folder.moved_file(task), new_id)
     append_job(
         folder.run.jobs,
         {
@@ -254,16 +256,16 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
             "folder": str(folder.path.relative_to(folder.run.path)),
         },
     )
-    repoint_dependents(folder, new_id)
+    repoint_dependents(folder, folder.unfinished_job_ids())
     return f"submitted again as job {new_id}"
 
 
-def repoint_dependents(folder: JobFolder, job_id: str) -> list[JobFolder]:
-    """Let the submissions that wait for this one wait for `job_id`, which continues it; returns them."""
+def repoint_dependents(folder: JobFolder, job_ids: Sequence[str]) -> list[JobFolder]:
+    """Let the submissions that wait for this one wait for `job_ids`, which continue it; returns them."""
     children = []
     for child in folder.waiting():
         try:
-            slurm_commands.set_dependency(str(child.read().job_id), f"afterok:{job_id}")
+            slurm_commands.set_dependency(str(child.read().job_id), slurm_commands.after_success(job_ids))
             children.append(child)
         except SlurmSilentError as error:
             say(f"job {child.read().job_id} waits for a job that is over and will never start ({error}); cancel it")

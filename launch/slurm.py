@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class BatchJob:
         ]
 
     def _teardown(self) -> list[str]:
-        return ["code=$?", "kill $watchdog", 'ask end "$code"', "exit $?"]
+        return ["code=$?", "kill $watchdog 2>/dev/null", 'ask end "$code"', "exit $?"]
 
 
 def _megabytes(gigabytes: float | None) -> str | None:
@@ -268,8 +268,3 @@ def check_partition(profile: Profile) -> None:
 def new_job_name(verb: str, run: Path, token: str) -> str:
     """A name that no other job has, and that says what it is."""
     return "-".join(re.sub(r"[^A-Za-z0-9_.]", "_", word)[:40] for word in ("mimscale", verb, run.name, token))
-
-
-def dependency_of(ids: Sequence[str]) -> str | None:
-    """Start when all of these jobs have ended well."""
-    return f"afterok:{':'.join(ids)}" if ids else None

@@ -204,6 +204,11 @@ def requeue(raw_id: str) -> None:
     call(["scontrol", "requeue", raw_id], timeout_s=SUBMIT_S)
 
 
+def after_success(job_ids: Sequence[str]) -> str:
+    """A dependency: start when all of these jobs have ended well."""
+    return f"afterok:{':'.join(job_ids)}"
+
+
 def set_dependency(job_id: str, dependency: str) -> None:
     """Let a waiting job wait for something else.
 

@@ -53,8 +53,7 @@ def _task(record: JobRecord, asked: int | None) -> int | None:
 
 
 def _log(folder: JobFolder, task: int | None, rank: int) -> Path:
-    job_id = folder.read().job_id
-    return folder.rank_log(f"{job_id}" if task is None else f"{job_id}_{task}", rank)
+    return folder.rank_log(folder.task_job_id(task), rank)
 
 
 def _newest_with_log(run_dir: Path, asked: int | None) -> JobFolder:

@@ -26,7 +26,7 @@ from launch.plan import JOB_VERBS, Plan, check_verb, make_plan
 from launch.preflight import check_on_login_node, check_times, refuse_inside_allocation
 from launch.profile import load_profile, slurm_config
 from launch.requeue import repoint_dependents
-from launch.slurm import BatchExecutor, BatchJob, dependency_of, new_job_name
+from launch.slurm import BatchExecutor, BatchJob, new_job_name
 from launch.slurm_commands import LostSubmissionError
 from launch.snapshot import snapshot_code
 from mimscale import console, durable
@@ -181,7 +181,7 @@ def _batch_job(
         processes=plan.processes,
         environment=exported,
         mounts=tuple(mounts),
-        dependency=dependency_of(depends_on),
+        dependency=slurm_commands.after_success(depends_on) if depends_on else None,
         array=plan.array,
     )
 
@@ -264,7 +264,7 @@ def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | 
     if plan.array is not None:
         _drop_old_merges([child for child in stuck if child.run == plan.run])
     waiting = Waiting(beside=(*stuck, *([] if parent is None else [parent])), parent=parent)
-    depends_on = [] if parent is None else [str(parent.read().job_id)]
+    depends_on = [] if parent is None else parent.unfinished_job_ids()
     folder = prepare(plan, fresh=fresh, waiting=waiting)
     job_id = start(plan, folder, argv, depends_on=depends_on)
     if parent is not None:
@@ -295,7 +295,7 @@ def _drop_old_merges(merges: Sequence[JobFolder]) -> None:
 def _take_over(failed: Sequence[JobFolder], folder: JobFolder, job_id: str) -> None:
     """Let what waits for the failed jobs of a run wait for the new one."""
     for old in failed:
-        for child in repoint_dependents(old, job_id):
+        for child in repoint_dependents(old, [job_id]):
             folder.add_dependent(child)
             child.write(replace(child.read(), after=str(folder.path)))
 

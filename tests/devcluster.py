@@ -25,6 +25,7 @@ from mimscale.train.run_dir import RunDir
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = CHECKOUT / "slurm" / "devcluster"
 PROFILE = CHECKOUT / "slurm" / "profiles" / "devcluster.yaml"
+PIDS = Path("/run/mimscale-devcluster/pids")  # one file a daemon
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip")
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 POLL_S = 0.2
@@ -119,7 +120,7 @@ class DevCluster:
 
     def pid(self, daemon: str) -> int:
         """Process of a daemon: munged, mariadbd, slurmdbd, slurmctld, or node1 for its slurmd."""
-        return int((self.folder / "pids" / daemon).read_text().split()[0])
+        return int((PIDS / daemon).read_text().split()[0])
 
     def kill(self, daemon: str) -> None:
         """kill -9 of a daemon; `up` starts it again."""
@@ -270,17 +271,18 @@ class Site:
         def finished() -> bool:
             outcome = run.read_outcome()
             stopped = outcome is not None and outcome.outcome == "failed"
-            assert not stopped or self._newest(name).read_outcome() is None, f"{outcome}\n{self.cluster.describe()}"
+            assert not stopped or self.newest(name).read_outcome() is None, f"{outcome}\n{self.cluster.describe()}"
             return outcome is not None and outcome.outcome == "finished"
 
         self.cluster.wait_for(f"{run.path} to finish", finished, timeout_s=timeout_s)
 
-    def _newest(self, name: str) -> JobFolder:
-        return job_folders(self.run(name).logs)[-1]
+    def newest(self, name: str = "run", place: int = 1) -> JobFolder:
+        """The newest submission of a run, or the one that stands at this place from the end."""
+        return job_folders(self.run(name).logs)[-place]
 
     def attempts(self, name: str = "run") -> list[Attempt]:
         """Each start of the newest submission."""
-        return read_attempts(self._newest(name).attempts_file())
+        return read_attempts(self.newest(name).attempts_file())
 
     def kill_rank(self, rank: int, name: str = "run") -> None:
         """kill -9 of a rank, wherever it runs: nodes of one machine share their process ids."""
@@ -298,11 +300,11 @@ class Site:
 
     def is_settled(self, name: str = "run") -> bool:
         """Has the newest submission ended, so that it will not start again by itself?"""
-        return self._newest(name).read_outcome() is not None
+        return self.newest(name).read_outcome() is not None
 
     def job_name(self, name: str = "run") -> str:
         """What Slurm calls the newest submission."""
-        return self._newest(name).read().job_name
+        return self.newest(name).read().job_name
 
     def status(self, *names: str) -> list[dict[str, Any]]:
         """`mimscale status --json` of runs of this site."""

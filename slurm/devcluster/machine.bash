@@ -2,7 +2,8 @@
 
 readonly NETWORK=10.87.0             # /24; the login host is .1, node N is .(10 + N)
 readonly BRIDGE=msdev0               # the switch; node N hangs on it by msdevN
-readonly RECORD=/run/mimscale-devcluster # names the state directory of the one cluster of this machine
+readonly RECORD=/run/mimscale-devcluster # what the one cluster of this machine consists of, even if its directory is deleted
+readonly PIDS=$RECORD/pids           # one file a daemon: process id and start
 readonly HOSTS_TAG='# mimscale devcluster'
 
 say() { echo "devcluster: $*" >&2; }
@@ -50,11 +51,10 @@ links_of_machine() { ip -brief link show | sed -nE 's/^(msdev[0-9]+).*/\1/p'; }
 
 # Remove all that `up` made on this machine except the state directory, which holds the logs.
 take_down() {
-  local dir node name link
-  dir=$(cat "$RECORD" 2>/dev/null || true)
-  rm -f "$dir/ready"
-  for name in slurmctld slurmdbd mariadbd; do stop "$dir/pids/$name"; done
-  for name in "$dir"/pids/*; do stop "$name"; done
+  local node name link
+  rm -f "$RECORD/ready"
+  for name in slurmctld slurmdbd mariadbd; do stop "$PIDS/$name"; done
+  for name in "$PIDS"/*; do stop "$name"; done
   for node in $(nodes_of_machine); do
     ip netns pids "$node" | xargs -r kill -KILL 2>/dev/null || true # jobs that outlived their slurmd
     ip netns delete "$node"
@@ -67,5 +67,5 @@ take_down() {
     cat "/run/hosts.$$" >/etc/hosts
     rm "/run/hosts.$$"
   fi
-  rm -f "$RECORD"
+  rm -rf "$RECORD"
 }

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from fake_slurm import FakeSlurm, only_folder, run_verb
-from launch_fake_verb import Place
+from launch_fake_verb import Place, wait_until
 
+from launch import follow
 from launch.folder import JobFolder, job_folders
 from mimscale import cli, durable
 from mimscale.train.run_dir import Outcome, RunDir
@@ -93,6 +95,30 @@ def test_a_submission_returns_the_job_its_log_and_the_commands_to_steer_it(
     assert "from the shell" not in inherited
     (line,) = map(json.loads, site.run.jobs.read_text().splitlines())
     assert (line["job_id"], line["executor"], line["folder"]) == ("100", "slurm", "logs/001")
+
+
+@pytest.mark.parametrize("end", [FINISHED, FAILED])
+def test_a_waited_for_job_shows_rank_0_and_returns_the_exit_code_of_its_outcome(site: Site, end: Outcome) -> None:
+    def run_job() -> None:
+        folder = wait_until(lambda: next(iter(job_folders(site.run.logs)), None))
+        wait_until(lambda: folder.read().job_id)
+        folder.rank_log("100", 0).write_text("rank 0 at work\n")
+        folder.settle(end)
+
+    job = threading.Thread(target=run_job)
+    job.start()
+    code, _, said = site.submit("--wait")
+    job.join()
+    assert code == end.exit_code
+    assert "rank 0 at work" in said
+    assert f"{end.outcome} (exit code {end.exit_code}): {end.message or 'all done'}" in said
+
+
+def test_a_waited_for_job_that_vanishes_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    code, _, said = site.submit("--wait")
+    assert code == 6
+    assert "has left the queue without an outcome; see `mimscale status`" in said
 
 
 def test_inside_an_allocation_nothing_is_submitted_unless_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

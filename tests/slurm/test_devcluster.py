@@ -1,11 +1,12 @@
 """`slurm/devcluster/up` and `down`: they can be repeated, say what is wrong, and leave nothing behind."""
 
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from devcluster import SCRIPTS, DevCluster, Setup
+from devcluster import PIDS, SCRIPTS, DevCluster, Setup
 
 pytestmark = pytest.mark.timeout(200)
 UP = str(SCRIPTS / "up")
@@ -19,20 +20,20 @@ def traces() -> list[str]:
     return [line for line in (*links, *spaces) if "msdev" in line] + hosts
 
 
-def pids(cluster: DevCluster) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (cluster.folder / "pids").iterdir()}
+def pids() -> dict[str, str]:
+    return {path.name: path.read_text() for path in PIDS.iterdir()}
 
 
 def test_up_again_changes_nothing_starts_what_has_died_and_refuses_another_setup(cluster: DevCluster) -> None:
-    before = pids(cluster)
+    before = pids()
     again = cluster.up()
     assert "is up already" in again.stderr
     assert again.stdout == f"export SLURM_CONF={cluster.folder}/slurm.conf\n"
-    assert pids(cluster) == before
+    assert pids() == before
 
     cluster.kill("node1")
     assert "started again: node1" in cluster.up().stderr
-    assert {name for name, text in pids(cluster).items() if text != before[name]} == {"node1"}
+    assert {name for name, text in pids().items() if text != before[name]} == {"node1"}
 
     other = subprocess.run(
         [UP, "--dir", str(cluster.folder), "--nodes", "3"], capture_output=True, text=True, check=False
@@ -40,7 +41,7 @@ def test_up_again_changes_nothing_starts_what_has_died_and_refuses_another_setup
     assert other.returncode == 1
     assert "nodes=2 preempt=requeue-usr2 accounting=yes" in other.stderr
     assert "down first" in other.stderr
-    assert pids(cluster).keys() == before.keys()
+    assert pids().keys() == before.keys()
 
 
 @pytest.mark.parametrize("after_s", [0.3, 1.0, 1.8])
@@ -55,7 +56,8 @@ def test_what_a_killed_up_leaves_is_cleaned_by_the_next_and_down_leaves_nothing(
     killed.wait()
     machine.bring_up(Setup(accounting=False))
     assert len(machine.command("sinfo", "--Node", "--noheader", "--partition=main").splitlines()) == 2
-    processes = [machine.pid(name) for name in pids(machine)]
+    processes = [machine.pid(name) for name in pids()]
+    shutil.rmtree(machine.folder)  # as a cleaner of /tmp would
     machine.take_down()
     assert traces() == []
     left = [

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,19 @@ def test_a_crash_loop_ends_with_its_reason_after_three_restarts(job: Job, monkey
     assert "crash loop: 3 restarts in a row without a new committed step" in outcome.message
 
 
+def test_a_job_that_has_used_up_its_requeues_stays_interrupted_when_it_made_progress(job: Job) -> None:
+    job.folder = job.claim(max_requeues=0)
+    job.start()
+    job.commit(7)
+    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert (outcome.outcome, outcome.message) == (
+        "interrupted",
+        "slurm.max_requeues=0 is used up; `mimscale resume` goes on",
+    )
+
+
 def test_a_job_that_its_node_takes_down_again_and_again_stops_at_its_next_start(job: Job) -> None:
     codes = [job.start() for _ in range(5)]  # no end: the batch script died with the node
     assert codes == [0, 0, 0, 0, 6]
@@ -197,6 +211,27 @@ def test_each_task_of_an_array_ends_by_itself_and_the_array_when_all_have(
     outcome = job.folder.read_outcome()
     assert outcome is not None
     assert outcome.message.startswith("1 of 2 tasks did not finish; task 1: a rank failed with exit code 3")
+
+
+def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merge_waits_for_all(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.folder, merge = job.claim(trains=False, array=3), job.claim(trains=False, job_id="300")
+    job.folder.add_dependent(merge)
+    job.folder.settle(Outcome(outcome="finished", exit_code=0, step=-1), 2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    job.start()
+    job.slurm.answer("count", "199")
+    job.slurm.answer("shown", PREEMPTED.strip() + " PreemptMode=CANCEL\n")
+    assert job.end(75) == 75
+    (call,) = job.slurm.calls("sbatch")
+    assert "--array=1 " in call
+    assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:100_0:200_1"
+    assert job.folder.read().job_id == "100"
+    assert job.folder.task_job_id(1) == "200_1"
+    job.slurm.hold(job.folder, "PENDING", job_id="200_1")
+    assert [queued.job_id for queued in job.folder.queued(slurm_commands.queue(["ana"]))] == ["200_1"]
 
 
 def test_the_last_words_survive_the_term_that_a_requeue_brings(job: Job) -> None:

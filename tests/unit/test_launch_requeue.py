@@ -140,6 +140,9 @@ SHOWN = {
         state="COMPLETING", preempted=False, restarts=1, reason="TimeLimit"
     ),
     "JobState=RUNNING Restarts=2 PreemptTime=2026-11-24T22:31:08": _view(preempted=True, restarts=2),
+    "JobState=COMPLETING Reason=None Restarts=0 PreemptTime=2026-11-24T23:09:35": SlurmView(
+        state="COMPLETING", preempted=True, restarts=0, reason="None"
+    ),
     "JobState=PREEMPTED Restarts=0 PreemptTime=None": _view("PREEMPTED", preempted=True),
     "": _view(""),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.profile import Profile
-from launch.slurm import BatchExecutor, BatchJob, dependency_of, new_job_name
+from launch.slurm import BatchExecutor, BatchJob, new_job_name
+from launch.slurm_commands import after_success
 from launch.slurm_profile import ContainerConfig, SlurmConfig
 from launch.unpack import environment_folder
 from mimscale.errors import ConfigError, LaunchError
@@ -46,7 +47,7 @@ def test_the_script_asks_slurm_for_what_the_profile_says() -> None:
         exclusive=True,
         sbatch_options={"mail-type": "END,FAIL"},
     )
-    options = _options(BatchExecutor(_job(slurm=slurm, dependency=dependency_of(["7", "8"]))).script())
+    options = _options(BatchExecutor(_job(slurm=slurm, dependency=after_success(["7", "8"]))).script())
     assert options == {
         "partition": "gpu,long",
         "account": "lab",
