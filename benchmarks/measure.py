@@ -72,7 +72,7 @@ def surroundings() -> dict[str, Any]:
     """Hardware, versions and commit: what a number is worth nothing without."""
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    packages = ("numpy", "numcodecs", "google-crc32c", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
+    packages = ("numpy", "numcodecs", "crc32c", "imagecodecs", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
     git = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).parent}
     return {
         "cpu": cpu[1] if cpu else "unknown",

@@ -3,14 +3,17 @@
     C channels | Z Y X box, voxels
 
 Shard indices and open files are cached. There are no threads and no file positions: a reader may be used
-after a fork.
+after a fork, by one thread at a time.
 """
 
 import math
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,15 @@ from mimscale.errors import DataError
 from mimscale.store import layout, shard
 from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
-# A gap this small costs less to read than another request to a parallel file system.
-COALESCE_GAP_BYTES = 256 * 1024
+# Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
+# a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader
+# measures it, and begins as on a parallel file system.
+SMALLEST_GAP_BYTES, LARGEST_GAP_BYTES = 4 * 1024, 1024 * 1024
+LARGEST_READ_BYTES = 4 * 1024 * 1024
+_FIRST_GUESS_S = 250e-6
+_BYTES_PER_S = 1e9  # of one stream of a parallel file system: what a byte costs besides the request
+_STEP = 1.1  # up or down at each request: a running median, which a rare hiccup of a server does not move
+_ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files: OrderedDict[Path, int] = OrderedDict()
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        self._buffer = memoryview(bytearray())
+        self._request_s = _FIRST_GUESS_S
         self.bytes_read = 0
         self.voxels_decoded = 0
 
@@ -97,27 +109,51 @@ class ShardReader:
         Raises:
             DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
         """
+        (crop,) = self.read_crops(row, [start_zyx], size_zyx, overlay, None if out is None else [out])
+        return crop
+
+    def read_crops(
+        self,
+        row: VolumeRow | SampleRow,
+        starts_zyx: Sequence[tuple[int, int, int]],
+        size_zyx: tuple[int, int, int],
+        overlay: str | None = None,
+        out: Sequence[NDArray[Any]] | None = None,
+    ) -> Sequence[NDArray[Any]]:
+        """Several crops of one volume, as `read` gives them; what they share is read and decoded once.
+
+        Args:
+            row: the volume.
+            starts_zyx: first voxel of each crop; may be negative.
+            size_zyx: edges of the crops, voxels.
+            overlay: name of an overlay, or None for the volume itself.
+            out: where to put the voxels of each crop, instead of new arrays.
+
+        Raises:
+            DataError: as `read`; all of `out` is then undefined.
+        """
         target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
-        channels, *volume_zyx = target.shape
+        shape = (target.shape[0], *size_zyx)
         if out is None:
-            out = np.empty((channels, *size_zyx), dtype=target.dtype)
-        if out.shape != (channels, *size_zyx):
-            raise ValueError(f"out has shape {out.shape}, the box needs {(channels, *size_zyx)}")
-        stop_zyx = [start + size for start, size in zip(start_zyx, size_zyx, strict=True)]
-        low = [max(0, start) for start in start_zyx]
-        high = [max(start, min(edge, stop)) for edge, stop, start in zip(volume_zyx, stop_zyx, low, strict=True)]
-        if [*low, *high] != [*start_zyx, *stop_zyx]:
-            out[...] = target.outside_value
-        if any(start >= stop for start, stop in zip(low, high, strict=True)):
-            return out
-        inside: tuple[slice, ...] = tuple(
-            slice(a - start, b - start) for a, b, start in zip(low, high, start_zyx, strict=True)
-        )
-        view = out[(slice(None), *inside)]
+            out = list(np.empty((len(starts_zyx), *shape), dtype=target.dtype))
+        boxes = []
+        for start_zyx, crop in zip(starts_zyx, out, strict=True):
+            if crop.shape != shape:
+                raise ValueError(f"out has shape {crop.shape}, the box needs {shape}")
+            low = [max(0, start) for start in start_zyx]
+            stop = [
+                min(edge, start + size) for edge, start, size in zip(target.shape[1:], start_zyx, size_zyx, strict=True)
+            ]
+            inside = [slice(a - start, b - start) for a, b, start in zip(low, stop, start_zyx, strict=True)]
+            if any(b - a < size for a, b, size in zip(low, stop, size_zyx, strict=True)):
+                crop[...] = target.outside_value
+            if all(a < b for a, b in zip(low, stop, strict=True)):
+                boxes.append((low, stop, crop[:, inside[0], inside[1], inside[2]]))
         if self._info.codec in layout.CODECS:
-            self._read_chunks(target, low, high, view)
+            self._read_chunks(target, boxes)
         else:
-            self._read_with_zarr(target, low, high, view)
+            for low, stop, view in boxes:
+                self._read_with_zarr(target, low, stop, view)
         return out
 
     def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
@@ -138,16 +174,15 @@ class ShardReader:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
             return []
         index = self._index(target)
-        grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
+        numbers = np.flatnonzero(index[:, 0] != shard.EMPTY)
+        numbers = numbers[np.argsort(index[numbers, 0])]
         bad = []
-        for number, (offset, length) in enumerate(index.tolist()):
-            if offset != shard.EMPTY:
-                try:
-                    shard.check_chunk(self._pread(target, offset, length))
-                except ValueError as error:
-                    corner = tuple(map(int, np.unravel_index(number, grid)))
-                    bad.append(str(target.broken(f"chunk {corner}: {error}")))
-        return bad
+        for number, data in self._encoded_chunks(target, numbers, index[numbers]):
+            try:
+                shard.check_chunk(data)
+            except ValueError as error:
+                bad.append((number, str(target.broken(f"chunk {self._corner(target, number)}: {error}"))))
+        return [what for _, what in sorted(bad)]
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)
@@ -166,36 +201,57 @@ class ShardReader:
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 
-    def _read_chunks(self, target: _Shard, low: list[int], high: list[int], view: NDArray[Any]) -> None:
-        """Decode the chunks that the box [low, high) touches into `view` [C, Z, Y, X]."""
+    def _read_chunks(self, target: _Shard, boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]]) -> None:
+        """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
         edge = self._info.chunk_voxels
         index = self._index(target)
-        grid = shard.chunk_grid(target.shape, edge)
-        corners = list(product(*(range(a // edge, -(-b // edge)) for a, b in zip(low, high, strict=True))))
-        wanted = []
-        for channel in range(grid[0]):
-            for corner in corners:
-                number = ((channel * grid[1] + corner[0]) * grid[2] + corner[1]) * grid[3] + corner[2]
-                offset, length = index[number].tolist()
-                box = [(max(a, c * edge), min(b, (c + 1) * edge)) for a, b, c in zip(low, high, corner, strict=True)]
-                there = tuple(slice(a - start, b - start) for (a, b), start in zip(box, low, strict=True))
-                place = view[channel][there]
-                if offset == shard.EMPTY:
-                    place[...] = target.fill_value
-                else:
-                    cut = tuple(slice(a - c * edge, b - c * edge) for (a, b), c in zip(box, corner, strict=True))
-                    wanted.append((offset, length, (channel, *corner), cut, place))
-        wanted.sort(key=lambda chunk: chunk[0])
+        pieces = _pieces(boxes, edge, shard.chunk_grid(target.shape, edge))
+        numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
+        empty = index[numbers, 0] == shard.EMPTY
+        for number in numbers[empty].tolist():
+            for place, _ in pieces[number]:
+                place[...] = target.fill_value
+        numbers = numbers[~empty]
+        numbers = numbers[np.argsort(index[numbers, 0])]
         scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
-        for start, stop, members in _runs(wanted):
-            data = memoryview(self._pread(target, start, stop - start))
-            for offset, length, corner4, cut, place in members:
-                try:
-                    shard.decode_chunk(data[offset - start : offset - start + length], scratch)
-                except ValueError as error:
-                    raise target.broken(f"chunk {corner4}: {error}") from None
+        decoded = scratch.reshape(-1).view(np.uint8).data
+        for number, data in self._encoded_chunks(target, numbers, index[numbers]):
+            try:
+                shard.decode_chunk(data, decoded)
+            except ValueError as error:
+                raise target.broken(f"chunk {self._corner(target, number)}: {error}") from None
+            for place, cut in pieces[number]:
                 place[...] = scratch[cut]
-                self.voxels_decoded += scratch.size
+        self.voxels_decoded += len(numbers) * scratch.size
+
+    def _encoded_chunks(
+        self, target: _Shard, numbers: NDArray[np.int64], ranges: NDArray[np.uint64]
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Chunks `numbers` [n] that lie at `ranges` [n, 2] = offset, length, sorted; each is valid until the next."""
+        if not len(numbers):
+            return
+        starts = ranges[:, 0].astype(np.int64)
+        stops = starts + ranges[:, 1].astype(np.int64)
+        gap = self._request_s * _BYTES_PER_S
+        firsts = [0, *(np.flatnonzero(starts[1:] - stops[:-1] > gap) + 1).tolist(), len(numbers)]
+        starts_, stops_, numbers_ = starts.tolist(), stops.tolist(), numbers.tolist()
+        runs = [run for first, last in pairwise(firsts) for run in _cut_run(starts_, stops_, first, last)]
+        if len(runs) > 1 and self._request_s > _ADVISE_FROM_S:
+            with self._explained(target):
+                for first, last in runs:
+                    position = target.offset_bytes + starts_[first]
+                    os.posix_fadvise(
+                        self._open(target.path), position, stops_[last - 1] - starts_[first], os.POSIX_FADV_WILLNEED
+                    )
+        for first, last in runs:
+            base = starts_[first]
+            data = self._pread(target, base, max(stops_[first:last]) - base)
+            for place in range(first, last):
+                yield numbers_[place], data[starts_[place] - base : stops_[place] - base]
+
+    def _corner(self, target: _Shard, number: int) -> tuple[int, ...]:
+        grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
+        return tuple(map(int, np.unravel_index(number, grid)))
 
     def _index(self, target: _Shard) -> NDArray[np.uint64]:
         key = (target.path, target.offset_bytes)
@@ -216,22 +272,28 @@ class ShardReader:
             self._indices.move_to_end(key)
         return index
 
-    def _pread(self, target: _Shard, offset: int, length: int) -> bytes:
-        """Bytes of a shard, `offset` counted from its start."""
-        with durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack"):
+    def _pread(self, target: _Shard, offset: int, length: int) -> memoryview:
+        """Bytes of a shard, `offset` counted from its start; valid until the next call."""
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(length))
+        began = time.perf_counter()
+        with self._explained(target):
             file = self._open(target.path)
             position = target.offset_bytes + offset
-            pieces = []
-            missing = length
-            while missing:
-                piece = os.pread(file, missing, position)
-                if not piece:
-                    raise target.broken(f"truncated: ends at byte {position}, {missing} bytes early")
-                pieces.append(piece)
-                position += len(piece)
-                missing -= len(piece)
+            done = 0
+            while done < length:
+                count = os.preadv(file, [self._buffer[done:length]], position + done)
+                if not count:
+                    raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
+                done += count
+        request_s = time.perf_counter() - began - length / _BYTES_PER_S
+        self._request_s *= _STEP if request_s > self._request_s else 1 / _STEP
+        self._request_s = min(max(self._request_s, SMALLEST_GAP_BYTES / _BYTES_PER_S), LARGEST_GAP_BYTES / _BYTES_PER_S)
         self.bytes_read += length
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return self._buffer[:length]
+
+    def _explained(self, target: _Shard) -> AbstractContextManager[None]:
+        return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
 
     def _open(self, path: Path) -> int:
         file = self._files.get(path)
@@ -261,15 +323,37 @@ class ShardReader:
         self.voxels_decoded += voxels.size
 
 
-def _runs(chunks: list[tuple[int, int, Any, Any, Any]]) -> list[tuple[int, int, list[tuple[int, int, Any, Any, Any]]]]:
-    """Group chunks, sorted by offset, into ranges that are read at once: (start, stop, chunks)."""
-    runs: list[tuple[int, int, list[tuple[int, int, Any, Any, Any]]]] = []
-    for chunk in chunks:
-        start, stop = chunk[0], chunk[0] + chunk[1]
-        if runs and start - runs[-1][1] <= COALESCE_GAP_BYTES:
-            first, last, members = runs[-1]
-            members.append(chunk)
-            runs[-1] = (first, max(last, stop), members)
-        else:
-            runs.append((start, stop, [chunk]))
-    return runs
+def _pieces(
+    boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]], edge: int, grid: tuple[int, int, int, int]
+) -> dict[int, list[tuple[NDArray[Any], tuple[slice, ...]]]]:
+    """Number of each chunk that a box [low, stop) touches -> where its voxels go, and which of them."""
+    channels, *grid_zyx = grid
+    pieces: dict[int, list[tuple[NDArray[Any], tuple[slice, ...]]]] = {}
+    for low, stop, view in boxes:
+        z_cuts, y_cuts, x_cuts = (list(_cuts(a, b, edge)) for a, b in zip(low, stop, strict=True))
+        for channel in range(channels):
+            for z, z_place, z_cut in z_cuts:
+                for y, y_place, y_cut in y_cuts:
+                    row = ((channel * grid_zyx[0] + z) * grid_zyx[1] + y) * grid_zyx[2]
+                    for x, x_place, x_cut in x_cuts:
+                        piece = view[channel, z_place, y_place, x_place], (z_cut, y_cut, x_cut)
+                        pieces.setdefault(row + x, []).append(piece)
+    return pieces
+
+
+def _cuts(low: int, stop: int, edge: int) -> Iterator[tuple[int, slice, slice]]:
+    """Along one axis: each chunk that [low, stop) touches, its place in the box, and which part of it."""
+    for chunk in range(low // edge, -(-stop // edge)):
+        start = chunk * edge
+        first, last = max(low, start), min(stop, start + edge)
+        yield chunk, slice(first - low, last - low), slice(first - start, last - start)
+
+
+def _cut_run(starts: list[int], stops: list[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cut the run of chunks [first, last) so that no read but one of a larger chunk exceeds `LARGEST_READ_BYTES`."""
+    begin = first
+    for place in range(first + 1, last):
+        if stops[place] - starts[begin] > LARGEST_READ_BYTES:
+            yield begin, place
+            begin = place
+    yield begin, last
