@@ -28,12 +28,15 @@ from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 # Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
 # a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader
 # measures it, and begins as on a parallel file system.
-SMALLEST_GAP_BYTES, LARGEST_GAP_BYTES = 4 * 1024, 1024 * 1024
-LARGEST_READ_BYTES = 4 * 1024 * 1024
-_FIRST_GUESS_S = 250e-6
 _BYTES_PER_S = 1e9  # of one stream of a parallel file system: what a byte costs besides the request
+_SMALLEST_REQUEST_S, _FIRST_GUESS_S, _LARGEST_REQUEST_S = 4e-6, 250e-6, 1e-3
 _STEP = 1.1  # up or down at each request: a running median, which a rare hiccup of a server does not move
+_LARGEST_READ_BYTES = 4 * 1024 * 1024
 _ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
+
+_Chunk = tuple[int, int, int]  # its number in C order of the chunk grid, start and stop of its bytes in the shard
+# Where decoded voxels go: crop[place] = chunk[cut], once the chunk is decoded.
+_Piece = tuple[NDArray[Any], tuple[int | slice, ...], NDArray[Any], tuple[slice, ...]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class ShardReader:
             if all(a < b for a, b in zip(low, stop, strict=True)):
                 boxes.append((low, stop, crop[:, inside[0], inside[1], inside[2]]))
         if self._info.codec in layout.CODECS:
-            self._read_chunks(target, boxes)
+            with self._explained(target):
+                self._read_chunks(target, boxes)
         else:
             for low, stop, view in boxes:
                 self._read_with_zarr(target, low, stop, view)
@@ -173,15 +177,15 @@ class ShardReader:
         if self._info.codec not in layout.CODECS:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
             return []
-        index = self._index(target)
-        numbers = np.flatnonzero(index[:, 0] != shard.EMPTY)
-        numbers = numbers[np.argsort(index[numbers, 0])]
         bad = []
-        for number, data in self._encoded_chunks(target, numbers, index[numbers]):
-            try:
-                shard.check_chunk(data)
-            except ValueError as error:
-                bad.append((number, str(target.broken(f"chunk {self._corner(target, number)}: {error}"))))
+        with self._explained(target):
+            file, index = self._open(target.path), self._index(target)
+            numbers = np.flatnonzero(index[:, 0] != shard.EMPTY)
+            for number, data in self._encoded_chunks(target, file, numbers, index):
+                try:
+                    shard.check_chunk(data)
+                except ValueError as error:
+                    bad.append((number, str(target.broken(f"chunk {self._corner(target, number)}: {error}"))))
         return [what for _, what in sorted(bad)]
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
@@ -204,50 +208,49 @@ class ShardReader:
     def _read_chunks(self, target: _Shard, boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]]) -> None:
         """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
         edge = self._info.chunk_voxels
-        index = self._index(target)
-        pieces = _pieces(boxes, edge, shard.chunk_grid(target.shape, edge))
+        file, index = self._open(target.path), self._index(target)
+        scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
+        pieces = _pieces(boxes, scratch, shard.chunk_grid(target.shape, edge))
         numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
         empty = index[numbers, 0] == shard.EMPTY
+        scratch[...] = target.fill_value
         for number in numbers[empty].tolist():
-            for place, _ in pieces[number]:
-                place[...] = target.fill_value
+            for crop, place, chunk, cut in pieces[number]:
+                crop[place] = chunk[cut]
         numbers = numbers[~empty]
-        numbers = numbers[np.argsort(index[numbers, 0])]
-        scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
         decoded = scratch.reshape(-1).view(np.uint8).data
-        for number, data in self._encoded_chunks(target, numbers, index[numbers]):
+        for number, data in self._encoded_chunks(target, file, numbers, index):
             try:
                 shard.decode_chunk(data, decoded)
             except ValueError as error:
                 raise target.broken(f"chunk {self._corner(target, number)}: {error}") from None
-            for place, cut in pieces[number]:
-                place[...] = scratch[cut]
+            for crop, place, chunk, cut in pieces[number]:
+                crop[place] = chunk[cut]
         self.voxels_decoded += len(numbers) * scratch.size
 
     def _encoded_chunks(
-        self, target: _Shard, numbers: NDArray[np.int64], ranges: NDArray[np.uint64]
+        self, target: _Shard, file: int, numbers: NDArray[np.int64], index: NDArray[np.uint64]
     ) -> Iterator[tuple[int, memoryview]]:
-        """Chunks `numbers` [n] that lie at `ranges` [n, 2] = offset, length, sorted; each is valid until the next."""
+        """Read the chunks `numbers` [n], sorted by where they lie; each is valid until the next."""
         if not len(numbers):
             return
-        starts = ranges[:, 0].astype(np.int64)
-        stops = starts + ranges[:, 1].astype(np.int64)
-        gap = self._request_s * _BYTES_PER_S
-        firsts = [0, *(np.flatnonzero(starts[1:] - stops[:-1] > gap) + 1).tolist(), len(numbers)]
-        starts_, stops_, numbers_ = starts.tolist(), stops.tolist(), numbers.tolist()
-        runs = [run for first, last in pairwise(firsts) for run in _cut_run(starts_, stops_, first, last)]
+        ranges = index[numbers].astype(np.int64)
+        order = np.argsort(ranges[:, 0])
+        starts, stops = ranges[order, 0], ranges[order].sum(axis=1)
+        gap_bytes = self._request_s * _BYTES_PER_S
+        breaks = np.flatnonzero(starts[1:] - stops[:-1] > gap_bytes) + 1
+        chunks = list(zip(numbers[order].tolist(), starts.tolist(), stops.tolist(), strict=True))
+        edges = [0, *breaks.tolist(), len(chunks)]
+        runs = [run for first, last in pairwise(edges) for run in _cut_run(chunks[first:last])]
         if len(runs) > 1 and self._request_s > _ADVISE_FROM_S:
-            with self._explained(target):
-                for first, last in runs:
-                    position = target.offset_bytes + starts_[first]
-                    os.posix_fadvise(
-                        self._open(target.path), position, stops_[last - 1] - starts_[first], os.POSIX_FADV_WILLNEED
-                    )
-        for first, last in runs:
-            base = starts_[first]
-            data = self._pread(target, base, max(stops_[first:last]) - base)
-            for place in range(first, last):
-                yield numbers_[place], data[starts_[place] - base : stops_[place] - base]
+            for run in runs:
+                position, length = target.offset_bytes + run[0][1], run[-1][2] - run[0][1]
+                os.posix_fadvise(file, position, length, os.POSIX_FADV_WILLNEED)
+        for run in runs:
+            base = run[0][1]
+            data = self._pread(target, file, base, run[-1][2] - base)
+            for number, start, stop in run:
+                yield number, data[start - base : stop - base]
 
     def _corner(self, target: _Shard, number: int) -> tuple[int, ...]:
         grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
@@ -262,7 +265,7 @@ class ShardReader:
             if data_bytes < 0:
                 raise target.broken(f"its shard has {target.length_bytes} bytes, its index alone needs {size}")
             try:
-                index = shard.parse_index(self._pread(target, data_bytes, size), data_bytes)
+                index = shard.parse_index(self._pread(target, self._open(target.path), data_bytes, size), data_bytes)
             except ValueError as error:
                 raise target.broken(str(error)) from None
             self._indices[key] = index
@@ -272,25 +275,24 @@ class ShardReader:
             self._indices.move_to_end(key)
         return index
 
-    def _pread(self, target: _Shard, offset: int, length: int) -> memoryview:
+    def _pread(self, target: _Shard, file: int, offset: int, length: int) -> memoryview:
         """Bytes of a shard, `offset` counted from its start; valid until the next call."""
         if len(self._buffer) < length:
             self._buffer = memoryview(bytearray(length))
+        data = self._buffer[:length]
+        position = target.offset_bytes + offset
         began = time.perf_counter()
-        with self._explained(target):
-            file = self._open(target.path)
-            position = target.offset_bytes + offset
-            done = 0
-            while done < length:
-                count = os.preadv(file, [self._buffer[done:length]], position + done)
-                if not count:
-                    raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
-                done += count
+        done = os.preadv(file, [data], position)
+        while done < length:
+            count = os.preadv(file, [data[done:]], position + done)
+            if not count:
+                raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
+            done += count
         request_s = time.perf_counter() - began - length / _BYTES_PER_S
         self._request_s *= _STEP if request_s > self._request_s else 1 / _STEP
-        self._request_s = min(max(self._request_s, SMALLEST_GAP_BYTES / _BYTES_PER_S), LARGEST_GAP_BYTES / _BYTES_PER_S)
+        self._request_s = min(max(self._request_s, _SMALLEST_REQUEST_S), _LARGEST_REQUEST_S)
         self.bytes_read += length
-        return self._buffer[:length]
+        return data
 
     def _explained(self, target: _Shard) -> AbstractContextManager[None]:
         return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
@@ -324,21 +326,30 @@ class ShardReader:
 
 
 def _pieces(
-    boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]], edge: int, grid: tuple[int, int, int, int]
-) -> dict[int, list[tuple[NDArray[Any], tuple[slice, ...]]]]:
-    """Number of each chunk that a box [low, stop) touches -> where its voxels go, and which of them."""
+    boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]], chunk: NDArray[Any], grid: tuple[int, int, int, int]
+) -> dict[int, list[_Piece]]:
+    """What to do with each chunk that a box [low, stop) touches, by its number, when it is decoded into `chunk`."""
     channels, *grid_zyx = grid
-    pieces: dict[int, list[tuple[NDArray[Any], tuple[slice, ...]]]] = {}
-    for low, stop, view in boxes:
-        z_cuts, y_cuts, x_cuts = (list(_cuts(a, b, edge)) for a, b in zip(low, stop, strict=True))
+    pieces: dict[int, list[_Piece]] = {}
+    for low, stop, crop in boxes:
+        z_cuts, y_cuts, x_cuts = (list(_cuts(a, b, len(chunk))) for a, b in zip(low, stop, strict=True))
+        columns = [(x, *_as_rows(crop[..., place], chunk[..., cut])) for x, place, cut in x_cuts]
         for channel in range(channels):
             for z, z_place, z_cut in z_cuts:
                 for y, y_place, y_cut in y_cuts:
                     row = ((channel * grid_zyx[0] + z) * grid_zyx[1] + y) * grid_zyx[2]
-                    for x, x_place, x_cut in x_cuts:
-                        piece = view[channel, z_place, y_place, x_place], (z_cut, y_cut, x_cut)
-                        pieces.setdefault(row + x, []).append(piece)
+                    place, cut = (channel, z_place, y_place), (z_cut, y_cut)
+                    for x, crop_rows, chunk_rows in columns:
+                        pieces.setdefault(row + x, []).append((crop_rows, place, chunk_rows, cut))
     return pieces
+
+
+def _as_rows(crop: NDArray[Any], chunk: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both with each row of voxels as one element where that is possible: it halves the cost of a copy."""
+    if crop.dtype != chunk.dtype or crop.strides[-1] != crop.itemsize:
+        return crop, chunk
+    row = np.dtype((np.void, chunk.shape[-1] * chunk.itemsize))
+    return crop.view(row)[..., 0], chunk.view(row)[..., 0]
 
 
 def _cuts(low: int, stop: int, edge: int) -> Iterator[tuple[int, slice, slice]]:
@@ -349,11 +360,11 @@ def _cuts(low: int, stop: int, edge: int) -> Iterator[tuple[int, slice, slice]]:
         yield chunk, slice(first - low, last - low), slice(first - start, last - start)
 
 
-def _cut_run(starts: list[int], stops: list[int], first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut the run of chunks [first, last) so that no read but one of a larger chunk exceeds `LARGEST_READ_BYTES`."""
-    begin = first
-    for place in range(first + 1, last):
-        if stops[place] - starts[begin] > LARGEST_READ_BYTES:
-            yield begin, place
-            begin = place
-    yield begin, last
+def _cut_run(run: list[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Cut a run so that it is read in pieces of at most `_LARGEST_READ_BYTES`, or of one chunk."""
+    first = 0
+    for place, (_, _, stop) in enumerate(run):
+        if place > first and stop - run[first][1] > _LARGEST_READ_BYTES:
+            yield run[first:place]
+            first = place
+    yield run[first:]
