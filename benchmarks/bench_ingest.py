@@ -14,8 +14,9 @@ from typing import Any
 
 import ingest_conversion as conversion
 import ingest_scale as scale
-import measure
 from ingest_volumes import kinds
+
+from mimscale.bench import measure
 
 TARGETS = {
     "from .nii.gz": "40 MB/s of raw voxels a core, zstd, everything included",

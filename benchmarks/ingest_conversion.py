@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 from ingest_volumes import Kind, synthetic_ct, write_files
 
+from mimscale.bench import measure
 from mimscale.config import build_config
 from mimscale.ingest import geometry, statistics
 from mimscale.ingest.config import IngestConfig
