@@ -8,7 +8,7 @@ BIN := .venv/bin
 # DeepSpeed chooses its accelerator from what it finds on the machine that it runs on; a login node has no GPU, so say it.
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format clean debian-test-data
+.PHONY: help install demo test check bench-stream format clean debian-test-data
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,10 @@ check: .venv/installed-check ## formatting, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+HARDWARE ?= unnamed
+bench-stream: .venv/installed-bench debian-test-data ## crops a second against all peers; HARDWARE=name names the result
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)
 
 format: .venv/installed-check ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -89,8 +89,10 @@ def measure_entries(
 
 def _calls_a_round(runner: Runner, round_s: float, cold: bool) -> int:
     runner.round(1, cold=cold)
-    tried = runner.round(3, cold=cold)
-    return min(max(1, round(round_s * 3 / tried.seconds)), _MOST_CALLS)
+    call_s = runner.round(1, cold=cold).seconds
+    if call_s < round_s / 3:
+        call_s = runner.round(3, cold=cold).seconds / 3
+    return min(max(1, round(round_s / call_s)), _MOST_CALLS)
 
 
 def _summary(rounds: Sequence[Round], crop_voxels: int) -> dict[str, float]:
