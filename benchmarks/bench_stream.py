@@ -70,6 +70,7 @@ SLOW = {"SLOW_LATENCY_US": "1000", "SLOW_IOPS": "2000"}
 LOADER_STREAMS = {
     "random origins": {"align_voxels": 1},
     "16-aligned origins": {"align_voxels": 16},
+    "four crops of a region": {"align_voxels": 32, "region_voxels": None},  # its edge: a crop's and a chunk's
 }
 
 
@@ -202,6 +203,8 @@ def _store(place: Path, modality: str, volumes: list[Kind]) -> Path:
 
 def _training(store: Path, crop: int, stream: dict[str, Any]) -> dict[str, Any]:
     """A pretraining config as plain values: micro-batches of four crops."""
+    if "region_voxels" in stream:
+        stream = {**stream, "region_voxels": [crop + stream["align_voxels"]] * 3}
     return {
         "store": str(store),
         "run_dir": "none",
