@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import itertools
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ingest_volumes import Kind, synthetic_ct, write_files
+from ingest_volumes import Kind, write_files
 
 from mimscale.bench import measure
 from mimscale.config import build_config
@@ -21,20 +23,19 @@ from mimscale.store.layout import CODECS
 from mimscale.store.writer import PackWriter
 
 CHUNK_VOXELS = 32
-MB_A_RUN = 60  # raw voxels of one timed ingest: enough that planning and merging do not count
 SIZE_PRESETS = [*itertools.product(["zstd"], [1, 3, 9]), ("lz4", 5), ("lz4hc", 5)]
 SHUFFLES = ("shuffle", "bitshuffle")
 
 
-def conversion(folder: Path, kind: Kind, repeats: int) -> dict[str, Any]:
+def conversion(folder: Path, kind: Kind, mb_a_run: float, repeats: int) -> dict[str, Any]:
     """`mimscale ingest` with one worker, in MB of raw voxels a second: everything from planning to the manifest."""
-    count = max(2, -(-MB_A_RUN * 1_000_000 // kind.voxels.nbytes))
+    count = max(2, math.ceil(mb_a_run / measure.megabytes(kind.voxels)))
     contenders = {}
     for suffix, codec in itertools.product((".nii", ".nii.gz"), CODECS):
         sources = write_files(kind, folder, count, suffix)
         contenders[f"{suffix} {codec}"] = lambda sources=sources, codec=codec: _ingest(folder, kind, sources, codec)
-    seconds = measure.interleaved(contenders, repeats)
-    return {name: measure.rate(times, count * measure.megabytes(kind.voxels)) for name, times in seconds.items()}
+    runs = measure.interleaved(contenders, repeats)
+    return {name: measure.rate(timed, count * measure.megabytes(kind.voxels)) for name, timed in runs.items()}
 
 
 def _ingest(folder: Path, kind: Kind, sources: list[str], codec: str) -> dict[str, Any]:
@@ -72,8 +73,8 @@ def pieces(folder: Path, kind: Kind, repeats: int) -> dict[str, Any]:
         "stock zarr-python, same chunks and codec": lambda: _write_with_zarr(folder, volume, fill, blosc),
         "ceiling: copy of the voxels": lambda: volume.copy(),
     }
-    seconds = measure.interleaved(contenders, repeats)
-    return {name: measure.rate(times, measure.megabytes(volume)) for name, times in seconds.items()}
+    runs = measure.interleaved(contenders, repeats)
+    return {name: measure.rate(timed, measure.megabytes(volume)) for name, timed in runs.items()}
 
 
 def _both(kind: Kind, folder: Path) -> list[str]:
@@ -148,23 +149,21 @@ def store_order(kind: Kind) -> np.ndarray:
     return np.ascontiguousarray(geometry.to_store_grid(kind.voxels, kind.affine)[0])[None]
 
 
-def write_for_memory(folder: Path, edge_factor: int) -> dict[str, Any]:
-    """A CT of 33 MB * `edge_factor`^2 with a label map, as pairs of images and labels."""
-    voxels = np.tile(synthetic_ct(), (edge_factor, edge_factor, 1))
+def write_ct(folder: Path, voxels: np.ndarray, suffix: str, *, labelled: bool) -> list[Any]:
+    """Write a CT, with a label map when asked; returns `sources`."""
     affine = np.diag([-0.8, -0.8, 1.5, 1.0])
-    image = Kind("ct", "ct", voxels, affine)
-    label = Kind("ct", "ct", np.digitize(voxels, [-500, 300]).astype(np.uint8), affine)
+    files = {"image": voxels}
+    if labelled:
+        files["label"] = np.digitize(voxels, [-500, 300]).astype(np.uint8)
     pair = {}
-    for name, kind in (("image", image), ("label", label)):
-        (folder / name).mkdir(parents=True)
-        (pair[name],) = write_files(kind, folder / name, 1, ".nii.gz")
-    return {"sources": [pair], "raw_bytes": voxels.nbytes}
+    for name, array in files.items():
+        (folder / name).mkdir()
+        (pair[name],) = write_files(Kind("ct", "ct", array, affine), folder / name, 1, suffix)
+    return [pair] if labelled else [pair["image"]]
 
 
 def memory_of_ingest(folder: str, sources: str) -> dict[str, int]:
     """Ingest one pair in this process, which must be a fresh one, and tell its peak."""
-    import json
-
     tree = {
         "sources": json.loads(sources),
         "out": f"{folder}/store",
@@ -174,4 +173,4 @@ def memory_of_ingest(folder: str, sources: str) -> dict[str, int]:
     }
     summary = ingest(build_config(IngestConfig, tree, "benchmark"))
     assert summary["stored"] == 1, summary
-    return {"peak_bytes": measure.memory_peak_bytes()}
+    return {"bytes": measure.memory_peak_bytes()}

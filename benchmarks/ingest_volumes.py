@@ -47,6 +47,11 @@ def synthetic_ct(shape_xyz: tuple[int, int, int] = (320, 320, 160)) -> np.ndarra
     return np.clip(np.rint(hounsfield + noise), -1024, 3071).astype(np.int16)
 
 
+def tiled_ct(edge_factor: int) -> np.ndarray:
+    """The synthetic CT side by side, `edge_factor` times along two axes: 33 MB each."""
+    return np.tile(synthetic_ct(), (edge_factor, edge_factor, 1))
+
+
 def write_files(kind: Kind, folder: Path, count: int, suffix: str) -> list[str]:
     """`count` files of one kind that differ in their bytes: the volume shifted by some voxels."""
     paths = []

@@ -1,4 +1,4 @@
-"""`submit --wait`: show what rank 0 prints, pass signals on, and leave with the job's exit code."""
+"""`submit --wait` and `logs -f`: show what a rank prints until the job has ended."""
 
 import os
 import signal
@@ -7,14 +7,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
+from launch import slurm_commands
 from launch.folder import JobFolder
 from launch.jobs import JOB_SIGNALS
+from launch.slurm_commands import SlurmSilentError
 from mimscale import console
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LostRankError
 from mimscale.train.run_dir import Outcome
 
 POLL_S = 0.2
+QUEUE_EVERY_S = 10.0  # more often annoys a controller that thousands of jobs ask
 TAIL_LINES = 20  # of another rank's log, when that rank is the cause
 
 
@@ -34,22 +38,24 @@ class _Requests:
             signal.signal(number, handler)
 
 
-class _Log:
-    """A growing file, copied to stderr."""
+class Log:
+    """A growing file, copied to a stream."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stream: TextIO) -> None:
         self._path = path
+        self._stream = stream
         self._shown_bytes = 0
 
     def show_new(self) -> None:
+        """Copy what was added since the last call."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
             file.seek(self._shown_bytes)
             text = file.read()
         self._shown_bytes += len(text)
-        sys.stderr.write(text.decode(errors="replace"))
-        sys.stderr.flush()
+        self._stream.write(text.decode(errors="replace"))
+        self._stream.flush()
 
 
 def follow(folder: JobFolder, job_id: str) -> int:
@@ -59,7 +65,7 @@ def follow(folder: JobFolder, job_id: str) -> int:
     """
     supervisor = folder.read().supervisor
     assert supervisor is not None, f"{folder.path}: no supervisor in job.json"
-    log = _Log(folder.rank_log(job_id, 0))
+    log = Log(folder.rank_log(job_id, 0), sys.stderr)
     requests = _Requests()
     asked = False
     try:
@@ -80,6 +86,50 @@ def follow(folder: JobFolder, job_id: str) -> int:
     finally:
         requests.hand_back()
     return _settle(folder, job_id)
+
+
+def follow_batch_job(folder: JobFolder) -> int:
+    """Show rank 0's log of a Slurm job until it has ended; returns its exit code. Ctrl-C leaves the job alone."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+    try:
+        show_until_ended(folder, 0, sys.stderr)
+    except KeyboardInterrupt:
+        console.say(f"the job goes on; `mimscale cancel {folder.run.path}` ends it")
+        return 128 + signal.SIGINT
+    outcome = folder.read_outcome()
+    if outcome is None:
+        raise LostRankError(f"{folder.path}: the job has left the queue without an outcome; see `mimscale status`")
+    console.say(f"{outcome.outcome} (exit code {outcome.exit_code}): {outcome.message or 'all done'}")
+    return outcome.exit_code
+
+
+def show_until_ended(folder: JobFolder, rank: int, stream: TextIO) -> None:
+    """Show a rank's log as it grows, also over restarts of the job, until the job has ended."""
+    logs: dict[str, Log] = {}
+    next_question_s = time.monotonic() + QUEUE_EVERY_S
+    while True:
+        ended = folder.read_outcome() is not None
+        record = folder.read()
+        if record.job_id is not None:  # a job that Slurm cancels on preemption goes on under another id
+            path = folder.rank_log(record.job_id, rank)
+            logs.setdefault(record.job_id, Log(path, stream)).show_new()
+        if ended:
+            return
+        if time.monotonic() > next_question_s:
+            next_question_s = time.monotonic() + QUEUE_EVERY_S
+            if not _is_alive(folder):
+                return
+        time.sleep(POLL_S)
+
+
+def _is_alive(folder: JobFolder) -> bool:
+    record = folder.read()
+    if record.executor != "slurm":
+        return bool(folder.living())
+    try:
+        return any(job.is_active for job in folder.queued(slurm_commands.queue([record.user])))
+    except SlurmSilentError:
+        return True  # it says nothing about the job
 
 
 def _settle(folder: JobFolder, job_id: str) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from typing import NoReturn
 import submitit
 
 from launch.profile import OWN_VARIABLES, Accelerator
+from launch.slurm_commands import without_allocation
 from mimscale import cli
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
+from mimscale.train.startup import MARKS as STARTUP_MARKS
 from mimscale.world import World
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -41,14 +44,16 @@ class RunVerb:
     arguments: tuple[str, ...]  # the verb and its words
     folder: Path  # working directory: the one that the job was submitted from
     environment: Mapping[str, str]  # see `job_environment`
-    master_port: int
+    lock_owner: str | None = None  # jobs with the same one follow each other, and wait for what the one before left
+    master_port: int | None = None  # None: the batch script chooses one at each start
 
     def __call__(self) -> int:
         """Run the verb as one rank.
 
         Returns:
             0, or any exit code under the debug executor. Elsewhere a process that failed ends here with its exit code:
-            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone.
+            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone. Under
+            Slurm every process ends here.
         """
         place = submitit.JobEnvironment()
         local_size = place.num_tasks // place.num_nodes
@@ -59,16 +64,20 @@ class RunVerb:
             local_size=local_size,
             node=place.hostname,
             master_address="127.0.0.1" if place.num_nodes == 1 else place.hostnames[0],
-            master_port=self.master_port,
+            master_port=int(os.environ["MIMSCALE_MASTER_PORT"]) if self.master_port is None else self.master_port,
         )
         os.environ.update(self.environment)
         os.environ.update(world.environment())
         os.environ["MIMSCALE_JOB_ID"] = place.job_id  # named in the run directory's lock
+        if self.lock_owner is not None:
+            os.environ["MIMSCALE_LOCK_OWNER"] = self.lock_owner
+        os.environ["MIMSCALE_RANK_UNIX_S"] = str(time.time())
         os.chdir(self.folder)
         if place.cluster == "debug":
             return cli.main(list(self.arguments))
 
         _prepare_process()
+        _remove_stale_result(place.paths.result_pickle)
         try:
             code = cli.main(list(self.arguments))
         except SystemExit as stop:
@@ -78,6 +87,11 @@ class RunVerb:
             code = 1
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
+        if place.cluster == "slurm":
+            # srun would kill the ranks that still close their files when one leaves with 75; outcome.json has the
+            # truth. And the interpreter takes seconds to end torch, out of those that a preemption leaves for a save.
+            together = code == INTERRUPTED_EXIT_CODE and world.size > 1
+            _leave_at_once(0 if together else code)
         if code not in (0, INTERRUPTED_EXIT_CODE):
             _leave_at_once(code)
         if code:
@@ -93,6 +107,12 @@ def _prepare_process() -> None:
         signal.signal(number, _stop_before_training)
     # When the supervisor is killed, its ranks save and leave instead of training on unseen.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _remove_stale_result(pickle: Path) -> None:
+    # Of an attempt before a requeue: Submitit refuses to write a second one beside the draft of a killed one.
+    for file in (pickle, pickle.with_name(f"{pickle.name}.save_tmp")):
+        file.unlink(missing_ok=True)
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
@@ -116,10 +136,11 @@ def job_environment(
     Another launcher's variables are left out: a rank that finds the RANK or SLURM_PROCID of the shell that submitted it
     would take another's place. CUDA_VISIBLE_DEVICES stays as the user has it.
     """
-    foreign = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    # The last are what a job of ours finds; a job that is submitted from inside it has its own.
+    foreign = ("SUBMITIT_", "TORCHELASTIC_", "MIMSCALE_LOCK_OWNER", "MIMSCALE_MASTER_PORT", *STARTUP_MARKS.values())
     kept = {
         name: value
-        for name, value in inherited.items()
+        for name, value in without_allocation(inherited).items()
         if not name.startswith(foreign) and name not in OWN_VARIABLES and name not in ("GROUP_RANK", "ROLE_RANK")
     }
     return {**kept, **chosen, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}

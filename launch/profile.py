@@ -4,6 +4,7 @@ Nothing here asks torch: a profile is read on login nodes.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from launch.slurm_profile import SlurmConfig, check_one_line
 from mimscale.config import build_config, parse_yaml, require_positive
 from mimscale.errors import ConfigError
 
@@ -36,14 +38,16 @@ OWN_VARIABLES = {
 class Profile:
     """Where and how jobs run."""
 
-    executor: Literal["local", "debug"]  # local: processes on this machine; debug: inside the submitting process
-    processes_per_node: int | None = None  # null: one per GPU, two without
-    threads_per_process: int | None = None  # OMP_NUM_THREADS; null: the usable cores shared out
+    # local: processes on this machine; debug: inside the submitting process; slurm: a batch job
+    executor: Literal["local", "debug", "slurm"]
+    processes_per_node: int | None = None  # null: one per GPU; without GPUs two on this machine, one on a Slurm node
+    threads_per_process: int | None = None  # OMP_NUM_THREADS; null: the usable cores shared out, slurm.cpus_per_task
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # what DeepSpeed computes on (DS_ACCELERATOR)
-    timeout_min: float | None = None  # wall-clock limit of a job; null: none
+    timeout_min: float | None = None  # wall-clock limit of a job; null: none, and with Slurm the partition's
     signal_lead_s: float = 120.0  # how long before the limit the job is asked to save and leave
     lost_rank_grace_s: float = 10.0  # how long the other processes may end by themselves once one has failed
     environment: dict[str, str] = field(default_factory=dict)  # further variables of the job's processes
+    slurm: SlurmConfig | None = None  # what Slurm is asked for; of executor: slurm alone
 
     def __post_init__(self) -> None:
         for name in ("processes_per_node", "threads_per_process", "timeout_min"):
@@ -59,6 +63,12 @@ class Profile:
             raise ValueError(
                 f"profile.processes_per_node={self.processes_per_node}: the debug executor runs one process; use local"
             )
+        if self.slurm is not None and self.executor != "slurm":
+            raise ValueError(f"profile.slurm: only with executor: slurm, this profile has executor: {self.executor}")
+        for name, value in self.environment.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"profile.environment: {name!r} is no name of a variable")
+            check_one_line(f"profile.environment.{name}", value)
         for name in self.environment.keys() & OWN_VARIABLES.keys():
             raise ValueError(f"profile.environment.{name} is set by the launcher; {OWN_VARIABLES[name]}")
 
@@ -81,6 +91,11 @@ def load_profile(name_or_path: str) -> Profile:
     return build_config(Profile, parse_yaml(text, name_or_path), name_or_path)
 
 
+def slurm_config(profile: Profile) -> SlurmConfig:
+    """What Slurm is asked for: the profile's `slurm:` part, or nothing special."""
+    return profile.slurm or SlurmConfig()
+
+
 def resolve_accelerator(profile: Profile, environment: Mapping[str, str]) -> Accelerator:
     """What the processes compute on. Said explicitly, because DeepSpeed's own search takes what it finds first.
 
@@ -89,6 +104,8 @@ def resolve_accelerator(profile: Profile, environment: Mapping[str, str]) -> Acc
     """
     if profile.accelerator != "auto":
         return profile.accelerator
+    if profile.executor == "slurm":  # what the login node has says nothing about the nodes
+        return "cuda" if slurm_config(profile).gpus else "cpu"
     inherited = environment.get("DS_ACCELERATOR")
     if inherited == "cpu":
         return "cpu"
@@ -121,9 +138,13 @@ def resolve_processes(profile: Profile, accelerator: Accelerator, environment: M
         return profile.processes_per_node
     if profile.executor == "debug":
         return 1
+    if profile.executor == "slurm":
+        return max(1, slurm_config(profile).gpus)
     return max(1, visible_gpus(environment)) if accelerator == "cuda" else CPU_PROCESSES
 
 
 def resolve_threads(profile: Profile, processes: int) -> int:
     """Threads of each process (OMP_NUM_THREADS)."""
+    if profile.executor == "slurm":
+        return profile.threads_per_process or slurm_config(profile).cpus_per_task or 1
     return profile.threads_per_process or max(1, len(os.sched_getaffinity(0)) // processes)

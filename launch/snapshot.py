@@ -35,9 +35,12 @@ def snapshot_code(code: Path) -> Path:
     temporary = final.with_name(durable.TEMPORARY_PREFIX + final.name)
     with durable.explained(LaunchError, final, "free space or choose another run_dir"):
         shutil.rmtree(temporary, ignore_errors=True)
-        for name, path in files.items():
-            target = temporary / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        durable.rename_folder(temporary, final)
+        try:
+            for name, path in files.items():
+                target = temporary / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            durable.rename_folder(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk half a copy only takes space
     return final

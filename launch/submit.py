@@ -1,173 +1,53 @@
 """`mimscale submit VERB ...`: check everything here, then start the job somewhere else.
 
 The job runs the resolved config that stands in its folder, so a recipe that is edited later changes nothing. How it
-ended stands in `outcome.json`, which `launch.supervise` has the last word on.
+ended stands in `outcome.json`: `launch.supervise` (this machine) or `launch.requeue` (Slurm) has the last word on it.
 """
 
 import argparse
-import contextlib
-import io
+import getpass
 import os
 import shlex
+import shutil
 import signal
-import subprocess
-import sys
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import submitit
-from submitit.local.debug import DebugExecutor
-from submitit.local.local import LocalJob
+import yaml
 
+from launch import slurm_commands
 from launch.folder import JobFolder, JobRecord, append_job, claim_folder, job_folders, now_utc, refuse_while_alive
-from launch.follow import follow
+from launch.follow import follow, follow_batch_job
 from launch.jobs import JOB_SIGNALS, RunVerb, free_port, job_environment
-from launch.profile import Accelerator, Profile, load_profile, resolve_accelerator, resolve_processes, resolve_threads
+from launch.plan import JOB_VERBS, Plan, check_verb, make_plan
+from launch.preflight import check_on_login_node, check_times, refuse_inside_allocation
+from launch.profile import load_profile, slurm_config
+from launch.requeue import repoint_dependents
+from launch.slurm import BatchExecutor, BatchJob, new_job_name
+from launch.slurm_commands import LostSubmissionError
 from launch.snapshot import snapshot_code
-from mimscale import cli, console, durable
-from mimscale.config import build_config, config_tree, config_yaml, parse_yaml, tree_hash
+from mimscale import console, durable
+from mimscale.config import tree_hash
 from mimscale.errors import ConfigError, LaunchError
-from mimscale.store.layout import read_info
-from mimscale.train.config import FREE_KEYS, FinetuneConfig, PretrainConfig, RunConfig, accumulation
+from mimscale.store.layout import info_path, read_info
+from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
-from mimscale.train.run_dir import RunDir
+from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.world import Process
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobVerb:
-    """What submission must know about a verb."""
+class Waiting:
+    """The submissions that a new one may find alive, and those whose success it waits for."""
 
-    folder_key: str  # config key of the folder that the job's files go to
-    suffix: str = ""  # added to that folder's name, where the folder itself has a fixed layout
-    config: type[RunConfig] | None = None  # of a verb that trains, on many processes; the others run on one
-
-
-JOB_VERBS = {
-    "pretrain": JobVerb(folder_key="run_dir", config=PretrainConfig),
-    "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
-    "evaluate": JobVerb(folder_key="run_dir"),
-    "ingest": JobVerb(folder_key="out", suffix=".job"),
-    "cohort": JobVerb(folder_key="out", suffix=".job"),
-}
+    beside: tuple[JobFolder, ...] = ()
+    parent: JobFolder | None = None  # the one that --after names, while it is not over
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked submission: everything is known, nothing is started."""
-
-    verb: str
-    tree: dict[str, Any]  # the resolved config, plain
-    text: str  # the same as YAML
-    run: RunDir  # holds logs/ and jobs.jsonl; for verbs without a run directory, a folder beside their output
-    trains: RunConfig | None
-    profile: Profile
-    nodes: int
-    processes: int  # on each node
-    threads: int
-    accelerator: Accelerator
-
-    @property
-    def world_size(self) -> int:
-        """Processes over all nodes."""
-        return self.nodes * self.processes
-
-    def topology(self) -> dict[str, int | str]:
-        """Processes, and for training how the global batch is made of them."""
-        tree: dict[str, int | str] = {
-            "executor": self.profile.executor,
-            "accelerator": self.accelerator,
-            "nodes": self.nodes,
-            "processes": self.world_size,
-            "threads_per_process": self.threads,
-        }
-        if self.trains:
-            tree["micro_batch"] = self.trains.micro_batch
-            tree["accumulation"] = accumulation(self.trains, self.world_size)
-            tree["global_batch"] = self.trains.global_batch
-        return tree
-
-
-class SupervisedExecutor(submitit.LocalExecutor):
-    """Submitit's local executor with our supervisor in place of its controller.
-
-    The job has its own session, so it survives the shell, and holds none of the shell's pipes, so `submit | cat` ends.
-    """
-
-    def __init__(self, folder: JobFolder, *, processes: int, environment: dict[str, str]) -> None:
-        super().__init__(folder.path, python=shlex.quote(sys.executable))
-        self._job_folder = folder
-        self._environment = environment
-        self.update_parameters(tasks_per_node=processes)
-
-    def _submit_command(self, command: str) -> LocalJob[Any]:
-        with self._job_folder.supervisor_log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "launch.supervise", str(self.folder), command],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return LocalJob(self.folder, str(process.pid), tasks=range(self._num_tasks()), process=process)
-
-
-def check_verb(verb: str, words: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Let the verb itself resolve and check its command line.
-
-    Returns:
-        The resolved config and 0; or an empty tree and the verb's exit code, its complaint having been printed.
-    """
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = cli.main([verb, *words, "--check"])
-    return (parse_yaml(printed.getvalue(), f"{verb} --check"), 0) if code == 0 else ({}, code)
-
-
-def make_plan(verb: str, tree: dict[str, Any], profile: Profile, *, nodes: int, processes: int | None) -> Plan:
-    """Settle where a checked config runs, and on how many processes.
-
-    Raises:
-        ConfigError: a number of nodes or processes that the profile or the global batch does not allow.
-    """
-    job = JOB_VERBS[verb]
-    if nodes != 1:
-        raise ConfigError(f"--nodes {nodes}: the {profile.executor} executor runs on this machine alone; say --nodes 1")
-    if processes is not None:
-        if processes < 1 or (profile.executor == "debug" and processes != 1):
-            raise ConfigError(f"--processes {processes}: at least 1, and exactly 1 for the debug executor")
-        profile = replace(profile, processes_per_node=processes)
-    accelerator = resolve_accelerator(profile, os.environ)
-    count = resolve_processes(profile, accelerator, os.environ) if job.config else 1
-    config = build_config(job.config, tree, f"{verb} --check") if job.config else None
-    text = config_yaml(config) if config else _yaml_of(tree)
-    place = Path(tree[job.folder_key])
-    plan = Plan(
-        verb=verb,
-        tree=config_tree(config) if config else tree,
-        text=text,
-        run=RunDir(place.with_name(place.name + job.suffix).absolute()),
-        trains=config,
-        profile=profile,
-        nodes=nodes,
-        processes=count,
-        threads=resolve_threads(profile, count),
-        accelerator=accelerator,
-    )
-    plan.topology()  # refuses a global batch that does not divide
-    return plan
-
-
-def _yaml_of(tree: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
-
-
-def prepare(plan: Plan, *, fresh: bool) -> JobFolder:
+def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFolder:
     """Make the run directory and the job's folder in it.
 
     Raises:
@@ -175,17 +55,18 @@ def prepare(plan: Plan, *, fresh: bool) -> JobFolder:
         ConfigError: the run in it has another config, or there is no run to evaluate.
         DataError: no store where the config says.
     """
-    root = plan.run.path
-    refuse_while_alive(root, job_folders(plan.run.logs))
+    root, batch = plan.run.path, plan.profile.executor == "slurm"
+    refuse_while_alive(root, [folder for folder in job_folders(plan.run.logs) if folder not in waiting.beside])
     writers = plan.run.living_ranks()
-    if writers:
+    if writers and not waiting.beside:
         raise LaunchError(
             f"{root}: a run that was not submitted is alive here ({_ranks_text(writers)}); wait for it, or let it save "
             f"and stop with `kill -USR2 {' '.join(str(pid) for pid in writers.values())}`"
         )
     ports = [folder.read().master_port for folder in job_folders(plan.run.logs)[-1:]]
     if plan.trains:
-        read_info(plan.trains.store)  # refuses what is no store, before anything waits in a queue
+        if waiting.parent is None or info_path(plan.trains.store).exists():
+            read_info(plan.trains.store)  # refuses what is no store, before anything waits in a queue
         if fresh:  # here and once: a job that is started again must not move its own progress aside
             plan.run.move_aside()
         with durable.explained(LaunchError, plan.run.path, "choose another run_dir or free space"):
@@ -196,7 +77,7 @@ def prepare(plan: Plan, *, fresh: bool) -> JobFolder:
         verb=plan.verb,
         executor=plan.profile.executor,
         processes=plan.world_size,
-        master_port=free_port(avoid=ports[0] if ports else None),
+        master_port=None if batch else free_port(avoid=ports[0] if ports else None),
         config_hash=tree_hash(plan.tree),
         timeout_min=plan.profile.timeout_min,
         signal_lead_s=plan.profile.signal_lead_s,
@@ -204,47 +85,113 @@ def prepare(plan: Plan, *, fresh: bool) -> JobFolder:
         trains=plan.trains is not None,
         submitted_utc=now_utc(),
         submitter=Process.of(os.getpid()),
+        nodes=plan.nodes,
+        folder=str(Path.cwd()),
+        user=getpass.getuser(),
+        job_name=new_job_name(plan.verb, root, uuid.uuid4().hex[:8]) if batch else "",
+        array=plan.array,
+        after=None if waiting.parent is None else str(waiting.parent.path),
+        partition=slurm_config(plan.profile).partition,
+        max_requeues=slurm_config(plan.profile).max_requeues,
     )
-    folder = claim_folder(plan.run.logs, record, plan.text)
-    if plan.trains:
+    profile_text = yaml.safe_dump(_plain(asdict(plan.profile)), sort_keys=False)
+    with durable.explained(LaunchError, plan.run.logs, "choose another run_dir or free space"):
+        folder = claim_folder(plan.run.logs, record, plan.text, beside=waiting.beside, profile_text=profile_text)
+    if plan.trains and not batch:
         plan.run.outcome.unlink(missing_ok=True)  # how the job before ended
     return folder
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(tree, dict):
+        return {name: _plain(value) for name, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _ranks_text(ranks: dict[int, int]) -> str:
     return ", ".join(f"rank {rank} is process {pid}" for rank, pid in ranks.items())
 
 
-def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[int]:
-    """Hand the job to its executor and record it."""
+def start(plan: Plan, folder: JobFolder, argv: Sequence[str], *, depends_on: Sequence[str] = ()) -> str:
+    """Hand the job to its executor and record it; returns its id.
+
+    Raises:
+        LaunchError: the scheduler does not take it; the folder is gone then.
+    """
     record = folder.read()
-    environment = job_environment(
-        os.environ, chosen=plan.profile.environment, threads=plan.threads, accelerator=plan.accelerator
-    )
-    settings = {name: environment[name] for name in (*plan.profile.environment, "OMP_NUM_THREADS", "DS_ACCELERATOR")}
-    task = RunVerb(
-        arguments=(plan.verb, str(folder.config)),
-        folder=Path.cwd(),
-        environment=settings,
-        master_port=record.master_port,
-    )
-    job: submitit.Job[int]
-    code = None
-    if plan.profile.executor == "debug":  # runs in this process, by the code that is loaded already
-        job = DebugExecutor(folder.path).submit(task)
-    else:
-        code = snapshot_code(plan.run.code)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH"))))
+    chosen = _chosen_variables(plan)
+    environment = job_environment(os.environ, chosen=chosen, threads=plan.threads, accelerator=plan.accelerator)
+    code = snapshot_code(plan.run.code)
+    exported = chosen | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH")))),
         # `python -m` would look into the current folder first, and find the checkout that a user submits from.
-        environment["PYTHONSAFEPATH"] = "1"
-        environment[COMMIT_VARIABLE] = this_commit()
-        job = SupervisedExecutor(folder, processes=plan.processes, environment=environment).submit(task)
-        record = replace(record, supervisor=Process.of(int(job.job_id)))
-    folder.write(replace(record, job_id=job.job_id))
+        "PYTHONSAFEPATH": "1",
+        COMMIT_VARIABLE: this_commit(),
+    }
+    task = _task(plan, folder, record.master_port)
+    if plan.profile.executor == "slurm":
+        job = _batch_job(plan, folder.path, record.job_name, exported, depends_on)
+        try:
+            job_id = BatchExecutor(job, environment).submit_task(task)
+        except LostSubmissionError:
+            raise  # it may be queued: the folder stays
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+    else:
+        from launch.local import SupervisedExecutor
+
+        executor = SupervisedExecutor(folder, processes=plan.processes, environment=environment | exported)
+        job_id = executor.submit(task).job_id
+        record = replace(record, supervisor=Process.of(int(job_id)))
+    folder.write(replace(record, job_id=job_id))
+    _log_job(plan, folder, job_id, str(code.relative_to(plan.run.path)), argv)
+    return job_id
+
+
+def _chosen_variables(plan: Plan) -> dict[str, str]:
+    interface = slurm_config(plan.profile).network_interface
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
+    return {**dict.fromkeys(names, interface or ""), **plan.profile.environment}
+
+
+def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
+    return RunVerb(
+        arguments=(plan.verb, str(folder.config), *plan.words),
+        folder=Path.cwd(),
+        environment=_chosen_variables(plan)
+        | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
+        # Slurm has said that no other job of this run is alive, but not that its node has let go of the lock.
+        lock_owner=str(plan.run.path) if plan.profile.executor == "slurm" else None,
+        master_port=master_port,
+    )
+
+
+def _batch_job(
+    plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
+) -> BatchJob:
+    folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key)]
+    mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
+    return BatchJob(
+        folder=folder,
+        profile=plan.profile,
+        job_name=job_name,
+        nodes=plan.nodes,
+        processes=plan.processes,
+        environment=exported,
+        mounts=tuple(mounts),
+        dependency=slurm_commands.after_success(depends_on) if depends_on else None,
+        array=plan.array,
+    )
+
+
+def _log_job(plan: Plan, folder: JobFolder, job_id: str, code: str | None, argv: Sequence[str]) -> None:
+    record = folder.read()
     append_job(
         plan.run.jobs,
         {
-            "job_id": job.job_id,
+            "job_id": job_id,
             "verb": plan.verb,
             "executor": record.executor,
             "host": record.submitter.host,
@@ -252,26 +199,124 @@ def start(plan: Plan, folder: JobFolder, argv: Sequence[str]) -> submitit.Job[in
             "processes": record.processes,
             "config_hash": record.config_hash,
             "folder": str(folder.path.relative_to(plan.run.path)),
-            "code": None if code is None else str(code.relative_to(plan.run.path)),
+            "code": code,
             "command": shlex.join(["mimscale", "submit", *argv]),
         },
     )
-    return job
+
+
+def _run_here(plan: Plan, folder: JobFolder, argv: Sequence[str], *, as_json: bool) -> int:
+    """The debug executor: inside this process, by the code that is loaded already."""
+    from submitit.local.debug import DebugExecutor
+
+    job = DebugExecutor(folder.path).submit(_task(plan, folder, folder.read().master_port))
+    folder.write(replace(folder.read(), job_id=job.job_id))
+    _log_job(plan, folder, job.job_id, None, argv)
+    if as_json:
+        console.print_json({"job_id": job.job_id, "run_dir": str(plan.run.path), "log": str(folder.path)})
+    return int(job.result())
+
+
+def find_parent(run_dir: Path) -> JobFolder | None:
+    """The submission that `--after run_dir` waits for; None when it has finished already.
+
+    Args:
+        run_dir: a run directory, or the store that an ingest writes.
+
+    Raises:
+        LaunchError: there is none, it has failed, or it is no job of Slurm.
+    """
+    places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(f"{run_dir.name}.job"))]
+    folders = [folder for place in places for folder in job_folders(place.logs)]
+    if not folders:
+        raise LaunchError(f"--after {run_dir}: nothing was submitted there; give the run_dir (or out) of a submission")
+    newest = folders[-1]
+    outcome, record = newest.read_outcome(), newest.read()
+    if outcome is not None and outcome.exit_code == 0:
+        return None
+    if outcome is not None:
+        raise LaunchError(
+            f"--after {run_dir}: its job {record.job_id} {outcome.outcome} ({outcome.message}); let it finish first, "
+            f"with `mimscale resume {run_dir}`"
+        )
+    if record.executor != "slurm":
+        raise LaunchError(f"--after {run_dir}: job {record.job_id} is no job of Slurm; wait for it")
+    active = [job for job in newest.queued(slurm_commands.queue([record.user])) if job.is_active]
+    if not active:
+        raise LaunchError(
+            f"--after {run_dir}: job {record.job_id} is not in the queue and left no outcome; see `mimscale status "
+            f"{run_dir}`, then `mimscale resume {run_dir}`"
+        )
+    return newest
+
+
+def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | None) -> tuple[JobFolder, str]:
+    """Submit to Slurm: one job, or a job array and the job that merges its parts; returns the last one.
+
+    Raises:
+        LaunchError: refused by us or by Slurm, before anything is queued.
+    """
+    check_on_login_node(plan)
+    parent = None if after is None else find_parent(after)
+    # What waits for a job of this run that has failed cannot start before the new one has finished.
+    failed = [folder for folder in job_folders(plan.run.logs) if (end := folder.read_outcome()) and end.exit_code]
+    stuck = [child for folder in failed for child in folder.waiting()]
+    if plan.array is not None:
+        _drop_old_merges([child for child in stuck if child.run == plan.run])
+    waiting = Waiting(beside=(*stuck, *([] if parent is None else [parent])), parent=parent)
+    depends_on = [] if parent is None else parent.unfinished_job_ids()
+    folder = prepare(plan, fresh=fresh, waiting=waiting)
+    job_id = start(plan, folder, argv, depends_on=depends_on)
+    if parent is not None:
+        parent.add_dependent(folder)
+    if plan.array is None:
+        _take_over(failed, folder, job_id)
+        return folder, job_id
+    merging = replace(plan, array=None, words=("merge=true",))
+    try:
+        merge_folder = prepare(merging, fresh=False, waiting=Waiting(beside=(*waiting.beside, folder), parent=folder))
+        merge_id = start(merging, merge_folder, argv, depends_on=[job_id])
+    except BaseException:
+        slurm_commands.cancel(job_id)  # parts that nobody would merge
+        raise
+    folder.add_dependent(merge_folder)
+    _take_over(failed, merge_folder, merge_id)
+    return merge_folder, merge_id
+
+
+def _drop_old_merges(merges: Sequence[JobFolder]) -> None:
+    """Take merges that can never start out of the queue: a new array brings its own."""
+    for merge in merges:
+        slurm_commands.cancel(str(merge.read().job_id))
+        why = "its job array failed and was submitted again, with another merge"
+        merge.settle(Outcome(outcome="failed", exit_code=LaunchError.exit_code, step=-1, message=why))
+
+
+def _take_over(failed: Sequence[JobFolder], folder: JobFolder, job_id: str) -> None:
+    """Let what waits for the failed jobs of a run wait for the new one."""
+    for old in failed:
+        for child in repoint_dependents(old, [job_id]):
+            folder.add_dependent(child)
+            child.write(replace(child.read(), after=str(folder.path)))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `mimscale submit`."""
     parser = argparse.ArgumentParser(
-        prog="mimscale submit", description="Run a verb as a job: on this machine, without keeping the shell."
+        prog="mimscale submit",
+        description="Run a verb as a job, on this machine or on a Slurm cluster, without keeping the shell.",
     )
     parser.add_argument("verb", choices=JOB_VERBS, help="what to run")
     parser.add_argument("words", nargs="*", metavar="WORD", help="the verb's RECIPE and key=value overrides")
     parser.add_argument("--profile", default="local", metavar="NAME_OR_FILE", help="where to run (default: local)")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: 1)")
     parser.add_argument("--processes", type=int, help="processes on each node, in place of the profile's")
+    parser.add_argument("--after", type=Path, metavar="RUN_DIR", help="start when the job of this run has finished")
+    parser.add_argument("--array", type=int, metavar="N", help="ingest: N jobs that convert, and one that merges")
     parser.add_argument("--wait", action="store_true", help="show rank 0's log and leave with the job's exit code")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and topology, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, start nothing")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--inside-allocation", action="store_true", help="submit although this shell is itself a job")
     parser.add_argument("--json", action="store_true", help="print {job_id, run_dir, log} on stdout")
     return parser
 
@@ -280,52 +325,80 @@ def main(argv: list[str]) -> int:
     """`mimscale submit VERB RECIPE key=value ... [--profile P] [--wait] [--dry-run]`; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
     profile = load_profile(arguments.profile)
+    batch = profile.executor == "slurm"
+    if batch and not (arguments.inside_allocation or arguments.dry_run):
+        refuse_inside_allocation(os.environ)
+    if arguments.after is not None and not batch:
+        raise ConfigError(f"--after {arguments.after}: Slurm waits for jobs, the {profile.executor} executor does not")
     tree, code = check_verb(arguments.verb, arguments.words)
     if code:
         return code
-    plan = make_plan(arguments.verb, tree, profile, nodes=arguments.nodes, processes=arguments.processes)
+    plan = make_plan(
+        arguments.verb, tree, profile, nodes=arguments.nodes, processes=arguments.processes, array=arguments.array
+    )
     if arguments.dry_run:
-        _print_plan(plan, as_json=arguments.json)
+        _print_plan(plan, arguments.after, as_json=arguments.json)
         return 0
-    folder = prepare(plan, fresh=arguments.fresh)
     if profile.executor == "debug":
-        job = start(plan, folder, argv)
-        if arguments.json:
-            console.print_json({"job_id": job.job_id, "run_dir": str(plan.run.path), "log": str(folder.path)})
-        return int(job.result())
+        return _run_here(plan, prepare(plan, fresh=arguments.fresh), argv, as_json=arguments.json)
     # A Ctrl-C while the job is being started waits until the job is recorded, and then stops it or us in the usual way.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        job = start(plan, folder, argv)
-        log = folder.rank_log(job.job_id, 0)
+        if batch:
+            folder, job_id = submit_batch(plan, argv, fresh=arguments.fresh, after=arguments.after)
+        else:
+            folder = prepare(plan, fresh=arguments.fresh)
+            job_id = start(plan, folder, argv)
+        log = folder.rank_log(job_id, 0)
         if arguments.json:
-            console.print_json({"job_id": job.job_id, "run_dir": str(plan.run.path), "log": str(log)})
-        _say_what_next(plan, job.job_id, log)
-        return follow(folder, job.job_id) if arguments.wait else 0
+            console.print_json({"job_id": job_id, "run_dir": str(plan.run.path), "log": str(log)})
+        _say_what_next(plan, job_id, log)
+        if not arguments.wait:
+            return 0
+        return follow_batch_job(folder) if batch else follow(folder, job_id)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
-def _print_plan(plan: Plan, *, as_json: bool) -> None:
+def _print_plan(plan: Plan, after: Path | None, *, as_json: bool) -> None:
+    script = None
+    if plan.profile.executor == "slurm":
+        check_times(plan)
+        folder = plan.run.logs / f"{1 + max((int(f.path.name) for f in job_folders(plan.run.logs)), default=0):03d}"
+        exported = _chosen_variables(plan) | {"PYTHONPATH": str(plan.run.code / "HASH"), "PYTHONSAFEPATH": "1"}
+        name = new_job_name(plan.verb, plan.run.path, "0" * 8)
+        depends_on = [] if after is None else ["JOB_OF_PARENT"]
+        script = BatchExecutor(_batch_job(plan, folder, name, exported, depends_on)).script()
     if as_json:
-        console.print_json({"config": plan.tree, "topology": plan.topology(), "run_dir": str(plan.run.path)})
-        return
-    lines = [f"# {name}: {value}" for name, value in plan.topology().items()]
-    if plan.trains:
-        steps = accumulation(plan.trains, plan.world_size)
-        lines.append(
-            f"# {plan.world_size} processes x micro_batch {plan.trains.micro_batch} x accumulation {steps} "
-            f"= global batch {plan.trains.global_batch}"
+        estimate = plan.estimate()
+        console.print_json(
+            {
+                "config": plan.tree,
+                "topology": plan.topology(),
+                "run_dir": str(plan.run.path),
+                "estimate": None if estimate is None else asdict(estimate),
+                "sbatch": script,
+            }
         )
-    print("\n".join([f"# mimscale {plan.verb}, job files in {plan.run.logs}", *lines]))
+        return
+    print("\n".join(f"# {line}" for line in (f"mimscale {plan.verb}, job files in {plan.run.logs}", *plan.describe())))
     print(plan.text, end="")
+    if script is not None:
+        print(f"# --- batch script\n{script}")
+        if plan.array:
+            print("# --- then, when every task has finished: the same for one task with merge=true")
 
 
 def _say_what_next(plan: Plan, job_id: str, log: Path) -> None:
+    batch, run_dir = plan.profile.executor == "slurm", shlex.quote(str(plan.run.path))
+    head = f"job {job_id}: {plan.verb} on {plan.world_size} process(es) x {plan.threads} thread(s), {plan.accelerator}"
+    if batch:
+        head += f", {plan.nodes} node(s)" + (f", after {plan.array} tasks" if plan.array else "")
     console.say(
-        f"job {job_id}: {plan.verb} on {plan.world_size} process(es) x {plan.threads} thread(s), {plan.accelerator}\n"
+        f"{head}\n"
         f"  files            {plan.run.path}\n"
-        f"  follow it        tail -F {shlex.quote(str(log))}\n"
-        f"  save and stop    kill -USR2 {job_id}\n"
-        f"  how it ended     cat {shlex.quote(str(log.parent / 'outcome.json'))}"
+        f"  log              {log}\n"
+        f"  how it is        mimscale status {run_dir}\n"
+        f"  follow it        mimscale logs {run_dir} -f\n"
+        f"  save and stop    {f'mimscale cancel {run_dir}' if batch else f'kill -USR2 {job_id}'}"
     )

@@ -22,7 +22,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "bench": ("mimscale.bench.stream:main", "bench stream: how fast crops come out of a store, and what limits it"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
-    "submit": ("launch.submit:main", "run a verb as a job, on this machine or a scheduler"),
+    "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
+    "status": ("launch.status:main", "what submitted runs are doing"),
+    "logs": ("launch.steer:logs_main", "what a submitted run prints"),
+    "cancel": ("launch.steer:cancel_main", "let a submitted run save and stop, for good"),
+    "resume": ("launch.steer:resume_main", "submit a run again where it stopped"),
 }
 
 

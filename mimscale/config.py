@@ -62,26 +62,33 @@ def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(tree, extra="forbid")
     except ValidationError as error:
-        problems = [f"  {_problem(cls, item)}" for item in error.errors()]
-        raise ConfigError(f"{origin}: {len(problems)} problem(s)\n" + "\n".join(problems)) from None
+        items = error.errors()
+        problems = [_problem(cls, item) for item in items]
+        parents = dict.fromkeys(item["loc"][:-1] for item in items if item["type"] == UNKNOWN_KEY)
+        known = [f"keys {_at(loc)}: {', '.join(_keys_below(cls, loc))}" for loc in parents]
+        raise ConfigError("\n  ".join([f"{origin}: {len(problems)} problem(s)", *problems, *known])) from None
+
+
+UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's name for it
 
 
 def _problem(cls: Any, item: Any) -> str:
     """One mistake in words; `item` is one of pydantic's `errors()`."""
-    key = ".".join(map(str, item["loc"])) or "(top level)"
+    *parents, last = item["loc"] or ("(top level)",)
+    key = ".".join(map(str, (*parents, last)))
     if item["type"] == "value_error":  # a rule of ours, which names its value
         return f"{key}: {item['ctx']['error']}"
     if item["type"] == "missing":
         return f"{key}: missing; write it into the recipe, or give {key}=VALUE"
-    if item["type"] == "unexpected_keyword_argument":
-        *parents, last = item["loc"]
-        known = _keys_below(cls, parents)
-        close = difflib.get_close_matches(str(last), known, n=1)
-        way_out = (
-            f"did you mean {'.'.join([*map(str, parents), *close])}?" if close else f"known are {', '.join(known)}"
-        )
-        return f"{key}: no such key, got {item['input']!r:.80}; {way_out}"
+    if item["type"] == UNKNOWN_KEY:
+        close = difflib.get_close_matches(str(last), _keys_below(cls, parents), n=1)
+        meant = f"; did you mean {'.'.join([*map(str, parents), *close])}?" if close else ""
+        return f"{key}: no such key, got {item['input']!r:.80}{meant}"
     return f"{key}: {item['msg']}, got {item['input']!r:.80}"
+
+
+def _at(loc: Sequence[Any]) -> str:
+    return f"of {'.'.join(map(str, loc))}" if loc else "at the top"
 
 
 def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:

@@ -21,29 +21,34 @@ from mimscale.world import Process
 
 # The lock of another host counts as dead when its holder has given no sign of life for so long.
 EXPIRES_S = 600.0
-BEAT_EVERY_S = 60.0
+BEAT_EVERY_S = 10.0
+# A job that its scheduler starts again holds the place of its own earlier start, which is over or about to be. Its lock
+# counts as dead after this long without a new sign of life.
+OWN_EXPIRES_S = 2.5 * BEAT_EVERY_S
 TAKE_OVER_WAIT_S = 5.0
 
 
 @contextmanager
-def sole_writer(path: Path, holder: str) -> Iterator[None]:
+def sole_writer(path: Path, holder: str, owner: str | None = None) -> Iterator[None]:
     """Hold the lock `path` while the block runs. The lock of a dead process is taken over.
 
     Args:
         path: the lock file.
         holder: what an error calls us, for example "job 4711".
+        owner: what jobs that follow each other have in common, a job and its restart for one. A lock of the same owner
+            is waited for.
 
     Raises:
         LaunchError: somebody else holds it.
         DataError: the disk is full or not writable.
     """
-    entry = {"holder": holder, "since_unix_s": time.time(), "process": vars(Process.this())}
+    entry = {"holder": holder, "owner": owner, "since_unix_s": time.time(), "process": vars(Process.this())}
     draft = path.with_name(f"{durable.TEMPORARY_PREFIX}{path.name}.{socket.gethostname()}.{os.getpid()}")
     with durable.explained(DataError, path, "free space or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(entry))
     try:
-        _take(path, draft)
+        _take(path, draft, owner)
     finally:
         draft.unlink(missing_ok=True)
     released = threading.Event()
@@ -84,17 +89,42 @@ def refuse_if_held(path: Path) -> None:
         )
 
 
-def _take(path: Path, draft: Path) -> None:
+def _take(path: Path, draft: Path, owner: str | None) -> None:
     while True:
         try:
             os.link(draft, path)  # like O_EXCL, but with its content in it from the first moment
             return
         except FileExistsError:
-            refuse_if_held(path)
-            _remove_dead(path, draft)
+            silent = _wait_for_own(path, owner)
+            if not silent:
+                refuse_if_held(path)
+            _remove_dead(path, draft, silent)
 
 
-def _remove_dead(path: Path, draft: Path) -> None:
+def _wait_for_own(path: Path, owner: str | None) -> dict[str, Any] | None:
+    """Wait for an earlier start of the same job; returns its lock once it is dead, None for what is no such lock.
+
+    Whether the sign of life changes is asked, and not how old it is: clocks of two hosts differ.
+    """
+    entry, beat, changed_s = _read(path), _read(_beat_file(path)), time.monotonic()
+    if not entry or owner is None or entry.get("owner") != owner:
+        return None
+    process = Process(**entry["process"])
+    deadline_s = time.monotonic() + EXPIRES_S
+    while time.monotonic() < deadline_s:
+        here = process.host == socket.gethostname()
+        if (here and not process.is_alive()) or time.monotonic() - changed_s > OWN_EXPIRES_S:
+            return entry
+        time.sleep(0.2)
+        newest = _read(_beat_file(path))
+        if newest != beat:
+            beat, changed_s = newest, time.monotonic()
+        if _read(path) != entry:
+            return None
+    return None
+
+
+def _remove_dead(path: Path, draft: Path, silent: dict[str, Any] | None) -> None:
     """Remove the lock of a dead process: one taker at a time, or the second would remove the first one's new lock."""
     guard = path.with_name(f"{path.name}.take-over")
     deadline_s = time.monotonic() + TAKE_OVER_WAIT_S
@@ -107,7 +137,8 @@ def _remove_dead(path: Path, draft: Path) -> None:
                 raise LaunchError(f"{guard}: left by a process that was killed; remove it") from None
             time.sleep(0.05)
     try:
-        refuse_if_held(path)  # again, now that nobody else can change it
+        if silent is None or _read(path) != silent:
+            refuse_if_held(path)  # again, now that nobody else can change it
         path.unlink(missing_ok=True)
     finally:
         guard.unlink(missing_ok=True)

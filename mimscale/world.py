@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,14 +132,30 @@ def die_with_parent(number: signal.Signals) -> None:
 
 
 class StopRequest:
-    """Remembers a scheduler's signal; the ranks agree on a stop step in a reduction that they make anyway."""
+    """Remembers a scheduler's signal; the ranks agree on a stop step in a reduction that they make anyway.
+
+    Limits of time stop a run in the same way, so that one ends well where no signal announces the end.
+    """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGUSR2, signal.SIGTERM)) -> None:
         self.received: signal.Signals | None = None
+        self._limits: dict[str, float] = {}  # name -> monotonic seconds
         self._previous = {number: signal.signal(number, self._remember) for number in signals}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)  # nothing else: a handler runs between any two bytecodes
+
+    def stop_after(self, name: str, seconds: float) -> None:
+        """Ask for a stop after so many seconds from now; `name` is what the outcome calls this limit."""
+        self._limits[name] = time.monotonic() + seconds
+
+    @property
+    def reason(self) -> str:
+        """The signal or the limit that asks this process to stop; empty while nothing does."""
+        if self.received is not None:
+            return self.received.name
+        now_s = time.monotonic()
+        return next((name for name, limit_s in self._limits.items() if now_s > limit_s), "")
 
     def hand_back(self) -> None:
         """Put back the handlers that stood before ours."""

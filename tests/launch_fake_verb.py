@@ -58,7 +58,8 @@ def _behave(behaviour: list[str], rank: int, run: RunDir, stop: StopRequest) -> 
             time.sleep(0.05)
         print(f"rank {rank} stopped by {stop.received.name}", file=sys.stderr, flush=True)
         if rank == 0:
-            run.write_outcome(Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=7, message="saved"))
+            saved = Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=7, stopped_by=stop.reason)
+            run.write_outcome(saved)
         return INTERRUPTED_EXIT_CODE
     if what != "finish":
         if culprit == [str(rank)]:
@@ -143,7 +144,8 @@ class Place:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The submitting shell's variables."""
-        return {**os.environ, "PYTHONPATH": f"{self.folder / 'site'}{os.pathsep}{TESTS}", **more}
+        paths = (self.folder / "site", TESTS, TESTS.parent)  # this checkout, wherever an installed one lies
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **more}
 
     def submit(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         """Submit and wait for `mimscale submit` to return."""

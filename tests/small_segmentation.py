@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import torch
 from nibabel.orientations import axcodes2ornt
+from torch import nn
 
 from mimscale import durable
 from mimscale.config import config_tree, config_yaml
@@ -32,6 +33,14 @@ SOURCES = {
     "bbbb": ("LPI", (22, 26, 20), (0.5, 1.0, 3.0)),
     "cccc": ("SAL", (12, 30, 18), (2.0, 1.0, 1.0)),
 }
+
+
+class Threshold(nn.Module):
+    """Tells the classes apart by intensity, so it is never wrong."""
+
+    def forward(self, windows):
+        centres = torch.tensor([0.02, 0.32, 0.62]).view(1, 3, 1, 1, 1)
+        return -((windows - centres) ** 2)
 
 
 def source_affine(codes, shape, spacing_mm):

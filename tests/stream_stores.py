@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mimscale.store import layout
+from mimscale.store import layout, shard
 from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo
 from mimscale.store.manifest import Manifest, OverlayRow, VolumeRow, load_manifest, write_manifest
@@ -114,6 +114,10 @@ def damage(store: Path, manifest: Manifest, index: int) -> None:
     row = manifest.row(index)
     path = layout.pack_path(store, row.part)
     data = bytearray(path.read_bytes())
-    for at in range(row.offset_bytes, row.offset_bytes + row.length_bytes // 2, 64):
-        data[at] ^= 1
+    chunk_voxels = layout.read_info(store).chunk_voxels
+    start = row.offset_bytes + row.length_bytes - shard.index_bytes(row.shape, chunk_voxels)
+    entries = bytes(data[start : row.offset_bytes + row.length_bytes])
+    for offset, _ in shard.parse_index(entries, start - row.offset_bytes).tolist():
+        if offset != shard.EMPTY:
+            data[row.offset_bytes + offset] ^= 1
     path.write_bytes(data)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,30 +24,41 @@ RESULTS = Path("benchmarks/results")
 SCHEMA_VERSION = 1
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender, `repeats` times, after one warm-up each.
+@dataclass(frozen=True)
+class Run:
+    """One timed run."""
+
+    wall_s: float
+    cpu_s: float  # of this process, all its threads: what it would take with a core to itself, storage aside
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Run]]:
+    """Time each contender `repeats` times, after one warm-up each.
 
     All contenders run once, then all again: what else the machine does then hits every one of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
+        for name, contender in contenders.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            contender()
+            run = Run(wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                runs[name].append(run)
+    return runs
 
 
-def rate(seconds: Sequence[float], megabytes: float) -> dict[str, float]:
-    """Median and spread of a throughput."""
-    median = statistics.median(seconds)
+def rate(runs: Sequence[Run], megabytes: float) -> dict[str, float]:
+    """Throughput of a core, from the median of CPU seconds, with its spread; and by the clock on the wall."""
+    cpu, wall = sorted(run.cpu_s for run in runs), sorted(run.wall_s for run in runs)
+    median = statistics.median(cpu)
     return {
-        "mb_per_s": round(megabytes / median, 1),
-        "seconds_median": round(median, 4),
-        "seconds_min": round(min(seconds), 4),
-        "seconds_max": round(max(seconds), 4),
-        "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
+        "mb_per_cpu_s": round(megabytes / median, 1),
+        "mb_per_wall_s": round(megabytes / statistics.median(wall), 1),
+        "cpu_s_median": round(median, 5),
+        "cpu_s_min": round(cpu[0], 5),
+        "cpu_s_max": round(cpu[-1], 5),
+        "spread_percent": round(100 * (cpu[-1] - cpu[0]) / median, 1),
     }
 
 

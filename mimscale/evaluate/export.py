@@ -58,18 +58,34 @@ def main(argv: list[str]) -> int:
 def export_volume(store: Path, volume_id: str, out: Path, overlay: str | None = None) -> list[Path]:
     """Write a volume (or its overlay) as NIfTI with the array order and the affine of its source file.
 
+    What ingest cropped off is the volume's fill value; a volume that it resampled is resampled back, and said to be.
+    Overlays are as their files were in any case.
+
     Raises:
         DataError: no store, no such volume or overlay, a damaged pack, or a file that cannot be written.
     """
-    from mimscale.evaluate.volumes import write_nifti
+    from mimscale.evaluate.volumes import read_source_labels, write_nifti
     from mimscale.ingest.geometry import to_source_grid
+    from mimscale.ingest.placement import Placement
     from mimscale.store.manifest import load_manifest
     from mimscale.store.reader import ShardReader
 
     manifest = load_manifest(store)
     row = manifest.row(manifest.index_of(volume_id))
-    stored = ShardReader(store, manifest).read_volume(row, overlay)  # [C, Z, Y, X]
-    channels = [to_source_grid(channel, row) for channel in stored]  # each (x, y, z) of the source
+    reader = ShardReader(store, manifest)
+    if overlay is not None:
+        turned = read_source_labels(reader, row, overlay)[None]
+    else:
+        placement = Placement.of_row(row)
+        turned = placement.image_to_source(reader.read_volume(row), row.fill_value)  # [C, Z, Y, X]
+        if placement.resampled:
+            say(
+                f"volume {row.id}: was resampled to {' x '.join(f'{edge:g}' for edge in row.spacing_mm)} mm (z, y, x); "
+                "its voxels are interpolated back to the source's grid and are no longer those of the scanner"
+            )
+        if placement.crop_box is not None:
+            say(f"volume {row.id}: only a part of it is stored; outside stands its fill value {row.fill_value:g}")
+    channels = [to_source_grid(channel, row) for channel in turned]  # each (x, y, z) of the source
     voxels = channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
     write_nifti(out, voxels, row.source_affine, "free some space, or choose another folder")
     return [out]

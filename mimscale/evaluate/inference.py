@@ -3,6 +3,7 @@
 MONAI cuts the windows and puts the logits together again, weighted by a Gaussian so that a window's edge, where the
 network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that the accelerator
 holds `batch` windows and nothing else; main memory holds `(classes + 1) * voxels * 4` bytes of one volume at a time.
+Logits, not classes, are what goes back to the grid of a source that was resampled: see `mimscale.ingest.placement`.
 
     B windows | C channels | K classes | Z Y X volume, voxels
 """
@@ -24,7 +25,7 @@ def window_batches(size_voxels: Sequence[int], crop_voxels: Sequence[int], overl
 
 
 @torch.inference_mode()
-def predict_volume(
+def predict_logits(
     model: nn.Module,
     image: Tensor,
     crop_voxels: Sequence[int],
@@ -34,7 +35,7 @@ def predict_volume(
     device: torch.device,
     after_batch: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Class of every voxel: [C, Z, Y, X] float32 on the CPU -> [Z, Y, X] uint8 on the CPU.
+    """Logits of every voxel: [C, Z, Y, X] float32 on the CPU -> [K, Z, Y, X] float32 on the CPU.
 
     Args:
         model: windows [B, C, *crop_voxels] -> logits [B, K, *crop_voxels]; on `device`, in eval mode.
@@ -73,10 +74,15 @@ def predict_volume(
         device="cpu",
     )
     assert isinstance(logits, Tensor)
+    return logits[0]
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """The class with the highest logit of every voxel: [K, Z, Y, X] -> [Z, Y, X] uint8."""
     # One pass over the classes keeps the temporary at one class; argmax alone would make an int64 copy of the volume.
-    best, classes = logits[0, 0], torch.zeros(image.shape[1:], dtype=torch.uint8)
-    for number in range(1, logits.shape[1]):
-        higher = logits[0, number] > best
-        best = torch.where(higher, logits[0, number], best)
+    best, classes = logits[0], torch.zeros(logits.shape[1:], dtype=torch.uint8)
+    for number in range(1, len(logits)):
+        higher = logits[number] > best
+        best = torch.where(higher, logits[number], best)
         classes[higher] = number
     return classes

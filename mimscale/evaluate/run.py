@@ -73,26 +73,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     overlay = run_config.overlay if isinstance(run_config, FinetuneConfig) else None
     check_contract(contract, info, store, overlay)
     say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
-    _clear(run.evaluation)
-    with cpu_threads(config.threads):
+    way_out = "free some space, then give the same command again; pictures=0 save_predictions=false need less"
+    with cpu_threads(config.threads), durable.explained(DataError, run.evaluation, way_out):
+        _clear(run.evaluation)
         if isinstance(run_config, FinetuneConfig):
             scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
         else:
             assert isinstance(model, MaskedAutoencoder)
             scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
-    tree = {
-        "kind": run_config.kind,
-        "checkpoint": tag.name,
-        "step": contract["step"],
-        "split": config.split,
-        "store": str(store),
-        "settings": {**config_tree(config), "crop_voxels": list(run_config.crop_voxels)},
-        **scores,
-        "versions": {name: version(name) for name in LIBRARIES},
-        "device": str(device),
-        "seconds": round(time.perf_counter() - started_s, 2),
-    }
-    durable.write_json(run.evaluation / "scores.json", tree)
+        tree = {
+            "kind": run_config.kind,
+            "checkpoint": tag.name,
+            "step": contract["step"],
+            "split": config.split,
+            "store": str(store),
+            "settings": {**config_tree(config), "crop_voxels": list(run_config.crop_voxels)},
+            **scores,
+            "versions": {name: version(name) for name in LIBRARIES},
+            "device": str(device),
+            "seconds": round(time.perf_counter() - started_s, 2),
+        }
+        durable.write_json(run.evaluation / "scores.json", tree)
     say(f"scores: {run.evaluation / 'scores.json'} ({tree['seconds']:.0f} s)")
     return tree
 

@@ -19,11 +19,12 @@ from mimscale import durable
 from mimscale.console import track
 from mimscale.errors import CheckpointError, DataError
 from mimscale.evaluate.config import EvaluateConfig
-from mimscale.evaluate.inference import predict_volume, window_batches
+from mimscale.evaluate.inference import classes_of, predict_logits, window_batches
 from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class, score_case
 from mimscale.evaluate.slices import centre_of, cut_planes, grey_levels, save_planes
-from mimscale.evaluate.volumes import read_normalised, source_spacing_mm, write_nifti
+from mimscale.evaluate.volumes import read_normalised, read_source_labels, source_spacing_mm, write_nifti
 from mimscale.ingest.geometry import to_source_grid
+from mimscale.ingest.placement import Placement
 from mimscale.store.layout import StoreInfo
 from mimscale.store.manifest import Manifest, VolumeRow
 from mimscale.store.reader import ShardReader
@@ -63,7 +64,7 @@ def evaluate_segmentation(
         started_s = time.perf_counter()
         image, inside = read_normalised(reader, row, info.intensity, crop)
         try:
-            classes = predict_volume(
+            logits = predict_logits(
                 model,
                 torch.from_numpy(image),
                 crop,
@@ -77,14 +78,23 @@ def evaluate_segmentation(
                 f"{config.run_dir}: volume {row.id}: {error}; evaluate an earlier checkpoint=step_..."
             ) from None
         predicted_s = time.perf_counter() - started_s
-        prediction = classes.numpy()[inside]
+        logits = logits[(slice(None), *inside)]
+        prediction = classes_of(logits).numpy()
         truth = reader.read(row, (0, 0, 0), row.shape[1:], overlay=run_config.overlay)[0]
-        on_source = to_source_grid(prediction, row)
+        placement = Placement.of_row(row)
+        on_source = to_source_grid(
+            placement.logits_to_source(logits.numpy())
+            if placement.resampled
+            else placement.classes_to_source(prediction),
+            row,
+        )
+        del logits  # the largest array here: the scores need as much
+        source_truth = to_source_grid(read_source_labels(reader, row, run_config.overlay), row)
         source_scores.append(
-            score_case(on_source, to_source_grid(truth, row), names, source_spacing_mm(row), config.nsd_tolerance_mm)
+            score_case(on_source, source_truth, names, source_spacing_mm(row), config.nsd_tolerance_mm)
         )
         if config.store_grid:
-            # The store's grid is the source's, turned: its surfaces are the same and would only take as long again.
+            # Mostly the store's grid is the source's, turned: the same surfaces, which would only take as long again.
             store_scores.append(score_case(prediction, truth, names, row.spacing_mm, None))
         case: dict[str, Any] = {"volume": row.id, "subject": row.subject, "shape_zyx": list(row.shape[1:])}
         if config.save_predictions:

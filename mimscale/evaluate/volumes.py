@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store.intensity import IntensityContract, normalisation
+from mimscale.store.layout import source_overlay
 from mimscale.store.manifest import VolumeRow
 from mimscale.store.reader import ShardReader
 
@@ -38,6 +39,19 @@ def read_normalised(
         channel *= scale
     dz, dy, dx = (slice(start, start + edge) for start, edge in zip(before, shape, strict=True))
     return image, (dz, dy, dx)
+
+
+def read_source_labels(reader: ShardReader, row: VolumeRow, overlay: str) -> NDArray[np.uint8]:
+    """An overlay on the grid of the source, turned to RAS+: [Z, Y, X].
+
+    Of a volume that was cropped or resampled that is what its label file held; ingest keeps it beside the overlay.
+
+    Raises:
+        DataError: the volume has no such overlay, or it cannot be read.
+    """
+    twin = source_overlay(overlay)
+    name = twin if twin in row.overlays else overlay
+    return np.asarray(reader.read_volume(row, name)[0])
 
 
 def source_spacing_mm(row: VolumeRow) -> tuple[float, float, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale.ingest import geometry
+from mimscale.ingest import geometry, statistics
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFile, read_scan
 from mimscale.ingest.formats.voxels import to_stored_dtype
@@ -35,13 +35,18 @@ class Grid:
         """The source grid of a volume that is stored already."""
         return cls(affine=np.reshape(row.source_affine, (4, 4)), shape_xyz=row.source_shape)
 
+    @property
+    def turned_affine(self) -> NDArray[np.float64]:
+        """`affine` of the voxels turned to RAS+."""
+        return geometry.store_grid(self.affine, self.shape_xyz)[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image on the store's grid."""
+    """An image turned to RAS+: its source's voxels, or what is stored of them."""
 
     volume: NDArray[Any]  # [C, Z, Y, X]
-    affine: NDArray[np.float64]  # of voxel (x, y, z, 1) of the store's grid
+    affine: NDArray[np.float64]  # of voxel (x, y, z, 1) of `volume`
     source: Grid
     source_sha256: str
     modality_in_file: str | None
@@ -52,9 +57,9 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """A label map on the store's grid."""
+    """A label map on its source's grid, turned to RAS+."""
 
-    voxels: NDArray[np.uint8]  # [1, Z, Y, X]
+    voxels: NDArray[np.uint8]  # [Z, Y, X]
     source_sha256: str
 
 
@@ -73,7 +78,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
             channels=config.channels if len(source.channels) == 1 else 1, assume_orientation=config.assume_orientation
         )
         content = _read_files(files, "")
-        hashes += [hashlib.sha256(file.data).hexdigest() for file in content]
+        hashes.append(_sha256(content))
         scans.append(read_scan(content, options))
     first = scans[0]
     grid = Grid(affine=first.affine, shape_xyz=_shape_xyz(first))
@@ -84,7 +89,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
         volume=_on_store_grid(scans, shape_zyx),
         affine=affine,
         source=grid,
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
+        source_sha256=_joined(hashes),
         modality_in_file=first.modality,
         acquisition=first.header,
         warnings=tuple(sorted({warning for scan in scans for warning in scan.warnings})),
@@ -93,7 +98,7 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
 
 
 def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_names: Sequence[str]) -> Label:
-    """Read a source's label map, and turn it to the store's grid.
+    """Read a source's label map, and turn it to RAS+.
 
     Args:
         source: a source with a label.
@@ -112,10 +117,9 @@ def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_na
     # A label may be flipped or permuted against its image; the grids are compared in the store's order.
     _refuse_other_grid("label_grid_mismatch", "label", scan, grid, config.label_tolerance_voxels)
     turned, _ = geometry.to_store_grid(scan.voxels[0], scan.affine)
-    hashes = sorted(hashlib.sha256(file.data).hexdigest() for file in content)
     return Label(
-        voxels=_classes(turned, config.class_map, len(class_names))[None],
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        voxels=_classes(turned, config.class_map, len(class_names)),
+        source_sha256=_sha256(content),
     )
 
 
@@ -129,6 +133,15 @@ def _read_files(files: Sequence[str], kind: str) -> list[SourceFile]:
         except OSError as error:
             raise QuarantineError("unreadable", f"{kind}{error.strerror}") from None
     return content
+
+
+def _sha256(content: Sequence[SourceFile]) -> str:
+    """Of all bytes of a volume: the order in which the slices of a series are listed says nothing."""
+    return _joined(sorted(hashlib.sha256(file.data).hexdigest() for file in content))
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _shape_xyz(scan: Scan) -> tuple[int, int, int]:
@@ -160,8 +173,9 @@ def _refuse_other_grid(reason: str, what: str, scan: Scan, grid: Grid, tolerance
 
 def _classes(turned: NDArray[Any], class_map: Mapping[int, int], classes: int) -> NDArray[np.uint8]:
     turned = np.ascontiguousarray(turned)
-    if turned.dtype.kind == "u":  # counting is several times faster than the sort inside np.unique
-        values: NDArray[Any] = np.flatnonzero(np.bincount(turned.reshape(-1)))
+    if turned.dtype.kind in "iu":  # counting is several times faster than the sort inside np.unique
+        low, high = int(turned.min()), int(turned.max())
+        values: NDArray[Any] = low + np.flatnonzero(statistics.count_values(turned, low, high))
     else:
         values = np.unique(turned)
     stored = [class_map.get(int(value), int(value)) if value == int(value) else -1 for value in values]

@@ -13,7 +13,6 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from mimscale import console, durable
 from mimscale.config import config_yaml, load_verb_config, verb_parser
@@ -21,6 +20,7 @@ from mimscale.errors import DataError
 from mimscale.ingest import formats, geometry
 from mimscale.ingest.config import CohortConfig
 from mimscale.ingest.derive import derive
+from mimscale.ingest.placement import place
 from mimscale.ingest.pool import process_pool
 
 MNI152_CLASSES = ("background", "grey matter", "white matter")
@@ -170,18 +170,24 @@ def _scan(path: Path) -> formats.Scan:
 
 
 def _resampled(real: RealSubject, spacing_mm: float) -> RealSubject:
-    """The real volume on cubic voxels, its first and last corner kept in place to within half a voxel."""
-    old_mm = np.linalg.norm(real.affine[:3, :3], axis=0)
-    factor = spacing_mm / old_mm  # old voxels a new one
-    shape = tuple(int(max(1, round(edge / f))) for edge, f in zip(real.image.shape, factor, strict=True))
-    # Blurred to what the new grid can hold: otherwise fine structure comes back as a false pattern.
-    smooth = ndimage.gaussian_filter(real.image.astype(np.float32), np.maximum(0, 0.5 * (factor - 1)))
-    offset = (factor - 1) / 2  # centre of the first new voxel, in old voxels
-    image = ndimage.affine_transform(smooth, factor, offset, shape, order=1, mode="nearest")
-    label = ndimage.affine_transform(real.label, factor, offset, shape, order=0, mode="nearest")
-    affine = real.affine @ np.block([[np.diag(factor), offset[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
-    if real.image.dtype.kind in "iu":
-        image = np.rint(image)
+    """The real volume on cubic voxels."""
+    image, affine = geometry.to_store_grid(real.image, real.affine)
+    label, _ = geometry.to_store_grid(real.label, real.affine)
+    z, y, x = image.shape
+    try:
+        placement = place(
+            (z, y, x),
+            geometry.spacing_zyx_mm(affine),
+            voxel_bytes=image.itemsize,
+            max_bytes=formats.ReadOptions().max_volume_bytes,
+            wanted_mm=(spacing_mm,) * 3,
+        )
+    except formats.QuarantineError as error:
+        raise DataError(f"spacing_mm={spacing_mm}: {error.detail}; choose another") from None
     return RealSubject(
-        image.astype(real.image.dtype), label, affine, real.class_names, f"{real.origin}, resampled to {spacing_mm} mm"
+        placement.store_image(image[None])[0].transpose(2, 1, 0),
+        placement.store_classes(label).transpose(2, 1, 0),
+        placement.affine(affine),
+        real.class_names,
+        f"{real.origin}, resampled to {spacing_mm} mm",
     )

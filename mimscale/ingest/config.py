@@ -1,10 +1,12 @@
 """The config of `mimscale ingest`."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mimscale.config import require_positive
+from mimscale.store import layout
 from mimscale.store.intensity import IntensityContract
 
 
@@ -61,6 +63,9 @@ class IngestConfig:
     class_names: tuple[str, ...] = ()  # name of label value 0, 1, ...; a dataset.json may give them instead
     overlay: str = "label"  # name under which the label maps are stored; another one adds to volumes that are there
     class_map: dict[int, int] = field(default_factory=dict)  # value in the label files -> value in the store
+    spacing_mm: float | tuple[float, ...] | None = None  # resample to voxels of this edge or of [z, y, x]; null: keep
+    crop: Literal["none", "foreground"] = "none"  # foreground: store only the box of what is no air, and a margin
+    crop_margin_mm: float = 10.0  # at least this much around the foreground
     chunk_voxels: int = 32  # edge of the smallest readable cube; about a third of the crop edge
     codec: Literal["zstd", "fast"] = "zstd"  # fast (lz4hc): decodes 5 times as fast, about 25 % bigger
     part_bytes: int = 2 * 2**30  # source bytes that go into one pack; a part is the unit of work and of restart
@@ -93,10 +98,21 @@ class IngestConfig:
         )
         if self.parts is not None:
             require_positive("ingest", parts=self.parts)
+        if isinstance(self.spacing_mm, tuple) and len(self.spacing_mm) != 3:
+            raise ValueError(f"spacing_mm={list(self.spacing_mm)}: give one number for all axes, or three: [z, y, x]")
+        if not all(0 < edge < math.inf for edge in self.spacing_zyx_mm or ()):
+            raise ValueError(f"spacing_mm={self.spacing_mm}: a voxel edge must be above 0 mm")
+        if not 0 <= self.crop_margin_mm < math.inf:
+            raise ValueError(f"crop_margin_mm={self.crop_margin_mm}: must be at least 0")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.overlay):
             raise ValueError(f"overlay={self.overlay!r}: becomes a folder name; use letters, digits, '_', '-' and '.'")
+        if self.overlay != layout.stored_overlay(self.overlay):
+            raise ValueError(
+                f"overlay={self.overlay}: names that end with {layout.ON_SOURCE_GRID!r} are for labels on the grid of "
+                "their source, which an ingest that crops or resamples makes by itself; choose another"
+            )
         if self.task is not None:
             task_share(self.task)
         if sum((self.task is not None, self.merge, self.remove is not None)) > 1:
@@ -115,11 +131,33 @@ class IngestConfig:
         if len(set(self.channel_names)) < len(self.channel_names):
             raise ValueError(f"channel_names={list(self.channel_names)}: lists a name twice")
 
+    @property
+    def spacing_zyx_mm(self) -> tuple[float, float, float] | None:
+        """`spacing_mm` of each axis."""
+        if self.spacing_mm is None:
+            return None
+        z, y, x = self.spacing_mm if isinstance(self.spacing_mm, tuple) else (self.spacing_mm,) * 3
+        return (z, y, x)
+
+    @property
+    def keeps_grid(self) -> bool:
+        """True when every volume is stored on the grid of its source."""
+        return self.spacing_mm is None and self.crop == "none"
+
 
 # Changes no voxel and no row: may differ when an ingest is continued.
 OUTSIDE_HASH = ("sources", "out", "workers", "subject_key", "max_quarantined", "task", "merge", "remove")
 # The same for every volume of a store. All other keys may differ when sources are added later.
-STORE_KEYS = ("chunk_voxels", "codec", "intensity", "val_fraction", "split_seed")
+STORE_KEYS = (
+    "chunk_voxels",
+    "codec",
+    "intensity",
+    "val_fraction",
+    "split_seed",
+    "spacing_mm",
+    "crop",
+    "crop_margin_mm",
+)
 
 
 def task_share(task: str) -> tuple[int, int]:

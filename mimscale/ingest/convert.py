@@ -8,7 +8,7 @@ The receipt is written last. A part with a receipt is finished; one without is d
 import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,12 +20,13 @@ from mimscale.config import tree_hash
 from mimscale.ingest import geometry, statistics
 from mimscale.ingest.assemble import Grid, Image, Label, read_image, read_label
 from mimscale.ingest.config import IngestConfig
-from mimscale.ingest.formats import QuarantineError
+from mimscale.ingest.formats import QuarantineError, ReadOptions
 from mimscale.ingest.gates import failed_gates
+from mimscale.ingest.placement import Placement, place, with_margin
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.receipts import Lines, write_receipt
 from mimscale.ingest.subjects import hidden
-from mimscale.store import layout
+from mimscale.store import chunk_maps, layout
 from mimscale.store.manifest import OverlayRow, VolumeRow, load_manifest, row_tree
 from mimscale.store.writer import PackWriter
 
@@ -96,8 +97,8 @@ class _Packs:
     def images(self) -> PackWriter:
         return self._writer(layout.pack_path(self._how.store, self._part))
 
-    def overlays(self) -> PackWriter:
-        return self._writer(layout.overlay_path(self._how.store, self._how.config.overlay, self._part))
+    def overlays(self, name: str) -> PackWriter:
+        return self._writer(layout.overlay_path(self._how.store, name, self._part))
 
     def _writer(self, path: Path) -> PackWriter:
         if path not in self._open:
@@ -112,8 +113,9 @@ def _convert_label(
 ) -> dict[str, Any]:
     """A label map alone, for a volume that is stored already."""
     label = read_label(source, Grid.of_row(there), how.config, how.class_names)
-    overlay = _add_label(part, there.id, label, np.reshape(there.affine, (4, 4)), there.modality, how, packs)
-    return {"outcome": "overlay", "id": there.id, "name": how.config.overlay, "overlay": asdict(overlay)}
+    overlays = _add_label(part, there, label, how, packs)
+    trees = {name: asdict(overlay) for name, overlay in overlays.items()}
+    return {"outcome": "overlay", "id": there.id, "name": how.config.overlay, "overlays": trees}
 
 
 def _convert_volume(
@@ -122,39 +124,77 @@ def _convert_volume(
     config = how.config
     image = read_image(source, config)
     label = read_label(source, image.source, config, how.class_names) if source.label else None
-    volume_id = _volume_id(image.source_sha256, config)
+    modality = _modality(source, image, config)
+    volume_id = _volume_id(image.source_sha256, config, modality)
     if volume_id in stored:
         if label is not None and label.source_sha256 != stored[volume_id]:
             return {"outcome": "quarantined", **conflicting_labels(volume_id)}
         return {"outcome": "duplicate", "id": volume_id, "of": volume_id}
-    row, warnings = _add_image(part, source, image, volume_id, how, packs)
+    row, warnings = _add_image(part, source, image, modality, volume_id, how, packs)
     if label is not None:
-        row.overlays[config.overlay] = _add_label(part, volume_id, label, image.affine, row.modality, how, packs)
+        row.overlays.update(_add_label(part, row, label, how, packs))
     stored[volume_id] = None if label is None else label.source_sha256
     return {"outcome": "stored", "id": volume_id, "row": row_tree(row), "warnings": warnings}
 
 
-def _volume_id(source_sha256: str, config: IngestConfig) -> str:
+def _volume_id(source_sha256: str, config: IngestConfig, modality: str) -> str:
     """16 hex digits over the source's bytes and all settings that decide what voxels they become."""
-    settings = tree_hash({"modality": config.modality, "channels": config.channels})
-    return hashlib.sha256(f"{source_sha256} {settings}".encode()).hexdigest()[:16]
+    settings: dict[str, Any] = {"modality": config.modality, "channels": config.channels}
+    if config.spacing_zyx_mm is not None:
+        settings["spacing_mm"] = list(config.spacing_zyx_mm)
+    if config.crop != "none":  # what is foreground depends on the modality
+        settings |= {"crop": config.crop, "crop_margin_mm": config.crop_margin_mm, "modality_found": modality}
+    return hashlib.sha256(f"{source_sha256} {tree_hash(settings)}".encode()).hexdigest()[:16]
+
+
+def _placement(image: Image, modality: str, config: IngestConfig) -> Placement:
+    """What of an image is stored.
+
+    Raises:
+        QuarantineError: too_large, too_coarse.
+    """
+    channels, z, y, x = image.volume.shape
+    spacing_mm = geometry.spacing_zyx_mm(image.affine)
+    box = None
+    if config.crop == "foreground":
+        _, foreground = statistics.describe(image.volume, modality, image.padding_value)
+        box = with_margin(foreground, config.crop_margin_mm, spacing_mm, (z, y, x))
+    return place(
+        (z, y, x),
+        spacing_mm,
+        voxel_bytes=channels * image.volume.itemsize,
+        max_bytes=ReadOptions().max_volume_bytes,
+        box=box,
+        wanted_mm=config.spacing_zyx_mm,
+    )
 
 
 def _add_image(
-    part: int, source: PlannedSource, image: Image, volume_id: str, how: Conversion, packs: _Packs
+    part: int, source: PlannedSource, image: Image, modality: str, volume_id: str, how: Conversion, packs: _Packs
 ) -> tuple[VolumeRow, dict[str, str]]:
-    config, volume = how.config, image.volume
-    modality = _modality(source, image, config)
-    spacing_mm = geometry.spacing_zyx_mm(image.affine)
+    config = how.config
+    placement = _placement(image, modality, config)
+    volume = placement.store_image(image.volume, statistics.padding_below(modality), image.padding_value)
+    affine = placement.affine(image.affine)
+    spacing_mm = geometry.spacing_zyx_mm(affine)
     fill = statistics.fill_value(volume, modality)
-    stats, box = statistics.describe(volume, modality, image.padding_value)
+    stats, box, thresholds = statistics.measure(volume, modality, image.padding_value)
+    occupied = np.logical_or.reduce(
+        [
+            chunk_maps.chunk_maxima(channel, config.chunk_voxels) > threshold
+            for channel, threshold in zip(volume, thresholds, strict=True)
+        ]
+    )
     warnings = dict.fromkeys(image.warnings, "")
-    warnings |= failed_gates(volume, spacing_mm, stats, modality, image.modality_in_file, config.gates)
+    # The scan is judged, not what is stored of it: resampling makes thick slices no thinner, and a crop is small on
+    # purpose.
+    scanned_mm = geometry.spacing_zyx_mm(image.affine)
+    warnings |= failed_gates(image.volume, scanned_mm, stats, modality, image.modality_in_file, config.gates)
     if warnings and config.gates.action == "quarantine":
         raise QuarantineError(next(iter(warnings)), "; ".join(filter(None, warnings.values())))
-    attributes = _attributes(image.affine, modality)
+    attributes = _attributes(affine, modality)
     attributes["source_orientation"] = geometry.axis_codes(image.source.affine)
-    place = packs.images().add(volume_id, volume, fill_value=fill, spacing_mm=spacing_mm, attributes=attributes)
+    written = packs.images().add(volume_id, volume, fill_value=fill, spacing_mm=spacing_mm, attributes=attributes)
     channels, z, y, x = volume.shape
     row = VolumeRow(
         id=volume_id,
@@ -165,14 +205,14 @@ def _add_image(
         split="",  # known when all parts are: the manifest gets it
         shape=(channels, z, y, x),
         spacing_mm=spacing_mm,
-        affine=tuple(map(float, image.affine.reshape(-1))),
+        affine=tuple(map(float, affine.reshape(-1))),
         dtype=volume.dtype.name,
         part=part,
-        offset_bytes=place.offset_bytes,
-        length_bytes=place.length_bytes,
+        offset_bytes=written.offset_bytes,
+        length_bytes=written.length_bytes,
         fill_value=fill,
-        sha256=place.sha256,
-        voxels_sha256=_voxels_sha256(volume, image.affine),
+        sha256=written.sha256,
+        voxels_sha256=_voxels_sha256(image, placement),
         source_sha256=image.source_sha256,
         source_orientation=geometry.axis_codes(image.source.affine),
         source_affine=tuple(map(float, image.source.affine.reshape(-1))),
@@ -183,6 +223,9 @@ def _add_image(
         tags=dict(source.tags),
         acquisition=dict(image.acquisition),
         warnings=tuple(sorted(warnings)),
+        crop_box=placement.crop_box,
+        resampled=placement.resampled,
+        occupied_chunks=chunk_maps.encode_map(occupied),
     )
     return row, warnings
 
@@ -194,30 +237,46 @@ def _modality(source: PlannedSource, image: Image, config: IngestConfig) -> str:
     return config.modality if config.modality != "other" else image.modality_in_file or "other"
 
 
-def _add_label(
+def _add_label(part: int, row: VolumeRow, label: Label, how: Conversion, packs: _Packs) -> dict[str, OverlayRow]:
+    """The label map of a volume on its stored grid, and on the grid of its source where that is another one."""
+    placement, name = Placement.of_row(row), how.config.overlay
+    stored = placement.store_classes(label.voxels)
+    overlays = {name: _add_overlay(part, row, name, stored, np.reshape(row.affine, (4, 4)), label, how, packs)}
+    if not placement.as_scanned:
+        # Of every such volume, also when the crop cuts off no voxel of this map: the next map may lie elsewhere, and
+        # must not leave the twin of another one behind.
+        twin, affine = layout.source_overlay(name), Grid.of_row(row).turned_affine
+        overlay = _add_overlay(part, row, twin, label.voxels, affine, label, how, packs)
+        overlays[twin] = replace(overlay, source_zyx=placement.source_zyx)
+    return overlays
+
+
+def _add_overlay(
     part: int,
-    volume_id: str,
-    label: Label,
+    row: VolumeRow,
+    name: str,
+    classes: NDArray[np.uint8],
     affine: NDArray[np.float64],
-    modality: str,
+    label: Label,
     how: Conversion,
     packs: _Packs,
 ) -> OverlayRow:
-    place = packs.overlays().add(
-        volume_id,
-        label.voxels,
+    written = packs.overlays(name).add(
+        row.id,
+        classes[None],
         fill_value=LABEL_FILL,
         spacing_mm=geometry.spacing_zyx_mm(affine),
-        attributes=_attributes(affine, modality),
+        attributes=_attributes(affine, row.modality),
     )
-    counts = np.bincount(label.voxels.reshape(-1), minlength=256)[: len(how.class_names)]
+    counts = statistics.count_values(classes, 0, 255)[: len(how.class_names)]
     return OverlayRow(
         part=part,
-        offset_bytes=place.offset_bytes,
-        length_bytes=place.length_bytes,
-        sha256=place.sha256,
+        offset_bytes=written.offset_bytes,
+        length_bytes=written.length_bytes,
+        sha256=written.sha256,
         source_sha256=label.source_sha256,
         class_voxels=tuple(map(int, counts)),
+        class_chunks=chunk_maps.class_maps(classes, len(how.class_names), how.config.chunk_voxels),
     )
 
 
@@ -225,9 +284,12 @@ def _attributes(affine: NDArray[np.float64], modality: str) -> dict[str, Any]:
     return {"affine_xyz_to_ras_mm": affine.tolist(), "modality": modality}
 
 
-def _voxels_sha256(volume: NDArray[Any], affine: NDArray[np.float64]) -> str:
-    digest = hashlib.sha256(f"{volume.dtype.name} {volume.shape} ".encode())
+def _voxels_sha256(image: Image, placement: Placement) -> str:
+    """Of the voxels of the source: others of which the same is stored still need label maps of another shape."""
+    digest = hashlib.sha256(f"{image.volume.dtype.name} {image.volume.shape} ".encode())
     # Rounded: the same scan saved twice differs in the last bits of its matrix. +0.0 makes -0 and 0 one value.
-    digest.update((np.round(affine, 3) + 0.0).astype("<f8").tobytes())
-    digest.update(np.ascontiguousarray(volume).data)
+    digest.update((np.round(image.affine, 3) + 0.0).astype("<f8").tobytes())
+    digest.update(np.ascontiguousarray(image.volume).data)
+    if placement.crop_box is not None:  # the same scan may be listed with two modalities, whose foregrounds differ
+        digest.update(repr(placement.crop_box).encode())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ def failed_gates(
     modality_in_file: str | None,
     gates: GatesConfig,
 ) -> dict[str, str]:
-    """The gates that a volume [C, Z, Y, X] fails: warning -> detail."""
+    """The gates that a scan [C, Z, Y, X] fails: warning -> detail."""
     shape = volume.shape[1:]
     edges_mm = [count * edge for count, edge in zip(shape, spacing_mm, strict=True)]
     low, high = float(volume.min()), float(volume.max())

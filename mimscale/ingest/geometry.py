@@ -1,4 +1,4 @@
-"""Source grid <-> store grid by flips and permutations only; no voxel is resampled.
+"""Source grid <-> the same voxels in RAS+, by flips and permutations only; `placement` crops and resamples.
 
 X Y Z source order (as in the file), voxels | Z Y X store order, RAS+: X to the right, Y to the front, Z up
 """
@@ -57,13 +57,15 @@ def store_grid(
 
 
 def to_source_grid(array_zyx: NDArray[Any], row: VolumeRow) -> NDArray[Any]:
-    """Turn an array [Z, Y, X] on the grid of a stored volume into the [X, Y, Z] of its source: the exact inverse.
+    """Turn an array [Z, Y, X] on the grid of a volume's source in RAS+ into the [X, Y, Z] of its file: exact.
+
+    A volume that was stored as it was scanned has this grid; of others, a `Placement` brings arrays onto it.
 
     Raises:
-        ValueError: the array is not on the volume's grid.
+        ValueError: the array is not on this grid.
     """
-    if array_zyx.shape != row.shape[1:]:
-        raise ValueError(f"array of {array_zyx.shape} voxels; volume {row.id} has {row.shape[1:]}")
+    if array_zyx.shape != row.source_zyx:
+        raise ValueError(f"array of {array_zyx.shape} voxels; the source of volume {row.id} has {row.source_zyx}")
     source = orientations.axcodes2ornt(row.source_orientation)
     turned = orientations.apply_orientation(array_zyx.transpose(2, 1, 0), orientations.ornt_transform(_RAS, source))
     assert turned.shape == row.source_shape, f"{turned.shape} is not the source's {row.source_shape}"

@@ -176,7 +176,8 @@ def _apply_overlays(
             if row is None:  # the image was replaced by another one since
                 entry.becomes("superseded")
             else:
-                row.overlays[entry.line["name"]] = overlay_of_receipt(entry.line["overlay"])
+                overlays = {name: overlay_of_receipt(tree) for name, tree in entry.line["overlays"].items()}
+                row.overlays.update(overlays)
 
 
 def _splits(
@@ -233,7 +234,7 @@ def _summary(folded: _Folded, stored: int) -> dict[str, Any]:
 def _journal(entries: Sequence[_Entry]) -> list[dict[str, Any]]:
     lines = []
     for entry in entries:
-        known = {name: value for name, value in entry.line.items() if name not in ("row", "overlay", "source")}
+        known = {name: value for name, value in entry.line.items() if name not in ("row", "overlays", "source")}
         source = entry.source
         lines.append(
             {

@@ -132,7 +132,7 @@ def plan_round(
     )
     planned = []
     for index, (source, image, label) in enumerate(measured):
-        digest = hashlib.sha256(_name_below(source, root).encode()).digest()
+        digest = hashlib.sha256(os.fsencode(_name_below(source, root))).digest()
         planned.append(
             (
                 digest,

@@ -161,6 +161,8 @@ def _extend(
                 f"class_names={list(class_names)}: overlay {config.overlay} of {store} has {list(before.class_names)}; "
                 "use these, or another overlay=NAME"
             )
+        if not config.keeps_grid:
+            overlays[layout.source_overlay(config.overlay)] = before
     store_tree = {name: tree[name] for name in STORE_KEYS}
     extended = layout.StoreInfo(
         chunk_voxels=config.chunk_voxels,

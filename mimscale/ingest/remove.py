@@ -19,7 +19,7 @@ from mimscale.ingest.plan import Plan, Round, write_plan
 from mimscale.ingest.receipts import Lines, live_parts, read_receipt, write_receipt
 from mimscale.ingest.subjects import hidden
 from mimscale.store import layout
-from mimscale.store.manifest import load_manifest, overlay_of_receipt, row_of_receipt, row_tree
+from mimscale.store.manifest import load_manifest, row_of_receipt, row_tree
 from mimscale.store.verify import verify
 from mimscale.store.writer import PackWriter
 
@@ -125,14 +125,13 @@ def _rewrite(store: Path, info: layout.StoreInfo, part: int, kept: Lines) -> Non
         line["row"] = row_tree(row)
     for name in info.overlays:
         inside = [line for line in stored if name in line["row"]["overlays"]]
-        alone = [line for line in lines if line["outcome"] == "overlay" and line["name"] == name]
+        alone = [line for line in lines if line["outcome"] == "overlay" and name in line["overlays"]]
         paths = (layout.overlay_path(store, name, part), layout.overlay_path(store, name, new))
         moved = _copy(info, *paths, [line["id"] for line in (*inside, *alone)])
         for line in inside:
             line["row"]["overlays"][name] |= {"part": new, **moved[line["id"]]}
         for line in alone:
-            overlay = overlay_of_receipt(line["overlay"])
-            line["overlay"] = dataclasses.asdict(dataclasses.replace(overlay, part=new, **moved[line["id"]]))
+            line["overlays"][name] |= {"part": new, **moved[line["id"]]}
     write_receipt(store, new, lines)
 
 

@@ -90,6 +90,8 @@ def _say_quarantined(journal: Path) -> None:
     """Name the first sources that were left out, each with what is wrong."""
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     left_out = [line for line in lines if line["outcome"] == "quarantined"]
+    first_of = {line["reason"]: line["receipt"] for line in reversed(left_out)}
+    left_out.sort(key=lambda line: first_of[line["reason"]] != line["receipt"])  # one of each reason before a second
     for line in left_out[:MOST_NAMED]:
         label = f" with label {line['label']}" if line["label"] else ""
         meaning = {**REASONS, **GATES}.get(line["reason"], "warned about by its reader")

@@ -31,17 +31,32 @@ def fill_value(volume: NDArray[Any], modality: str) -> float:
     return float(volume.min())
 
 
+def padding_below(modality: str) -> float | None:
+    """Voxels below this were never measured; None where no number says so."""
+    return CT_PADDING_BELOW_HU if modality == "ct" else None
+
+
 def describe(
     volume: NDArray[Any], modality: str, padding_value: float | None = None
 ) -> tuple[tuple[ChannelStats, ...], Box]:
-    """Statistics of each channel, and the box (zyx start, stop) of the foreground of all channels.
+    """Statistics of each channel, and the box (zyx start, stop) of the foreground of all channels; see `measure`."""
+    stats, box, _ = measure(volume, modality, padding_value)
+    return stats, box
+
+
+def measure(
+    volume: NDArray[Any], modality: str, padding_value: float | None = None
+) -> tuple[tuple[ChannelStats, ...], Box, tuple[float, ...]]:
+    """Statistics of each channel, the box (zyx start, stop) of the foreground of all channels, and their thresholds.
+
+    A voxel is foreground where it is above the threshold of its channel.
 
     Args:
         volume: [C, Z, Y, X]; integers or floats, all finite.
         modality: for `ct` fixed thresholds part padding, air and body; otherwise the histogram does.
         padding_value: voxels of this value were never measured, and count for nothing.
     """
-    stats = []
+    stats, thresholds = [], []
     _, z, y, x = volume.shape
     used = [np.zeros(edge, dtype=bool) for edge in (z, y, x)]
     for channel in volume:
@@ -76,7 +91,8 @@ def describe(
         highest_yx = channel.max(axis=0)
         for used_axis, highest in zip(used, (channel.reshape(z, -1), highest_yx, highest_yx.T), strict=True):
             used_axis |= highest.max(axis=1) > threshold
-    return tuple(stats), _box(used)
+        thresholds.append(float(threshold))
+    return tuple(stats), _box(used), tuple(thresholds)
 
 
 def otsu_threshold(counts: NDArray[np.int64], low: float, high: float) -> float:

@@ -51,7 +51,7 @@ def fingerprint(key: bytes) -> str:
 
 def hidden(subject: str, key: bytes) -> str:
     """What the store calls a subject: 16 hex digits that nobody can turn back or guess without the key."""
-    return hmac.digest(key, subject.encode(), "sha256").hex()[:16]
+    return hmac.digest(key, os.fsencode(subject), "sha256").hex()[:16]
 
 
 def splits(
@@ -88,5 +88,5 @@ def held_out_subjects(
     if val_fraction == 0 or total < 2:
         return set()
     wanted = min(max(1, round(val_fraction * total)), total - 1) - held_already
-    ranked = sorted(subjects, key=lambda name: hashlib.sha256(f"{split_seed} {name}".encode()).digest())
+    ranked = sorted(subjects, key=lambda name: hashlib.sha256(os.fsencode(f"{split_seed} {name}")).digest())
     return set(ranked[: max(0, wanted)])

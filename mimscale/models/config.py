@@ -147,6 +147,20 @@ def unetr_halvings(patch_voxels: Sequence[int]) -> Zyx:
     return z, y, x
 
 
+def upsampling_strides(halvings: Zyx) -> list[Zyx]:
+    """Factors along Z, Y, X of each step between levels, finest first; their product is the patch.
+
+    An axis that the patch halved less often is left alone at the fine end, as U-Nets do for thick slices: there a step
+    in Z is already as long as several in the plane.
+    """
+    levels = max(halvings)
+    strides = []
+    for level in range(levels):
+        z, y, x = (2 if level >= levels - count else 1 for count in halvings)
+        strides.append((z, y, x))
+    return strides
+
+
 def _check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
     if dim % heads:
         raise ValueError(f"{dim_name}={dim} must be a multiple of {heads_name}={heads}")

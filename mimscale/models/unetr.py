@@ -15,7 +15,7 @@ from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
-from mimscale.models.config import UnetrConfig, VitConfig, Zyx, unetr_halvings
+from mimscale.models.config import UnetrConfig, VitConfig, Zyx, unetr_halvings, upsampling_strides
 from mimscale.models.patches import tokens_to_grid
 from mimscale.models.vit import Vit
 
@@ -78,20 +78,6 @@ class Unetr(nn.Module):
             raise ValueError(f"{list(fractions)}: expected {self.config.num_classes} shares of voxels, none negative")
         shares = torch.tensor(fractions, dtype=torch.float64) / sum(fractions)
         self.out.conv.conv.bias.copy_(shares.clamp(min=1e-6).log())  # a class never seen stays possible
-
-
-def upsampling_strides(halvings: Zyx) -> list[Zyx]:
-    """Factors along Z, Y, X of each step between levels, finest first; their product is the patch.
-
-    An axis that the patch halved less often is left alone at the fine end, as U-Nets do for thick slices: there a step
-    in Z is already as long as several in the plane.
-    """
-    levels = max(halvings)
-    strides = []
-    for level in range(levels):
-        z, y, x = (2 if level >= levels - count else 1 for count in halvings)
-        strides.append((z, y, x))
-    return strides
 
 
 def _token_skip(dim: int, width: int, strides: list[Zyx]) -> nn.Sequential:

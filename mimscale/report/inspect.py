@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mimscale import durable
 from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.report.store_summary import describe_store, list_volumes
 from mimscale.store import layout
 from mimscale.store.layout import read_info
-from mimscale.store.manifest import Manifest, VolumeRow, load_manifest, row_tree
+from mimscale.store.manifest import load_manifest, row_tree
 
 MIB = 2**20
 LISTED_VOLUMES = 20
@@ -88,32 +89,10 @@ def describe_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def draw_volume(store: Path, manifest: Manifest, row: VolumeRow, path: Path) -> None:
-    """Three planes through the middle of the foreground, the first overlay below.
-
-    Raises:
-        DataError: a damaged pack.
-    """
-    import numpy as np
-
-    from mimscale.evaluate.slices import cut_planes, grey_levels
-    from mimscale.report.pictures import volume_picture
-    from mimscale.store.reader import ShardReader
-
-    reader = ShardReader(store, manifest)
-    image = reader.read_volume(row)[0].astype(np.float32)
-    stats = row.stats[0]
-    layers: dict[str, Any] = {"image": grey_levels(image, stats.p0_5, stats.p99_5)}
-    if row.overlays:
-        layers["label"] = reader.read_volume(row, next(iter(row.overlays)))[0]
-    z, y, x = ((start + stop) // 2 for start, stop in row.foreground_box)
-    volume_picture(cut_planes(layers, (z, y, x), row.spacing_mm), path)
-
-
 def _show_store(store: Path, png: str | None, num_drawn: int, *, as_json: bool) -> int:
     tree = describe_store(store)
     if png is not None:
-        from mimscale.report.contact_sheet import draw_contact_sheet
+        from mimscale.report.store_pictures import draw_contact_sheet
 
         path = Path(png or f"{store.resolve().name}.png")
         drawn = draw_contact_sheet(store, num_drawn, path)
@@ -154,8 +133,11 @@ def _show_volume(store: Path, volume_id: str, png: str | None, *, as_json: bool)
     row = manifest.row(manifest.index_of(volume_id))
     tree = row_tree(row)
     if png is not None:
+        from mimscale.report.store_pictures import draw_volume
+
         path = Path(png or f"{volume_id}.png")
-        draw_volume(store, manifest, row, path)
+        with durable.explained(DataError, path, "free space, or give another FILE"):
+            draw_volume(store, manifest, row, path)
         tree["png"] = str(path)
         say(f"picture: {path}")
     if as_json:

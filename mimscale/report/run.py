@@ -8,7 +8,7 @@ from pathlib import Path
 from mimscale import durable
 from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, say
-from mimscale.errors import ConfigError, MimscaleError
+from mimscale.errors import ConfigError, DataError
 from mimscale.report.data import read_store
 from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.page import render, write_page
@@ -38,10 +38,11 @@ def write_report(folders: list[Path], out: Path) -> Path:
 
     Raises:
         ConfigError: a folder is no run directory.
+        DataError: the disk is full or not writable.
     """
     runs = _with_distinct_names([read_run(folder) for folder in folders])
     stores = [read_store(path) for path in dict.fromkeys(_store_of(run) for run in runs)]
-    with durable.explained(MimscaleError, out, "give another out=DIR"):
+    with durable.explained(DataError, out, "free some space, or give another out=DIR"):
         out.mkdir(parents=True, exist_ok=True)
         made = time.strftime("%Y-%m-%d %H:%M %Z")
         view = write_page(runs, stores, out, f"mimscale {version('mimscale')}, written {made}.")

@@ -2,6 +2,7 @@
 
 store/store.json
 store/manifest.parquet                       written last
+store/chunk_maps-<hash>.arrow                named by the manifest: which chunks hold foreground and each class
 store/packs/part-00042.zarr.zip
 store/overlays/<name>/part-00042.zarr.zip
 store/receipts/part-00042.jsonl
@@ -19,7 +20,9 @@ from mimscale.errors import ConfigError, DataError
 from mimscale.store.intensity import IntensityContract
 
 FORMAT_VERSION = 2
+CHUNK_MAPS_GLOB = "chunk_maps-*.arrow"
 IGNORE_VALUE = 255  # an overlay voxel that no loss and no score may count
+ON_SOURCE_GRID = "_source"  # ends the name of an overlay's twin: the same labels on the grid of the source
 # Blosc settings that the own encoder writes and the own reader decodes: name -> (compressor, level). The shuffle is
 # chosen for each volume; its `zarr.json` and Blosc's own header name it. LZ4HC is LZ4 with a search for longer matches:
 # slower to write, and a third faster to read.
@@ -64,6 +67,11 @@ def manifest_path(store: Path) -> Path:
     return store / "manifest.parquet"
 
 
+def chunk_maps_path(store: Path, sha256: str) -> Path:
+    """Which chunks hold what: one file, named after its content, so that the manifest decides which one counts."""
+    return store / f"chunk_maps-{sha256[:16]}.arrow"
+
+
 def pack_path(store: Path, part: int) -> Path:
     """The pack that holds the volumes of a part."""
     return store / "packs" / f"part-{part:05d}.zarr.zip"
@@ -72,6 +80,16 @@ def pack_path(store: Path, part: int) -> Path:
 def overlay_path(store: Path, name: str, part: int) -> Path:
     """The pack that holds one overlay of the volumes of a part."""
     return store / "overlays" / name / f"part-{part:05d}.zarr.zip"
+
+
+def source_overlay(name: str) -> str:
+    """Name of the twin of an overlay: its labels on the grid of the source, for volumes that are stored on another."""
+    return f"{name}{ON_SOURCE_GRID}"
+
+
+def stored_overlay(name: str) -> str:
+    """The overlay that `name` is the twin of, or `name` itself."""
+    return name.removesuffix(ON_SOURCE_GRID)
 
 
 def receipt_path(store: Path, part: int) -> Path:

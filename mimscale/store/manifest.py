@@ -5,6 +5,7 @@ N rows | C channels | Z Y X volume, voxels
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,11 +25,12 @@ from mimscale.store.intensity import ChannelStats
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 ROW_GROUP_ROWS = 32768
+CHUNK_MAPS_KEY = b"mimscale_chunk_maps"  # in the file's metadata: {"sha256", "bytes"} of the maps that go with it
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverlayRow:
-    """Where the overlay of one volume lies. Its voxels are uint8, [1, Z, Y, X]."""
+    """Where the overlay of one volume lies. Its voxels are uint8, [1, Z, Y, X], on the grid of the stored volume."""
 
     part: int
     offset_bytes: int  # of the shard inside the pack
@@ -36,7 +38,8 @@ class OverlayRow:
     sha256: str  # of the shard
     source_sha256: str
     class_voxels: tuple[int, ...]  # voxels of class 0, 1, ...
-    on_source_grid: bool = False  # its grid is that of the source, turned to RAS+, not that of the stored volume
+    source_zyx: tuple[int, int, int] | None = None  # its shape when it lies on the source's grid, turned to RAS+
+    class_chunks: dict[str, str] = field(default_factory=dict)  # in receipts only: see `chunk_maps`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,14 @@ class VolumeRow:
     warnings: tuple[str, ...] = ()  # what the quality gates found
     crop_box: Box | None = None  # zyx start and stop, in the source grid turned to RAS+, of what is stored; None: all
     resampled: bool = False  # its voxels are not those of the source
+    occupied_chunks: str = ""  # in receipts only: see `chunk_maps`
+
+    @property
+    def source_zyx(self) -> tuple[int, int, int]:
+        """Shape of the source turned to RAS+, voxels."""
+        edge_of = dict(zip(self.source_orientation, self.source_shape, strict=True))
+        z, y, x = (next(edge_of[code] for code in codes if code in edge_of) for codes in ("SI", "AP", "RL"))
+        return (z, y, x)
 
 
 _STATS = pa.struct([(item.name, pa.float64()) for item in dataclasses.fields(ChannelStats)])
@@ -83,7 +94,7 @@ _OVERLAY = pa.struct(
         ("sha256", pa.string()),
         ("source_sha256", pa.string()),
         ("class_voxels", pa.list_(pa.int64())),
-        ("on_source_grid", pa.bool_()),
+        ("source_zyx", pa.list_(pa.int32())),
     ]
 )
 SCHEMA = pa.schema(
@@ -153,6 +164,12 @@ class Manifest:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
+    @property
+    def chunk_maps(self) -> dict[str, Any] | None:
+        """{"sha256", "bytes"} of the file of chunk maps that goes with this manifest, or None."""
+        said = (self._table.schema.metadata or {}).get(CHUNK_MAPS_KEY)
+        return None if said is None else json.loads(said)
+
     def row(self, index: int) -> VolumeRow:
         """The volume in row `index`. Needs all columns."""
         return _row_of_tree(self._tree(index))
@@ -191,6 +208,26 @@ class Manifest:
         if isinstance(column, pa.ChunkedArray):  # what an empty column combines to
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         return column
+
+    def values(self, name: str, place: int | str | None = None) -> pa.Array:
+        """A column [N]; `place` picks one of a row's numbers, or the value of one key ("" in a row without it)."""
+        column = self._combined(name)
+        if isinstance(place, int):
+            return pc.list_element(column, place)
+        return column if place is None else pc.map_lookup(column, pa.scalar(place), "first").fill_null("")
+
+    def keys(self, name: str) -> list[str]:
+        """Keys that any row of a column of maps has."""
+        return sorted(pc.unique(self._combined(name).keys).to_pylist())
+
+    def holds(self, name: str, wanted: str) -> NDArray[np.bool_]:
+        """Which rows of a column of names (`overlays`, `warnings`) hold one: [N]."""
+        column = self._combined(name)
+        entries = pc.list_flatten(column)
+        names = entries.field("name") if pa.types.is_struct(entries.type) else entries
+        found = np.zeros(len(self), dtype=bool)
+        found[pc.list_parent_indices(column).filter(pc.equal(names, wanted)).to_numpy(zero_copy_only=False)] = True
+        return found
 
     def value_counts(self, name: str) -> dict[str, int]:
         """How many rows hold each value of a column of text, most first."""
@@ -254,34 +291,50 @@ class Manifest:
 
     def select(self, **equal: str) -> NDArray[np.int64]:
         """Rows whose columns hold the given values, in order: `select(split="train", modality="mr")`."""
+        return np.flatnonzero(self.equal(**equal)).astype(np.int64)
+
+    def equal(self, **equal: str) -> NDArray[np.bool_]:
+        """Whether each row's columns hold the given values: [N]."""
         keep = np.ones(len(self), dtype=bool)
         for name, value in equal.items():
             keep &= np.asarray(pc.equal(self._table.column(name), value).to_numpy(), dtype=bool)
-        return np.flatnonzero(keep).astype(np.int64)
+        return keep
 
-    def plan_fingerprint(self, indices: NDArray[np.int64]) -> str:
-        """16 hex digits over what the order of samples depends on: ids, shapes and foreground boxes of these rows."""
+    def plan_fingerprint(self, indices: NDArray[np.int64], overlay: str | None = None) -> str:
+        """16 hex digits over what the order of samples depends on: ids, shapes and foreground boxes of these rows.
+
+        Also the label maps of `overlay`, where crops are placed by these.
+        """
         digest = hashlib.sha256()
         for volume_id in self._table.column("id").take(pa.array(indices)).to_pylist():
             digest.update(volume_id.encode() + b"\0")
         digest.update(self.column("shape")[indices].astype("<i8").tobytes())
         digest.update(self.column("foreground_box")[indices].astype("<i8").tobytes())
+        if overlay is not None:
+            _, entries = self.take(indices)._overlay(overlay)
+            digest.update("".join(entries.field("sha256").to_pylist()).encode())
         return digest.hexdigest()[:16]
 
 
 def write_manifest(store: Path, rows: Sequence[VolumeRow]) -> None:
-    """Write the manifest of a store, sorted by volume id, complete or not at all."""
+    """Write the manifest of a store, sorted by volume id, and the chunk maps beside it, complete or not at all."""
+    from mimscale.store import chunk_maps  # its rows are ours
+
     rows = sorted(rows, key=lambda row: row.id)
     path = layout.manifest_path(store)
+    named = chunk_maps.write_chunk_maps(store, rows)
+    schema = SCHEMA.with_metadata(named)
     with (
         durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"),
         durable.open_atomically(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         # One row group after the other: neither writing nor reading ever holds all rows as Python objects or twice.
         for start in range(0, len(rows), ROW_GROUP_ROWS):
             trees = [_table_tree(row) for row in rows[start : start + ROW_GROUP_ROWS]]
-            writer.write_table(pa.Table.from_pylist(trees, SCHEMA))
+            writer.write_table(pa.Table.from_pylist(trees, schema))
+    # Only now: a run that is killed before has the old manifest, which names the old maps.
+    chunk_maps.remove_other_chunk_maps(store, named)
 
 
 def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest:
@@ -341,7 +394,8 @@ def row_of_receipt(tree: dict[str, Any]) -> VolumeRow:
 
 def overlay_of_receipt(tree: dict[str, Any]) -> OverlayRow:
     """The overlay that `dataclasses.asdict` made into JSON."""
-    return OverlayRow(**{**tree, "class_voxels": tuple(tree["class_voxels"])})
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return OverlayRow(**plain)
 
 
 def _row_of_tree(tree: dict[str, Any]) -> VolumeRow:

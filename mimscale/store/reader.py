@@ -110,7 +110,8 @@ class ShardReader:
             out: where to put the voxels, instead of a new array.
 
         Raises:
-            DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
+            DataError: a pack that is missing, truncated or damaged, a volume without this overlay, or an overlay on
+                the grid of the source, where a box would lie elsewhere.
         """
         (crop,) = self.read_crops(row, [start_zyx], size_zyx, overlay, None if out is None else [out])
         return crop
@@ -135,7 +136,20 @@ class ShardReader:
         Raises:
             DataError: as `read`; all of `out` is then undefined.
         """
-        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
+        if overlay is not None and overlay in row.overlays and row.overlays[overlay].source_zyx is not None:
+            raise DataError(
+                f"volume {row.id}: overlay {overlay!r} lies on the grid of the source, not on that of the stored "
+                f"volume; use overlay={layout.stored_overlay(overlay)}"
+            )
+        return self._read(self._shard(row, overlay), starts_zyx, size_zyx, out)
+
+    def _read(
+        self,
+        target: _Shard,
+        starts_zyx: Sequence[tuple[int, int, int]],
+        size_zyx: tuple[int, int, int],
+        out: Sequence[NDArray[Any]] | None = None,
+    ) -> Sequence[NDArray[Any]]:
         shape = (target.shape[0], *size_zyx)
         if out is None:
             out = list(np.empty((len(starts_zyx), *shape), dtype=target.dtype))
@@ -161,8 +175,14 @@ class ShardReader:
         return out
 
     def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
-        """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X]. Errors as `read`."""
-        return self.read(row, (0, 0, 0), row.shape[1:], overlay)
+        """All voxels of a volume [C, Z, Y, X], or of its overlay [1, Z, Y, X], which may have a grid of its own.
+
+        Raises:
+            DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
+        """
+        target = self._shard(row, overlay)
+        (volume,) = self._read(target, [(0, 0, 0)], target.shape[1:])
+        return volume
 
     def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> list[str]:
         """Read every chunk of a shard and compare it with its crc32c, without decoding.
@@ -173,7 +193,7 @@ class ShardReader:
         Raises:
             DataError: as `read`, but for bad chunks.
         """
-        target = self._overlay_shard(row, overlay) if overlay is not None else self._volume_shard(row)
+        target = self._shard(row, overlay)
         if self._info.codec not in layout.CODECS:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
             return []
@@ -188,6 +208,9 @@ class ShardReader:
                     bad.append((number, str(target.broken(f"chunk {self._corner(target, number)}: {error}"))))
         return [what for _, what in sorted(bad)]
 
+    def _shard(self, row: VolumeRow | SampleRow, overlay: str | None) -> _Shard:
+        return self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)
         dtype = np.dtype(row.dtype)
@@ -201,7 +224,7 @@ class ShardReader:
             has = ", ".join(row.overlays) or "none"
             raise DataError(f"volume {row.id}: has no overlay {name!r} (it has: {has}); ingest it with a label file")
         path = layout.overlay_path(self._store, name, place.part)
-        shape = (1, *row.shape[1:])
+        shape = (1, *(place.source_zyx or row.shape[1:]))
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 

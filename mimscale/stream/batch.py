@@ -4,8 +4,9 @@ B samples | C channels | Z Y X crop, voxels
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from mimscale.store.intensity import normalisation
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import Manifest, SampleRow
 from mimscale.store.reader import ShardReader
-from mimscale.stream.crops import CropSpace, Samples
+from mimscale.stream.crops import CropSpace, ReadBoxes, Samples
 
 MOST_ATTEMPTS = 8  # substitutes tried for one sample before the store counts as broken
 
@@ -55,15 +56,20 @@ class Batch:
     """A micro-batch as stored on disk: voxels keep the scanner's numbers, `device.normalise` turns them into floats."""
 
     volume: Tensor  # [B, C, Z, Y, X] the dtype of the store; the common one where the volumes differ
-    label: Tensor | None  # [B, Z, Y, X] uint8; 255 = ignore
+    label: Tensor | None  # [B, Z, Y, X] uint8 on the grid of `volume`; 255 = ignore
     sample_ids: Tensor  # [B] int64, global index in the plan
     seeds: list[int]  # B seeds that belong to the samples, for masks and augmentation
     normalisation: Tensor  # [B, C, 4] float32: clip_low, clip_high, shift, scale
-    inside: Tensor  # [B, 3, 2] int32: start, stop of the part of the crop that lies in the volume
+    inside: Tensor  # [B, 3, 2] int32: start, stop of the part of `volume` that lies in the stored volume
     volume_ids: list[str]  # B, what was really read
     counted: Tensor  # [B] bool; False for the repeats that fill up a last validation batch
+    # At a target spacing `volume` is as stored, with air behind the smaller fields of view; the device resamples it.
+    grid: Tensor | None = None  # [B, 3, 2] float64: centre of the crop's first voxel in `volume`, and the step
+    crop_voxels: tuple[int, int, int] | None = None  # edges of the resampled crop; None where `grid` is
     batch_index: int = 0  # the global batch that these samples are a part of
     bad: tuple[BadSample, ...] = ()  # what could not be read and was replaced
+    voxels_decoded: float = 0.0  # to make this batch; what several batches share counts in equal parts
+    bytes_read: float = 0.0
 
     @property
     def substituted(self) -> int:
@@ -71,18 +77,22 @@ class Batch:
         return len({bad.sample_id for bad in self.bad})
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; the copy does not wait where the memory is pinned."""
+        """The same batch on `device`, but for the sample ids; the copy does not wait where the memory is pinned."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; DataLoader calls it."""
+        """The same batch in page-locked memory, the only copy on its way from the decoder; DataLoader calls it."""
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {
-            name: change(value) for name, value in self.__dict__.items() if isinstance(value, Tensor)
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes to the device."""
+        return {
+            name: value for name, value in self.__dict__.items() if isinstance(value, Tensor) and name != "sample_ids"
         }
-        return replace(self, **tensors)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors().items()}
+        return replace(self, **changed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes each tensor costs a file descriptor and a round trip: only voxels travel as shared memory,
@@ -94,12 +104,43 @@ class Batch:
         return _unpickled, (small,)
 
 
-_SMALL = frozenset({"sample_ids", "normalisation", "inside", "counted"})
+_SMALL = frozenset({"sample_ids", "normalisation", "inside", "counted", "grid"})
 
 
 def _unpickled(fields: dict[str, Any]) -> Batch:
-    tensors: dict[str, Any] = {name: torch.from_numpy(fields[name]) for name in _SMALL}
+    tensors: dict[str, Any] = {name: torch.from_numpy(fields[name]) for name in _SMALL if fields[name] is not None}
     return Batch(**{**fields, **tensors})
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward pass, still to be read."""
+
+    sample_ids: NDArray[np.int64]  # [B]
+    counted: NDArray[np.bool_] | None = None  # [B]; None: all
+    batch_index: int = 0
+
+
+@dataclass
+class _Crop:
+    """A sample on its way from the plan to its place in a batch."""
+
+    sample_id: int
+    volume: int  # of the plan
+    origin: NDArray[np.int64]  # [3]
+    row: SampleRow
+
+
+@dataclass
+class _Draft:
+    """A micro-batch while it is read."""
+
+    what: MicroBatch
+    crops: list[_Crop]
+    seeds: NDArray[np.uint64]
+    volume: "_Buffer"
+    label: "_Buffer | None"
+    bad: list[BadSample] = field(default_factory=list)
 
 
 class SampleReader:
@@ -114,6 +155,8 @@ class SampleReader:
         overlay: str | None = None,
         *,
         shared_memory: bool = False,
+        refused: Mapping[int, str] | None = None,
+        now: Callable[[int], None] = lambda volume: None,
     ) -> None:
         """Open nothing but `store.json`; packs are opened when they are read.
 
@@ -124,87 +167,183 @@ class SampleReader:
             plan: which crops belong to which sample.
             overlay: name of the label overlay to read, or None.
             shared_memory: decode straight into memory that another process can map.
+            refused: volumes of the plan that count as unreadable, and why.
+            now: told of each volume before it is read, and of -1 when nothing is.
         """
+        self._refused, self._now = refused or {}, now
         self._store, self._manifest, self._indices = store, manifest, indices
         self._plan, self._overlay, self._shared_memory = plan, overlay, shared_memory
         self._intensity = read_info(store).intensity
         self._reader = ShardReader(store, manifest)
+        self._closed_voxels = self._closed_bytes = 0  # counted by readers that were closed
 
     def read(
         self, sample_ids: NDArray[np.int64], counted: NDArray[np.bool_] | None = None, batch_index: int = 0
     ) -> Batch:
-        """Read the crops of `sample_ids` [B].
+        """Read the crops of one micro-batch, `sample_ids` [B]; see `read_together`."""
+        (batch,) = self.read_together([MicroBatch(sample_ids, counted, batch_index)])
+        return batch
 
-        A crop that cannot be read is tried once more, then replaced by the plan's substitute.
+    def read_together(self, micro_batches: Sequence[MicroBatch]) -> list[Batch]:
+        """Read some micro-batches: what their crops of one volume share is read and decoded once.
+
+        A crop that cannot be read is tried once more, then replaced by the plan's substitute. What is read together
+        changes no voxel of a batch, and no substitute.
 
         Raises:
             DataError: the substitutes cannot be read either, or a volume has no such overlay.
         """
-        samples = self._plan.samples(sample_ids)
-        rows = [self._row(volume) for volume in samples.volume]
-        origins = [_triple(origin) for origin in samples.origin]
-        size = _triple(self._plan.crops.crop_voxels)
-        volume = self._empty((len(rows), rows[0].shape[0], *size), np.result_type(*(row.dtype for row in rows)))
-        label = self._empty((len(rows), *size), np.dtype(np.uint8)) if self._overlay else None
-        bad: list[BadSample] = []
-        for place, sample_id in enumerate(sample_ids):
-            attempt = 0
-            while (reason := self._try(rows[place], origins[place], volume, label, place)) is not None:
-                bad.append(BadSample(int(sample_id), rows[place].id, reason))
-                attempt += 1
-                if attempt > MOST_ATTEMPTS:
-                    raise DataError(
-                        f"{self._store}: sample {sample_id} and its {MOST_ATTEMPTS} substitutes cannot be read; the "
-                        f"last reason: {reason}; `mimscale inspect {self._store} --verify` lists what is damaged"
-                    )
-                substitute = self._plan.substitutes(sample_ids[place : place + 1], attempt)
-                rows[place] = self._row(substitute.volume[0])
-                origins[place] = _triple(substitute.origin[0])
-                if (wider := np.result_type(volume.array.dtype, rows[place].dtype)) != volume.array.dtype:
-                    narrow, volume = volume, self._empty(volume.array.shape, wider)
-                    volume.array[...] = narrow.array
+        voxels, num_bytes = self._voxels_decoded, self._bytes_read
+        drafts = [self._draft(what) for what in micro_batches]
+        of_volume: dict[int, list[tuple[_Draft, int]]] = defaultdict(list)
+        for draft in drafts:
+            for place, crop in enumerate(draft.crops):
+                of_volume[crop.volume].append((draft, place))
+        for volume, places in of_volume.items():
+            self._now(volume)
+            if len(places) == 1 or not self._read_together(places):
+                # Each on its own: which of them fail must not depend on what happened to be read together.
+                for draft, place in places:
+                    self._read_or_replace(draft, place)
+        self._now(-1)
+        part = 1 / len(drafts)
+        return [
+            self._batch(draft, (self._voxels_decoded - voxels) * part, (self._bytes_read - num_bytes) * part)
+            for draft in drafts
+        ]
+
+    def _draft(self, what: MicroBatch) -> _Draft:
+        samples = self._plan.samples(what.sample_ids)
+        crops = [
+            _Crop(int(sample_id), int(volume), origin, self._row(volume))
+            for sample_id, volume, origin in zip(what.sample_ids, samples.volume, samples.origin, strict=True)
+        ]
+        sizes = self._plan.crops.read_boxes(samples.volume, samples.origin).size
+        size = _triple(sizes.max(axis=0))
+        filled = bool((sizes != size).any())
+        volume = self._empty(
+            (len(crops), crops[0].row.shape[0], *size), np.result_type(*(crop.row.dtype for crop in crops)), filled
+        )
+        label = self._empty((len(crops), *size), np.dtype(np.uint8), filled) if self._overlay else None
+        return _Draft(what, crops, samples.seed, volume, label)
+
+    def _batch(self, draft: _Draft, voxels_decoded: float, bytes_read: float) -> Batch:
+        boxes = self._boxes(draft.crops)
+        resampled = self._plan.crops.target_spacing_mm is not None
+        counted = draft.what.counted
         return Batch(
-            volume=volume.tensor,
-            label=None if label is None else label.tensor,
-            sample_ids=torch.from_numpy(np.array(sample_ids, dtype=np.int64)),
-            seeds=[int(seed) for seed in samples.seed],
-            normalisation=torch.from_numpy(np.stack([normalisation(self._intensity, row.stats) for row in rows])),
-            inside=torch.from_numpy(_inside(rows, origins, size)),
-            volume_ids=[row.id for row in rows],
-            counted=torch.from_numpy(np.ones(len(rows), dtype=bool) if counted is None else np.array(counted)),
-            batch_index=batch_index,
-            bad=tuple(bad),
+            volume=draft.volume.tensor,
+            label=None if draft.label is None else draft.label.tensor,
+            sample_ids=torch.from_numpy(np.array(draft.what.sample_ids, dtype=np.int64)),
+            seeds=[int(seed) for seed in draft.seeds],
+            normalisation=torch.from_numpy(
+                np.stack([normalisation(self._intensity, crop.row.stats) for crop in draft.crops])
+            ),
+            inside=torch.from_numpy(_inside(draft.crops, boxes)),
+            volume_ids=[crop.row.id for crop in draft.crops],
+            counted=torch.from_numpy(np.ones(len(draft.crops), dtype=bool) if counted is None else np.array(counted)),
+            grid=torch.from_numpy(np.stack([boxes.first, boxes.step], axis=-1)) if resampled else None,
+            crop_voxels=_triple(self._plan.crops.crop_voxels) if resampled else None,
+            batch_index=draft.what.batch_index,
+            bad=tuple(draft.bad),
+            voxels_decoded=voxels_decoded,
+            bytes_read=bytes_read,
         )
 
-    def _try(
-        self,
-        row: SampleRow,
-        origin: tuple[int, int, int],
-        volume: "_Buffer",
-        label: "_Buffer | None",
-        place: int,
-    ) -> str | None:
+    def _boxes(self, crops: Sequence[_Crop]) -> ReadBoxes:
+        volumes = np.array([crop.volume for crop in crops])
+        return self._plan.crops.read_boxes(volumes, np.stack([crop.origin for crop in crops]))
+
+    def _read_together(self, places: Sequence[tuple[_Draft, int]]) -> bool:
+        """Read crops of one volume into their places; False when any of them cannot be read."""
+        if places[0][0].crops[places[0][1]].volume in self._refused:
+            return False
+        try:
+            for draft, place in places:
+                self._read_crop(draft, place)
+        except (DataError, OSError):
+            self._reopen()
+            return False
+        return True
+
+    def _read_or_replace(self, draft: _Draft, place: int) -> None:
+        """Read one crop into its place; what cannot be read, twice, is replaced."""
+        crop = draft.crops[place]
+        attempt = 0
+        while (reason := self._why_unreadable(draft, place)) is not None:
+            draft.bad.append(BadSample(crop.sample_id, draft.crops[place].row.id, reason))
+            attempt += 1
+            if attempt > MOST_ATTEMPTS:
+                raise DataError(
+                    f"{self._store}: sample {crop.sample_id} and its {MOST_ATTEMPTS} substitutes cannot be read; the "
+                    f"last reason: {reason}; `mimscale inspect {self._store} --verify` lists what is damaged"
+                )
+            substitute = self._plan.substitutes(np.array([crop.sample_id]), attempt)
+            volume, origin = substitute.volume[0], substitute.origin[0]
+            draft.crops[place] = _Crop(crop.sample_id, int(volume), origin, self._row(volume))
+            self._now(int(volume))
+            self._make_room(draft, place)
+
+    def _make_room(self, draft: _Draft, place: int) -> None:
+        """Let the buffers hold the crop in `place`, which may be of a wider dtype, or at another spacing larger."""
+        old = draft.volume.array
+        size = np.maximum(old.shape[2:], self._boxes([draft.crops[place]]).size[0])
+        dtype = np.result_type(old.dtype, draft.crops[place].row.dtype)
+        if dtype == old.dtype and tuple(size) == old.shape[2:]:
+            return
+        z, y, x = old.shape[2:]
+        draft.volume = self._empty((*old.shape[:2], *size), dtype, filled=True)
+        draft.volume.array[:, :, :z, :y, :x] = old
+        if draft.label is not None:
+            old_label = draft.label.array
+            draft.label = self._empty((len(old_label), *size), old_label.dtype, filled=True)
+            draft.label.array[:, :z, :y, :x] = old_label
+
+    def _why_unreadable(self, draft: _Draft, place: int) -> str | None:
         """Read one crop into its place; None when it worked, else why not, after a second try."""
-        size = _triple(volume.array.shape[2:])
+        if (reason := self._refused.get(draft.crops[place].volume)) is not None:
+            return f"volume {draft.crops[place].row.id}: {reason}"
         for last in (False, True):
             try:
-                if row.dtype == volume.array.dtype:
-                    self._reader.read(row, origin, size, out=volume.array[place])
-                else:
-                    volume.array[place] = self._reader.read(row, origin, size)
-                if label is not None:
-                    self._reader.read(row, origin, size, overlay=self._overlay, out=label.array[place][None])
+                self._read_crop(draft, place)
             except (DataError, OSError) as error:
                 if last:
                     return str(error)
-                # A stale descriptor or a shard index read in a bad moment must not fail the second try too.
-                self._reader.close()
-                self._reader = ShardReader(self._store, self._manifest)
+                self._reopen()
             else:
                 return None
         raise AssertionError("the loop returns")
 
-    def _row(self, volume: np.int64) -> SampleRow:
+    def _read_crop(self, draft: _Draft, place: int) -> None:
+        crop = draft.crops[place]
+        boxes = self._boxes([crop])
+        start, size = _triple(boxes.start[0]), _triple(boxes.size[0])
+        z, y, x = size
+        out = draft.volume.array[place, :, :z, :y, :x]
+        if crop.row.dtype == out.dtype:
+            self._reader.read(crop.row, start, size, out=out)
+        else:
+            out[...] = self._reader.read(crop.row, start, size)
+        if draft.label is not None:
+            label = draft.label.array[place : place + 1, :z, :y, :x]
+            self._reader.read(crop.row, start, size, overlay=self._overlay, out=label)
+
+    def _reopen(self) -> None:
+        """Start with fresh files: a stale descriptor or a shard index read in a bad moment must not fail again."""
+        self._closed_voxels += self._reader.voxels_decoded
+        self._closed_bytes += self._reader.bytes_read
+        self._reader.close()
+        self._reader = ShardReader(self._store, self._manifest)
+
+    @property
+    def _voxels_decoded(self) -> int:
+        return self._closed_voxels + self._reader.voxels_decoded
+
+    @property
+    def _bytes_read(self) -> int:
+        return self._closed_bytes + self._reader.bytes_read
+
+    def _row(self, volume: int | np.int64) -> SampleRow:
         row = self._manifest.sample_row(int(self._indices[volume]))
         if self._overlay is not None and self._overlay not in row.overlays:
             # Nothing is damaged: to train on the rest without a word would be wrong.
@@ -214,13 +353,15 @@ class SampleReader:
             )
         return row
 
-    def _empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> "_Buffer":
+    def _empty(self, shape: Sequence[int], dtype: np.dtype[Any], filled: bool = False) -> "_Buffer":
+        """A new buffer, of zeros where `filled`: what no crop reaches must be the same in every run."""
+        shape = tuple(map(int, shape))
         if not self._shared_memory:
-            return _Buffer(torch.from_numpy(np.empty(shape, dtype)))
+            return _Buffer(torch.from_numpy(np.zeros(shape, dtype) if filled else np.empty(shape, dtype)))
         num_bytes = math.prod(shape) * dtype.itemsize
         storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")  # type: ignore[no-untyped-call]
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
-        return _Buffer(torch.empty(0, dtype=kind).set_(storage).view(*shape))
+        return _Buffer(torch.empty(0, dtype=kind).set_(storage).view(*shape))  # shared memory begins as zeros
 
 
 class _Buffer:
@@ -236,10 +377,8 @@ def _triple(values: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:
     return z, y, x
 
 
-def _inside(
-    rows: Sequence[SampleRow], origins: Sequence[tuple[int, int, int]], size: tuple[int, int, int]
-) -> NDArray[np.int32]:
-    """Start and stop of what lies in the volume, [B, 3, 2], in voxels of the crop."""
-    origin = np.array(origins)
-    shape = np.array([row.shape[1:] for row in rows])
-    return np.stack([np.clip(-origin, 0, size), np.clip(shape - origin, 0, size)], axis=-1).astype(np.int32)
+def _inside(crops: Sequence[_Crop], boxes: ReadBoxes) -> NDArray[np.int32]:
+    """Start and stop of what lies in the volume, [B, 3, 2], in voxels of what was read."""
+    shape = np.array([crop.row.shape[1:] for crop in crops])
+    limits = np.stack([-boxes.start, shape - boxes.start], axis=-1)
+    return np.clip(limits, 0, boxes.size[..., None]).astype(np.int32)

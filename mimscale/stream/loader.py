@@ -1,7 +1,10 @@
 """Store -> micro-batches, read by worker processes in the order of the plan.
 
-Workers are stateless: worker w of W computes and reads micro-batches w, w + W, w + 2 W ... of its rank, and DataLoader
-hands them out in turn, so they arrive in plan order. Nobody here counts a position: the trainer knows its steps.
+Workers are stateless. Worker w of W reads the parts w, w + W, w + 2 W ... of its rank, and DataLoader hands them out in
+turn, so they arrive in plan order. A part is a micro-batch; where the crops of a volume come from one region, it is the
+`crops_per_volume` micro-batches that share their regions, so that each region is decoded once: a rank then holds that
+many micro-batches for each of its accumulation steps, besides those that the workers hold ready. Nobody here counts a
+position: the trainer knows its steps.
 """
 
 import os
@@ -9,9 +12,11 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mimscale import console
 from mimscale.errors import ConfigError, DataError
 from mimscale.store.manifest import Manifest
-from mimscale.stream.batch import BadSample, Batch, Plan, SampleReader
+from mimscale.stream.batch import BadSample, Batch, MicroBatch, Plan, SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 from mimscale.world import World, die_with_parent
@@ -32,13 +38,7 @@ __all__ = ["BadSample", "Batch", "StreamLoader", "fixed_batches"]
 LOOK_EVERY_S = 2.0  # how often a waiting loader looks whether its workers are alive
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One micro-batch to read."""
-
-    sample_ids: NDArray[np.int64]  # [micro_batch]
-    counted: NDArray[np.bool_] | None = None  # [micro_batch]
-    batch_index: int = 0
+Part = list[MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class StreamLoader:
                 f"accumulation steps x {world.size} ranks = {micro_batch * accumulation * world.size}; "
                 "change one of them"
             )
-        task = partial(_training_task, plan, world, accumulation, start_batch)
-        dataset = _MicroBatches(store, manifest, indices, plan, overlay, task)
+        part = partial(_training_part, plan, world, accumulation, start_batch)
+        dataset = _Parts(store, manifest, indices, plan, overlay, part)
         self._plan = plan
-        self._batches = _Batches(dataset, config, pin_memory)
+        self._batches = _Batches(dataset, config, pin_memory, accumulation, plan.batches_a_group)
 
     def __iter__(self) -> Self:
         return self
@@ -149,26 +149,30 @@ def fixed_batches(
     Raises:
         DataError: as `StreamLoader`.
     """
-    task = partial(_fixed_task, plan.rank_samples(world.rank, world.size, batch))
-    batches = _Batches(_MicroBatches(store, manifest, indices, plan, overlay, task), config, pin_memory)
+    part = partial(_fixed_part, plan.rank_samples(world.rank, world.size, batch))
+    batches = _Batches(_Parts(store, manifest, indices, plan, overlay, part), config, pin_memory)
     try:
         yield from batches
     finally:
         batches.close()
 
 
-def _training_task(plan: SamplePlan, world: World, accumulation: int, start_batch: int, number: int) -> _Task:
-    done, step = divmod(number, accumulation)
-    batch_index = start_batch + done
-    return _Task(plan.rank_samples(batch_index, world.rank, world.size, accumulation)[step], batch_index=batch_index)
+def _training_part(plan: SamplePlan, world: World, accumulation: int, start_batch: int, number: int) -> Part:
+    """Part `number` of a rank: one accumulation step of the global batches that are read together."""
+    group, step = divmod(number, accumulation)
+    return [
+        MicroBatch(plan.rank_samples(batch_index, world.rank, world.size, accumulation)[step], batch_index=batch_index)
+        for batch_index in plan.group(plan.group_of(start_batch) + group)
+        if batch_index >= start_batch
+    ]
 
 
-def _fixed_task(parts: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], number: int) -> _Task | None:
-    return _Task(*parts[number], batch_index=number) if number < len(parts) else None
+def _fixed_part(parts: list[tuple[NDArray[np.int64], NDArray[np.bool_]]], number: int) -> Part | None:
+    return [MicroBatch(*parts[number], batch_index=number)] if number < len(parts) else None
 
 
-class _MicroBatches(IterableDataset[Batch | _Failure]):
-    """Micro-batches by number, striped over workers. Holds no open file: a worker opens its own after the fork."""
+class _Parts(IterableDataset[list[Batch] | _Failure]):
+    """Parts by number, striped over workers. Holds no open file: a worker opens its own after the fork."""
 
     def __init__(
         self,
@@ -177,18 +181,27 @@ class _MicroBatches(IterableDataset[Batch | _Failure]):
         indices: NDArray[np.int64],
         plan: Plan,
         overlay: str | None,
-        task: Callable[[int], _Task | None],
+        part: Callable[[int], Part | None],
     ) -> None:
         self._open = partial(SampleReader, store, manifest, indices, plan, overlay)
-        self._task = task
+        self._part = part
+        self.first = 0  # number of the first part to read
+        self.refused: dict[int, str] = {}  # volumes that killed workers, and how
+        self.reading: Any = None  # [workers] the volume that each worker reads now, -1 at first; in shared memory
+        self._manifest, self._indices = manifest, indices
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def volume_id(self, volume: int) -> str:
+        """The id of a volume of the plan."""
+        return self._manifest.sample_row(int(self._indices[volume])).id
+
+    def __iter__(self) -> Iterator[list[Batch] | _Failure]:
         worker = get_worker_info()
-        number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        number, step = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
+        now = {} if worker is None else {"now": partial(self.reading.__setitem__, worker.id)}
         try:
-            reader = self._open(shared_memory=worker is not None)
-            while (task := self._task(number)) is not None:
-                yield reader.read(task.sample_ids, task.counted, task.batch_index)
+            reader = self._open(shared_memory=worker is not None, refused=self.refused, **now)
+            while (part := self._part(number)) is not None:
+                yield reader.read_together(part)
                 number += step
         except DataError as error:
             yield _Failure(str(error))
@@ -197,14 +210,26 @@ class _MicroBatches(IterableDataset[Batch | _Failure]):
 class _Batches:
     """Runs the workers of a dataset, counts bad samples, and turns the ways a worker can fail into words."""
 
-    def __init__(self, dataset: _MicroBatches, config: StreamConfig, pin_memory: bool | None) -> None:
+    def __init__(
+        self,
+        dataset: _Parts,
+        config: StreamConfig,
+        pin_memory: bool | None,
+        accumulation: int = 1,
+        together: int = 1,
+    ) -> None:
         self.bad_samples: list[BadSample] = []
         self._dataset = dataset
         self._config = config
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._prefetched_parts = -(-config.prefetch_batches // together)
         self._iterator: Iterator[Any] | None = None
+        self._held: list[deque[Batch]] = [deque() for _ in range(accumulation)]
+        self._step = 0  # of the accumulation
         self._received = 0
         self._substituted = 0
+        self._deaths: list[str] = []
+        self._deaths_at: Counter[int] = Counter()  # volume -> workers that were killed while they read it
         self._closed = False
 
     def __iter__(self) -> Self:
@@ -213,21 +238,28 @@ class _Batches:
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = self._start()
         try:
-            item = self._receive(self._iterator)
-            if isinstance(item, _Failure):
-                raise DataError(item.text)
-            self._count(item)
+            held = self._held[self._step]
+            if not held:
+                item = self._receive()
+                if isinstance(item, _Failure):
+                    raise DataError(item.text)
+                held.extend(item)
+            batch = held.popleft()
+            self._count(batch)
         except BaseException:
             self.close()
             raise
-        return item
+        self._step = (self._step + 1) % len(self._held)
+        return batch
 
     def close(self) -> None:
         """End the workers, also ones that hang."""
-        iterator, self._iterator, self._closed = self._iterator, None, True
+        self._closed = True
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        iterator, self._iterator = self._iterator, None
         workers = _processes(iterator)
         if iterator is not None and workers:
             _loader_iterator(iterator)._shutdown_workers()
@@ -239,6 +271,8 @@ class _Batches:
     def _start(self) -> Iterator[Any]:
         if self._config.workers == 0:
             return self._unpinned_or_pinned()
+        context = get_context(self._config.start_method)
+        self._dataset.reading = context.RawArray("q", [-1] * self._config.workers)
         previous = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
             # The number of workers is the user's choice; DataLoader compares it with the cores of this process alone.
@@ -250,8 +284,8 @@ class _Batches:
                     self._dataset,
                     batch_size=None,
                     num_workers=self._config.workers,
-                    multiprocessing_context=self._config.start_method,
-                    prefetch_factor=self._config.prefetch_batches,
+                    multiprocessing_context=context,
+                    prefetch_factor=self._prefetched_parts,
                     timeout=min(LOOK_EVERY_S, self._config.timeout_s),
                     pin_memory=self._pin_memory,
                     worker_init_fn=partial(_start_worker, threading.current_thread() is threading.main_thread()),
@@ -264,38 +298,65 @@ class _Batches:
             signal.signal(signal.SIGCHLD, previous)
         return iterator
 
-    def _unpinned_or_pinned(self) -> Iterator[Batch | _Failure]:
+    def _unpinned_or_pinned(self) -> Iterator[list[Batch] | _Failure]:
         for item in self._dataset:
-            yield item.pin_memory() if self._pin_memory and isinstance(item, Batch) else item
+            if self._pin_memory and not isinstance(item, _Failure):
+                item = [batch.pin_memory() for batch in item]
+            yield item
 
-    def _receive(self, iterator: Iterator[Any]) -> Batch | _Failure:
+    def _receive(self) -> list[Batch] | _Failure:
         deadline = time.monotonic() + self._config.timeout_s
         while True:
+            if self._iterator is None:
+                self._iterator = self._start()
+            workers = _processes(self._iterator)
             try:
-                item = next(iterator)
+                item = next(self._iterator)
             except StopIteration:
                 raise
             except (RuntimeError, OSError, EOFError) as error:
-                if (dead := _why_dead(_processes(iterator))) is not None:
-                    raise DataError(dead) from error
-                if not str(error).startswith("DataLoader timed out"):
+                if dead := _dead(workers):
+                    self._bury(dead)
+                    deadline = time.monotonic() + self._config.timeout_s
+                elif not str(error).startswith("DataLoader timed out"):
                     raise
-                if time.monotonic() >= deadline:
-                    raise DataError(self._why_hung(iterator)) from None
+                elif time.monotonic() >= deadline:
+                    raise DataError(self._why_hung(workers)) from None
             else:
                 self._received += 1
-                assert isinstance(item, Batch | _Failure)
+                assert isinstance(item, list | _Failure)
                 return item
 
-    def _why_hung(self, iterator: Iterator[Any]) -> str:
-        number = self._received % self._config.workers
-        worker = _processes(iterator)[number]
+    def _bury(self, dead: list[int]) -> None:
+        """Start all workers again where the trainer is; a volume on which a second one dies counts as unreadable.
+
+        Raises:
+            DataError: a worker ended by itself, or too many were killed.
+        """
+        workers = _processes(self._iterator)
+        for number in dead:
+            volume, how = self._dataset.reading[number], _why_dead(number, workers[number])
+            at = "" if volume < 0 else f"; it read volume {self._dataset.volume_id(volume)}"
+            self._deaths.append(how + at)
+            if workers[number].exitcode > 0 or len(self._deaths) > max(1, self._config.max_bad_samples):
+                raise DataError("\n".join(self._deaths[-10:]))
+            console.say(f"{self._deaths[-1]}; the workers start again")
+            self._deaths_at[volume] += 1
+            if volume >= 0 and self._deaths_at[volume] > 1:
+                self._dataset.refused[volume] = f"two loader workers were killed while they read it ({how})"
+        self._end_workers()
+        self._dataset.first = self._received
+
+    def _why_hung(self, workers: list[Any]) -> str:
+        number = (self._received - self._dataset.first) % self._config.workers
+        volume = self._dataset.reading[number]
         # Joining a process that does not answer would only wait.
-        for process in _processes(iterator):
+        for process in workers:
             process.kill()
+        at = "" if volume < 0 else f"; it reads volume {self._dataset.volume_id(volume)}"
         return (
-            f"loader worker {number} (pid {worker.pid}) has delivered nothing for stream.timeout_s="
-            f"{self._config.timeout_s:g} s; look at the file system of the store, or raise stream.timeout_s"
+            f"loader worker {number} (pid {workers[number].pid}) has delivered nothing for stream.timeout_s="
+            f"{self._config.timeout_s:g} s{at}; look at the file system of the store, or raise stream.timeout_s"
         )
 
     def _count(self, batch: Batch) -> None:
@@ -334,16 +395,19 @@ def _processes(iterator: Iterator[Any] | None) -> list[Any]:
     return list(getattr(iterator, "_workers", ()))
 
 
-def _why_dead(workers: list[Any]) -> str | None:
-    for number, worker in enumerate(workers):
+def _dead(workers: list[Any]) -> list[int]:
+    """Numbers of the workers that ended before their time."""
+    for worker in workers:
         # A broken connection may be seen an instant before the process counts as ended.
         worker.join(timeout=0.1)
-        if worker.exitcode is not None and worker.exitcode != 0:
-            how = f"ended with exit code {worker.exitcode}; its error stands above"
-            if worker.exitcode < 0:
-                how = (
-                    f"was killed by {signal.Signals(-worker.exitcode).name}; when the machine ran out of memory (dmesg "
-                    "says so), lower stream.workers or stream.prefetch_batches"
-                )
-            return f"loader worker {number} (pid {worker.pid}) {how}"
-    return None
+    return [number for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
+
+
+def _why_dead(number: int, worker: Any) -> str:
+    how = f"ended with exit code {worker.exitcode}; its error stands above"
+    if worker.exitcode < 0:
+        how = (
+            f"was killed by {signal.Signals(-worker.exitcode).name}; when the machine ran out of memory (dmesg says "
+            "so), lower stream.workers or stream.prefetch_batches"
+        )
+    return f"loader worker {number} (pid {worker.pid}) {how}"

@@ -4,29 +4,31 @@ Ranks and workers only pick their stripe of the one global order, so it does not
 resumed run is a larger index, not a replay.
 
     g global sample index, counted over all epochs | N volumes | G global batch: samples of an optimizer step
-    K crops per volume and epoch
+    K crops per volume and epoch | D volumes drawn in an epoch: N, or fewer with weights (see `shares`)
 
-An epoch is a permutation of the volumes, cut into blocks of G volumes (the last block takes the remainder too). Inside
-a block the first crop of each volume comes first, then the second of each ...: the crops of one volume lie near each
-other, in the same place of successive global batches, and any G samples in a row are of G different volumes. The tail
-of an epoch that does not fill a global batch is dropped. Nothing is stored but the shapes: a batch costs O(batch)
-memory and time.
+An epoch is a permutation of the volumes that it draws, cut into blocks of G volumes (the last block takes the remainder
+too). Inside a block the first crop of each volume comes first, then the second of each ...: the crops of one volume lie
+near each other, in the same place of successive global batches, and any G samples in a row are of G different volumes.
+The tail of an epoch that does not fill a global batch is dropped. Nothing is stored but the shapes: a batch costs
+O(batch) memory and time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale.config import tree_hash
+from mimscale.config import differing_keys, tree_hash
 from mimscale.errors import ConfigError
 from mimscale.store.manifest import Manifest
 from mimscale.stream import order
 from mimscale.stream.config import StreamConfig
-from mimscale.stream.crops import CropSpace, Samples, manifest_geometry
+from mimscale.stream.crops import CropSpace, Samples, Volumes, read_volumes
+from mimscale.stream.shares import EqualShares, WeightedShares, weighted_shares
 
 # Part of the hash of a plan. Raise it with every change of what a (seed, index) gives: old positions lose their sense.
 ORDER_VERSION = 1
@@ -41,6 +43,7 @@ class Position:
     samples_done: int  # over all epochs; what the trainer consumed, not what workers fetched ahead
     plan_hash: str
     global_batch: int
+    parts: dict[str, Any]  # what the hash was made of, so that a change can be named
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -66,19 +69,17 @@ class SamplePlan:
         self,
         *,
         seed: int,
-        shapes: NDArray[np.int64],
-        foreground_boxes: NDArray[np.int64],
+        volumes: Volumes,
         crop_voxels: Sequence[int],
         config: StreamConfig,
         global_batch: int,
         fingerprint: str = "",
     ) -> None:
-        """Plan over volumes of `shapes` [N, 3] with `foreground_boxes` [N, 3, 2] (start, stop), all Z, Y, X in voxels.
+        """Plan over `volumes`.
 
         Args:
             seed: 0 <= seed < 2**64.
-            shapes: as above.
-            foreground_boxes: as above; used by `origins: foreground` only.
+            volumes: what may be drawn.
             crop_voxels: Z, Y, X.
             config: how crops are drawn.
             global_batch: samples of an optimizer step, over all ranks and accumulation steps.
@@ -94,17 +95,22 @@ class SamplePlan:
             raise ConfigError(f"global_batch={global_batch}: must be at least 1")
         self.seed = seed
         self.global_batch = global_batch
-        self.crops = CropSpace(shapes, foreground_boxes, crop_voxels, config)
+        self.crops = CropSpace(volumes, crop_voxels, config)
+        self._shares: EqualShares | WeightedShares = EqualShares(self.num_volumes)
+        if config.weights is not None:
+            assert volumes.kinds is not None, "weights need the kind of each volume"
+            self._shares = weighted_shares(volumes.kinds, config.weights.values, "stream.weights.values")
+        self._drawn = self._shares.drawn_per_epoch
         self._config = config
         self._fingerprint = fingerprint
-        samples = self.num_volumes * config.crops_per_volume
+        samples = self._drawn * config.crops_per_volume
         if samples < global_batch:
             raise ConfigError(
-                f"global_batch={global_batch} is larger than an epoch: {self.num_volumes} volumes x "
+                f"global_batch={global_batch} is larger than an epoch: {self._drawn} volumes x "
                 f"stream.crops_per_volume={config.crops_per_volume} = {samples} samples; "
                 "lower global_batch or raise stream.crops_per_volume"
             )
-        self._block = min(global_batch, self.num_volumes)
+        self._block = min(global_batch, self._drawn)
 
     @classmethod
     def of(
@@ -116,22 +122,21 @@ class SamplePlan:
         crop_voxels: Sequence[int],
         config: StreamConfig,
         global_batch: int,
+        store: Path | None = None,
+        overlay: str | None = None,
     ) -> "SamplePlan":
-        """Plan over the volumes `indices` of a manifest.
+        """Plan over the volumes `indices` of a manifest. `origins: occupied` and `labelled` need the store's folder.
 
         Raises:
-            ConfigError, DataError: as the constructor.
-            DataError: the volumes differ in their number of channels.
+            ConfigError, DataError: as the constructor and `read_volumes`.
         """
-        shapes, boxes = manifest_geometry(manifest, indices)
         return cls(
             seed=seed,
-            shapes=shapes,
-            foreground_boxes=boxes,
+            volumes=read_volumes(manifest, indices, config, store, overlay),
             crop_voxels=crop_voxels,
             config=config,
             global_batch=global_batch,
-            fingerprint=manifest.plan_fingerprint(indices),
+            fingerprint=manifest.plan_fingerprint(indices, overlay if config.origins == "labelled" else None),
         )
 
     @property
@@ -142,7 +147,7 @@ class SamplePlan:
     @property
     def batches_per_epoch(self) -> int:
         """Global batches in an epoch."""
-        return self.num_volumes * self._config.crops_per_volume // self.global_batch
+        return self._drawn * self._config.crops_per_volume // self.global_batch
 
     @property
     def samples_per_epoch(self) -> int:
@@ -152,23 +157,40 @@ class SamplePlan:
     @property
     def dropped_per_epoch(self) -> int:
         """Samples of an epoch's tail that do not fill a global batch; other ones in each epoch."""
-        return self.num_volumes * self._config.crops_per_volume - self.samples_per_epoch
+        return self._drawn * self._config.crops_per_volume - self.samples_per_epoch
 
     def samples(self, global_indices: NDArray[np.int64]) -> Samples:
         """The samples with these global indices [n]."""
         index = np.asarray(global_indices, dtype=np.int64)
-        volume = self._volumes(index)
-        return Samples(
-            volume=volume,
-            origin=self.crops.origins(self.seed, index, volume),
-            seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED),
-        )
+        volume, draw_id = self._volumes(index)
+        origin = self.crops.draw(self.seed, index, volume, draw_id)
+        return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
 
     def substitutes(self, global_indices: NDArray[np.int64], attempt: int) -> Samples:
         """What replaces unreadable samples at attempt 1, 2 ...: another volume and origin, the same seed."""
         index = np.asarray(global_indices, dtype=np.int64)
-        volume, origin = self.crops.substitutes(self.seed, index, self._volumes(index), attempt)
+        volume, origin = self.crops.substitutes(self.seed, index, self._volumes(index)[0], attempt)
         return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
+
+    @property
+    def batches_a_group(self) -> int:
+        """Global batches whose crops come from the same regions; 1 without regions."""
+        return 1 if self._config.region_voxels is None else self._config.crops_per_volume
+
+    def group_of(self, batch_index: int) -> int:
+        """The group of global batches that one belongs to. An epoch begins a group, and may end with a smaller one."""
+        epoch, place = divmod(batch_index, self.batches_per_epoch)
+        return epoch * self._groups_per_epoch + place // self.batches_a_group
+
+    def group(self, number: int) -> range:
+        """The global batches of a group."""
+        epoch, place = divmod(number, self._groups_per_epoch)
+        first, end = place * self.batches_a_group, self.batches_per_epoch
+        return range(epoch * end + first, epoch * end + min(first + self.batches_a_group, end))
+
+    @property
+    def _groups_per_epoch(self) -> int:
+        return -(-self.batches_per_epoch // self.batches_a_group)
 
     def batch_seed(self, batch_index: int) -> int:
         """A seed that all ranks share in one global batch, for what must be the same in the whole batch."""
@@ -190,19 +212,30 @@ class SamplePlan:
     @cached_property
     def plan_hash(self) -> str:
         """Hash of all that the order depends on."""
-        return tree_hash(
-            {
-                "order_version": ORDER_VERSION,
-                "seed": self.seed,
-                "global_batch": self.global_batch,
-                "volumes": self._fingerprint,
-                "geometry": self.crops.digest,
-                "crop_voxels": [int(edge) for edge in self.crops.crop_voxels],
-                "crops_per_volume": self._config.crops_per_volume,
-                "align_voxels": self._config.align_voxels,
-                "origins": self._config.origins,
-            }
-        )
+        return tree_hash(self._parts)
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """What the order depends on, as plain values; keys of the config have their own names."""
+        config = self._config
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "number of volumes": self.num_volumes,
+            "ids, shapes and foreground boxes of the volumes": self._fingerprint,
+            "geometry of the volumes": self.crops.digest,
+            "kinds that weights go by": self._shares.digest,
+            "crop_voxels": [int(edge) for edge in self.crops.crop_voxels],
+            "stream.filter": config.filter,
+            "stream.weights": None if config.weights is None else {**vars(config.weights)},
+            "stream.crops_per_volume": config.crops_per_volume,
+            "stream.region_voxels": config.region_voxels and list(config.region_voxels),
+            "stream.align_voxels": config.align_voxels,
+            "stream.origins": config.origins,
+            "stream.pos_neg": list(config.pos_neg) if config.origins == "labelled" else None,
+            "stream.target_spacing_mm": config.target_spacing_mm and list(config.target_spacing_mm),
+        }
 
     def position(self, batches_done: int) -> Position:
         """Where the order stands after `batches_done` optimizer steps."""
@@ -212,47 +245,40 @@ class SamplePlan:
             samples_done=batches_done * self.global_batch,
             plan_hash=self.plan_hash,
             global_batch=self.global_batch,
+            parts=self._parts,
         )
 
     def batches_done(self, position: Position) -> int:
         """The number of global batches behind `position`: where to go on.
 
         Raises:
-            ConfigError: the position belongs to another order; both values of what differs are shown.
+            ConfigError: the position belongs to another order; both hashes and all that differs are shown.
         """
-        differing = [
-            f"  {name}: {saved} -> {now}"
-            for name, saved, now in (
-                ("seed", position.seed, self.seed),
-                ("global_batch", position.global_batch, self.global_batch),
-                ("plan_hash", position.plan_hash, self.plan_hash),
-            )
-            if saved != now
-        ]
-        if differing:
+        if position.plan_hash != self.plan_hash:
             raise ConfigError(
                 "the order of the data is not the one that this run began with (saved -> now):\n"
-                + "\n".join(differing)
-                + "\nA plan hash covers seed, global_batch, crop_voxels, stream.crops_per_volume, stream.align_voxels, "
-                "stream.origins and the ids and shapes of the selected volumes. Put back what changed, or start afresh."
+                + f"  plan_hash: {position.plan_hash} -> {self.plan_hash}\n"
+                + "".join(f"  {line}\n" for line in differing_keys(position.parts, self._parts))
+                + "Put back what changed, or accept the new order with --fresh-data: the run goes on at its step in it."
             )
         return position.samples_done // self.global_batch
 
-    def _volumes(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _volumes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The volume of each sample [n], and a number [n] that the crops of a volume share in one epoch."""
         if index.size and index.min() < 0:
             raise ValueError(f"global sample index {index.min()} is negative")
         epoch, place = np.divmod(index, self.samples_per_epoch)
         crops = self._config.crops_per_volume
-        last_block = self.num_volumes // self._block - 1
+        last_block = self._drawn // self._block - 1
         block = np.minimum(place // (self._block * crops), last_block)
         start = block * self._block
-        width = np.where(block == last_block, self.num_volumes - start, self._block)
+        width = np.where(block == last_block, self._drawn - start, self._block)
         slot = (place - start * crops) % width
         volume = np.empty_like(index)
         for each in np.unique(epoch):  # one, or two at an epoch's end
             of_epoch = epoch == each
-            volume[of_epoch] = order.permuted((start + slot)[of_epoch], self.num_volumes, self.seed, int(each))
-        return volume
+            volume[of_epoch] = self._shares.volumes((start + slot)[of_epoch], self.seed, int(each))
+        return volume, epoch * self._drawn + start + slot
 
 
 class FixedPlan:
@@ -273,14 +299,19 @@ class FixedPlan:
         seed: int,
         crop_voxels: Sequence[int],
         config: StreamConfig,
+        store: Path | None = None,
+        overlay: str | None = None,
     ) -> "FixedPlan":
-        """Plan over the volumes `indices` of a manifest.
+        """Plan over the volumes `indices` of a manifest; weights do not matter.
 
         Raises:
             ConfigError: a crop edge is not positive.
-            DataError: no volume, or volumes that differ in their number of channels.
+            DataError: no volume, or as `read_volumes`.
         """
-        return cls(CropSpace(*manifest_geometry(manifest, indices), crop_voxels, config), config, seed)
+        config = replace(config, weights=None)
+        return cls(
+            CropSpace(read_volumes(manifest, indices, config, store, overlay), crop_voxels, config), config, seed
+        )
 
     def __len__(self) -> int:
         return self.crops.num_volumes * self._per_volume
@@ -289,7 +320,7 @@ class FixedPlan:
         """The samples `indices` [n] of [0, len)."""
         index = np.asarray(indices, dtype=np.int64)
         volume = index // self._per_volume
-        origin = self.crops.origins(self.seed, index, volume)
+        origin = self.crops.draw(self.seed, index, volume, draw_id=volume)
         return Samples(volume=volume, origin=origin, seed=order.draw_seeds(self.seed, index, order.SAMPLE_SEED))
 
     def substitutes(self, indices: NDArray[np.int64], attempt: int) -> Samples:

@@ -168,6 +168,9 @@ FREE_KEYS = frozenset(
     }
 )
 
+# Keys that --fresh-data lets differ too: they change the order of the data, and not the model.
+DATA_KEYS = frozenset({"seed", "modality", "global_batch", "stream."})
+
 
 def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches that each rank computes a step.

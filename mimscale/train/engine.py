@@ -55,6 +55,13 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
         raise LaunchError(
             "DS_ACCELERATOR=cuda, but torch sees no CUDA device here; set DS_ACCELERATOR=cpu to use the CPU"
         )
+    if wanted == "cuda" and world.local_rank >= torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise LaunchError(
+            f"rank {world.rank} on {world.node}: is number {world.local_rank} of its node, but sees "
+            f"{torch.cuda.device_count()} GPU(s) (CUDA_VISIBLE_DEVICES={visible}); every rank must see all GPUs of its "
+            "node: ask for them by node (--gpus-per-node or --gres), not by task"
+        )
     os.environ["DS_ACCELERATOR"] = kind = wanted or ("cuda" if has_cuda else "cpu")
     os.environ.update(world.environment())
     # With it DeepSpeed maps 69 MB of /dev/shm a rank for an all-reduce that only inference uses, and leaves them there.

@@ -27,11 +27,16 @@ def job_record(environment: Mapping[str, str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": installed_versions(),
         "code": str(code),
         "commit": environment.get(COMMIT_VARIABLE) or git_commit(code),
         "environment": recorded_variables(environment),
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Package -> version of what a run's results depend on."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def recorded_variables(environment: Mapping[str, str]) -> dict[str, str]:

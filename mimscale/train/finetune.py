@@ -12,7 +12,7 @@ from mimscale.errors import DataError
 from mimscale.models.transfer import load_encoder, load_weights
 from mimscale.models.unetr import Unetr
 from mimscale.stream.batch import Batch
-from mimscale.stream.device import normalise
+from mimscale.stream.device import labels, normalise
 from mimscale.train.build import build_unetr
 from mimscale.train.checkpoint import newest
 from mimscale.train.config import FinetuneConfig
@@ -70,19 +70,18 @@ class Segmentation:
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """[] Dice and cross-entropy."""
         image, _ = normalise(batch)
-        assert batch.label is not None
-        return dice_cross_entropy(forward(image), batch.label)
+        return dice_cross_entropy(forward(image), labels(batch))
 
     def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
         """Overlaps of each class and loss, over the crops that count."""
         image, _ = normalise(batch)
-        assert batch.label is not None
+        label = labels(batch)
         logits = forward(image)
         sums: dict[str, Tensor | float] = {"loss": 0.0, "samples": batch.counted.sum().double()}
         for index, weight in enumerate(batch.counted.tolist()):
             sample = slice(index, index + 1)
-            sums["loss"] = sums["loss"] + weight * dice_cross_entropy(logits[sample], batch.label[sample]).double()
-            both, either = overlap_counts(logits[sample], batch.label[sample])
+            sums["loss"] = sums["loss"] + weight * dice_cross_entropy(logits[sample], label[sample]).double()
+            both, either = overlap_counts(logits[sample], label[sample])
             for class_index in range(self._config.unetr.num_classes):
                 for name, counts in ((f"both_{class_index}", both), (f"either_{class_index}", either)):
                     sums[name] = sums.get(name, 0.0) + weight * counts[class_index]

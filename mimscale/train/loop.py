@@ -64,7 +64,7 @@ def train(
     pending = _Pending(meter, ranks.world.size)
     for step in range(first_step, steps):
         loss_sum: Tensor | float = 0.0
-        substituted = 0
+        substituted, voxels_decoded, bytes_read = 0, 0.0, 0.0
         sample_ids: list[int] = []
         volume_ids: list[str] = []
         with meter.span("step_s"):
@@ -78,11 +78,21 @@ def train(
                 engine.step()
                 loss_sum = loss_sum + loss.detach().double() / accumulation
                 substituted += batch.substituted
+                voxels_decoded += batch.voxels_decoded
+                bytes_read += batch.bytes_read
                 sample_ids += batch.sample_ids.tolist()
                 volume_ids += batch.volume_ids
             stopping = pending.finish()
         meter.record_samples(step + 1, sample_ids)
-        sums = {"loss": loss_sum, "stop": float(stop_wanted()), "substituted": float(substituted), **meter.take_spans()}
+        sums = {
+            "loss": loss_sum,
+            "stop": float(stop_wanted()),
+            "substituted": float(substituted),
+            "samples": float(len(sample_ids)),
+            "voxels_decoded": voxels_decoded,
+            "bytes_read": bytes_read,
+            **meter.take_spans(),
+        }
         pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), volume_ids)
 
         done = step + 1
@@ -139,5 +149,8 @@ class _Pending:
             self._stop_seen = self._stop_seen or shared["stop"] > 0
             values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
             values |= {"lr": rate, "grad_norm": grad_norm, "substituted": shared["substituted"]}
+            values |= {
+                f"{name}_per_crop": shared[name] / shared["samples"] for name in ("voxels_decoded", "bytes_read")
+            }
             self._meter.log_step(step, values)
         return self._stop_seen

@@ -7,7 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -56,11 +56,13 @@ class Meter:
         kept = [line for line in metrics if line["step"] <= first_step]
         if len(kept) < len(metrics):
             say(f"{len(metrics) - len(kept)} logged step(s) after step {first_step} were not saved and are repeated")
-        durable.write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        with self._writing(self._run.metrics):
+            durable.write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._run.path / "tensorboard"), purge_step=first_step + 1)
+            with self._writing(self._run.tensorboard):
+                self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=first_step + 1)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -110,10 +112,10 @@ class Meter:
         say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
-        with self._writing(self._run.metrics):
-            with self._run.metrics.open("a") as file:
-                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-            if self._tensorboard is not None:
+        with self._writing(self._run.metrics), self._run.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            with self._writing(self._run.tensorboard):
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
 
@@ -136,5 +138,8 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
-        if self._tensorboard is not None:
+        if self._tensorboard is None:
+            return
+        # Events that it cannot write any more must not hide the error that ends the run.
+        with suppress(OSError) if error is not None else self._writing(self._run.tensorboard):
             self._tensorboard.close()

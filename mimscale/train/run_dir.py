@@ -37,6 +37,7 @@ class Outcome:
     exit_code: int
     step: int
     message: str = ""
+    stopped_by: str = ""  # of an interrupted job: the signal that rank 0 got, or the limit that it kept
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class RunDir:
     def environment(self) -> Path:
         """Versions, host and settings of the newest job."""
         return self.path / "env.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.path / "tensorboard"
 
     @property
     def samples(self) -> Path:
@@ -154,9 +160,14 @@ class RunDir:
 
     @contextmanager
     def registered(self, rank: int) -> Iterator[None]:
-        """Keep this process's id in `pids/` while the block runs, so that it can be signalled."""
+        """Keep this process's id in `pids/` while the block runs, so that it can be signalled.
+
+        Raises:
+            DataError: the disk is full or not writable.
+        """
         file = self.pids / f"rank{rank:05d}.json"
-        durable.write_json(file, vars(Process.this()))
+        with durable.explained(DataError, file, "choose another run_dir or free space"):
+            durable.write_json(file, vars(Process.this()))
         try:
             yield
         finally:
@@ -197,14 +208,15 @@ class RunDir:
                 raise ConfigError(
                     f"{self.path}: holds a run with another config; these may not change when it continues:\n  "
                     + "\n  ".join(differing)
-                    + "\nUse another run_dir, put the old values back, or start over with --fresh"
+                    + "\nUse another run_dir, put the old values back, or start over with --fresh; --fresh-data "
+                    "accepts another seed, modality, global_batch and stream.*"
                 )
         durable.write_text(self.config, text)
 
-    def locked(self, job_id: str) -> AbstractContextManager[None]:
-        """Hold the run directory's lock.
+    def locked(self, job_id: str, owner: str | None = None) -> AbstractContextManager[None]:
+        """Hold the run directory's lock. A job waits for what an earlier one of the same owner has left.
 
         Raises:
             LaunchError: another job is writing here.
         """
-        return sole_writer(self.lock, f"job {job_id}")
+        return sole_writer(self.lock, f"job {job_id}", owner)

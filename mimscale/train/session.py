@@ -5,8 +5,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,24 +19,30 @@ from torch import Tensor, nn
 from mimscale import durable
 from mimscale.config import config_tree, config_yaml
 from mimscale.console import say
-from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, LostRankError, MimscaleError
 from mimscale.models.transfer import save_weights
-from mimscale.store.layout import StoreInfo, read_info
+from mimscale.store.layout import StoreInfo, read_info, stored_overlay
 from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
 from mimscale.stream.batch import Batch
+from mimscale.stream.device import OnDevice
 from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
+from mimscale.stream.select import parse_attribute, parse_filter
 from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
-from mimscale.train.config import FREE_KEYS, RunConfig, accumulation
+from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
+from mimscale.train.preflight import preflight
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.train.startup import Startup
 from mimscale.world import StopRequest, World
 
+# When a batch script wants the run to save and leave, in seconds since 1970.
+STOP_AT_VARIABLE = "MIMSCALE_STOP_AT_UNIX_S"
 # What torch says when the process at the other end of a collective is gone.
 LOST_PEER_TEXTS = ("Connection closed", "Connection reset", "remote process", "Broken pipe", "Timed out")
 
@@ -70,6 +76,7 @@ class TrainingData:
 
     Raises:
         DataError: no store, or no volume that the config selects.
+        ConfigError: labels on the grid of the sources.
     """
 
     def __init__(self, config: RunConfig, overlay: str | None) -> None:
@@ -77,16 +84,25 @@ class TrainingData:
         self.overlay = overlay
         self.info: StoreInfo = read_info(config.store)
         if overlay is not None and overlay not in self.info.overlays:
-            known = ", ".join(self.info.overlays) or "none"
+            known = ", ".join(self.info.overlays) or "none, so ingest the volumes with their labels"
             raise DataError(f"{config.store}: no overlay {overlay!r}; there are: {known}")
-        self.manifest: Manifest = load_manifest(config.store, TRAINING_COLUMNS)
-        wanted = {} if config.modality is None else {"modality": config.modality}
-        self.train: NDArray[np.int64] = self._labelled(self.manifest.select(split="train", **wanted))
-        self.validation = self._labelled(self.manifest.select(split="val", **wanted))[: config.validation.max_volumes]
+        if overlay is not None and overlay != stored_overlay(overlay):
+            raise ConfigError(
+                f"overlay={overlay}: lies on the grid of the sources, for scores; train with "
+                f"overlay={stored_overlay(overlay)}"
+            )
+        stream = config.stream
+        filtered = None if stream.filter is None else parse_filter(stream.filter)
+        by = None if stream.weights is None else parse_attribute(stream.weights.by, "stream.weights.by")
+        columns = {"spacing_mm"}.union(*(part.columns for part in (filtered, by) if part is not None))
+        self.manifest: Manifest = load_manifest(config.store, sorted(columns.union(TRAINING_COLUMNS)))
+        self._kept = np.ones(len(self.manifest), bool) if filtered is None else filtered.select(self.manifest)
+        self.train: NDArray[np.int64] = self._selected("train")
+        self.validation = self._selected("val")[: config.validation.max_volumes]
         if not len(self.train):
             raise DataError(
-                f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}; "
-                f"see `mimscale inspect {config.store}`"
+                f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}, "
+                f"stream.filter={stream.filter}; see `mimscale inspect {config.store}`"
             )
         self.channels = self.manifest.sample_row(int(self.train[0])).shape[0]
         self.plan = SamplePlan.of(
@@ -96,10 +112,14 @@ class TrainingData:
             crop_voxels=config.crop_voxels,
             config=config.stream,
             global_batch=config.global_batch,
+            store=config.store,
+            overlay=overlay,
         )
 
-    def _labelled(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of these volumes, those that have the overlay, when there is one."""
+    def _selected(self, split: str) -> NDArray[np.int64]:
+        """Volumes of a split that the config asks for, and that have the overlay, when there is one."""
+        wanted = {} if self.config.modality is None else {"modality": self.config.modality}
+        indices: NDArray[np.int64] = np.flatnonzero(self._kept & self.manifest.equal(split=split, **wanted))
         if self.overlay is None:
             return indices
         labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
@@ -141,6 +161,8 @@ class TrainingData:
             seed=config.seed,
             crop_voxels=config.crop_voxels,
             config=replace(config.stream, crops_per_volume=config.validation.crops_per_volume),
+            store=config.store,
+            overlay=self.overlay,
         )
         return fixed_batches(
             store=config.store,
@@ -154,8 +176,16 @@ class TrainingData:
         )
 
 
-def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tuple[Outcome, dict[str, Any]]:
+def run_session(
+    config: RunConfig, objective: Objective, *, fresh: bool, fresh_data: bool = False
+) -> tuple[Outcome, dict[str, Any]]:
     """Run or continue a training run, together with the other ranks; returns how it ended and the last metrics.
+
+    Args:
+        config: of the run.
+        objective: pretraining or fine-tuning.
+        fresh: move an existing run aside and start over.
+        fresh_data: go on although the data or their order are not those that the run began with.
 
     Raises:
         MimscaleError: what went wrong, after it was written to outcome.json.
@@ -164,19 +194,29 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
     accumulation(config, world.size)
     run = RunDir(config.run_dir)
     stop = StopRequest()
+    if config.stop_after_min is not None:
+        stop.stop_after("stop_after_min", 60 * config.stop_after_min)
+    if STOP_AT_VARIABLE in os.environ:
+        stop.stop_after("time limit", float(os.environ[STOP_AT_VARIABLE]) - time.time())
+    startup = Startup(os.environ)
     claimed = False
     try:
         with ExitStack() as stack:
             ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
             stack.callback(leave_ranks)
+            startup.ends("init_s")
+            preflight(config, ranks)
+            startup.ends("preflight_s")
             if world.is_first:
                 # Opened here and not inside `first_does`, so that the lock is held as long as the job lasts.
-                stack.enter_context(_Claim(ranks, run, config, fresh))
+                stack.enter_context(
+                    _Claim(ranks, run, config, fresh, FREE_KEYS | DATA_KEYS if fresh_data else FREE_KEYS)
+                )
             else:
                 ranks.first_does(lambda: None)
             claimed = True
             stack.enter_context(run.registered(world.rank))
-            outcome, metrics = _train(config, objective, run, ranks, stop, stack)
+            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack, fresh_data)
     except Exception as error:
         failure = _as_failure(error, world, config)
         # Before the claim the directory may be another job's. After it, the first rank to fail says why.
@@ -195,8 +235,8 @@ def run_session(config: RunConfig, objective: Objective, *, fresh: bool) -> tupl
 class _Claim:
     """Rank 0's hold on the run directory. The other ranks learn whether it worked."""
 
-    def __init__(self, ranks: Ranks, run: RunDir, config: RunConfig, fresh: bool) -> None:
-        self._ranks, self._run, self._config, self._fresh = ranks, run, config, fresh
+    def __init__(self, ranks: Ranks, run: RunDir, config: RunConfig, fresh: bool, free_keys: frozenset[str]) -> None:
+        self._ranks, self._run, self._config, self._fresh, self._free_keys = ranks, run, config, fresh, free_keys
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Claim":
@@ -212,26 +252,36 @@ class _Claim:
         if self._fresh:
             run.move_aside()
         with durable.explained(DataError, run.path, "choose another run_dir or free space"):
-            self._stack.enter_context(run.locked(os.environ.get("MIMSCALE_JOB_ID", "none")))
-            run.open(config_tree(config), config_yaml(config), free_keys=FREE_KEYS)
+            self._stack.enter_context(self._lock())
+            run.open(config_tree(config), config_yaml(config), free_keys=self._free_keys)
             durable.write_json(run.environment, job_record(os.environ))
             run.outcome.unlink(missing_ok=True)
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return self._run.locked(os.environ.get("MIMSCALE_JOB_ID", "none"), os.environ.get("MIMSCALE_LOCK_OWNER"))
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
 
 
 def _train(
-    config: RunConfig, objective: Objective, run: RunDir, ranks: Ranks, stop: StopRequest, stack: ExitStack
+    config: RunConfig,
+    objective: Objective,
+    run: RunDir,
+    ranks: Ranks,
+    stop: StopRequest,
+    startup: Startup,
+    stack: ExitStack,
+    fresh_data: bool,
 ) -> tuple[Outcome, dict[str, Any]]:
     world = ranks.world
-    deadline_s = None if config.stop_after_min is None else time.monotonic() + 60 * config.stop_after_min
     data = TrainingData(config, objective.overlay)
     torch.manual_seed(config.seed)
     model = objective.build(data.channels)
     if not any(run.checkpoints.glob("step_*")):
         objective.prepare(model, data, ranks)
     engine = Engine(model, config, ranks)
+    startup.ends("build_s")
 
     def write_weights(folder: Path, step: int) -> None:
         weights = engine.full_weights()
@@ -242,23 +292,25 @@ def _train(
     restored = checkpoints.restore()
     first_step = 0
     if restored.position is not None:
-        first_step = data.plan.batches_done(Position.from_dict(restored.position))
-        assert first_step == restored.step, f"step {restored.step} stands at the data of step {first_step}"
+        first_step = _first_step(data.plan, Position.from_dict(restored.position), restored.step, fresh_data)
         if ranks.is_first:
             say(f"{run.path}: continues at step {first_step} of {config.steps}")
+    startup.ends("load_s")
     meter = stack.enter_context(Meter(run, config.meter, world, steps=config.steps, global_batch=config.global_batch))
     meter.start(first_step)
     loader = data.loader(world, first_step)
     stack.callback(loader.close)
 
     def stop_wanted() -> bool:
-        return stop.received is not None or (deadline_s is not None and time.monotonic() > deadline_s)
+        if ranks.is_first:
+            startup.first_step_is_done(run)
+        return stop.reason != ""
 
     def validate() -> dict[str, float]:
         sums: dict[str, Tensor | float] = {}
         with engine.evaluating():
-            for batch in data.validation_batches(world):
-                for name, value in objective.validation_sums(engine, batch.to(ranks.device)).items():
+            for batch in OnDevice(data.validation_batches(world), ranks.device):
+                for name, value in objective.validation_sums(engine, batch).items():
                     sums[name] = sums.get(name, 0.0) + value
         return objective.validation_metrics(ranks.sum(sums).wait())
 
@@ -272,8 +324,8 @@ def _train(
         accumulation=accumulation(config, world.size),
         engine=engine,
         ranks=ranks,
-        batches=loader,
-        loss_of=lambda batch: objective.loss(engine, batch.to(ranks.device)),
+        batches=startup.watched(OnDevice(loader, ranks.device)),
+        loss_of=lambda batch: objective.loss(engine, batch),
         meter=meter,
         stop_wanted=stop_wanted,
         save=lambda step: checkpoints.save(step, data.plan.position(step).to_dict()),
@@ -287,11 +339,21 @@ def _train(
         exit_code=0 if finished else INTERRUPTED_EXIT_CODE,
         step=done,
         message="" if finished else "stopped by request; the same command continues",
+        stopped_by="" if finished else stop.reason or "another rank",
     )
     if ranks.is_first:
         run.write_outcome(outcome)
         say(f"{run.path}: {outcome.outcome} at step {done} of {config.steps}")
     return outcome, {"step": done, "outcome": outcome.outcome, **meter.last_metrics}
+
+
+def _first_step(plan: SamplePlan, position: Position, step: int, fresh_data: bool) -> int:
+    """The step to go on at. In another order that was accepted it is the same one: no count of batches must be kept."""
+    if fresh_data and position.plan_hash != plan.plan_hash:
+        return step
+    done = plan.batches_done(position)
+    assert done == step, f"step {step} stands at the data of step {done}"
+    return done
 
 
 def _as_failure(error: Exception, world: World, config: RunConfig) -> MimscaleError:
@@ -306,11 +368,13 @@ def _as_failure(error: Exception, world: World, config: RunConfig) -> MimscaleEr
     return MimscaleError(f"rank {world.rank} on {world.node}: {type(error).__name__}: {error}")
 
 
-def session_main(config: RunConfig, objective: Objective, *, fresh: bool, as_json: bool) -> int:
+def session_main(
+    config: RunConfig, objective: Objective, *, fresh: bool, fresh_data: bool = False, as_json: bool
+) -> int:
     """Run a session as a verb's body; returns the exit code."""
     world = World.from_environment(os.environ)
     try:
-        outcome, metrics = run_session(config, objective, fresh=fresh)
+        outcome, metrics = run_session(config, objective, fresh=fresh, fresh_data=fresh_data)
     except MimscaleError as error:
         if world.size == 1:
             raise
@@ -320,4 +384,14 @@ def session_main(config: RunConfig, objective: Objective, *, fresh: bool, as_jso
         os._exit(error.exit_code)
     if as_json and world.is_first:
         print(json.dumps(metrics, sort_keys=True), flush=True)
-    return outcome.exit_code
+    return exit_code_of_rank(outcome, world, os.environ)
+
+
+def exit_code_of_rank(outcome: Outcome, world: World, environment: Mapping[str, str]) -> int:
+    """The exit code of this rank's process.
+
+    srun ends the other ranks when one leaves with another code than 0, while they may still close their files. So
+    ranks that srun has started leave an interrupted run with 0; outcome.json has the truth.
+    """
+    started_by_srun = "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment
+    return 0 if started_by_srun and world.size > 1 and outcome.outcome == "interrupted" else outcome.exit_code

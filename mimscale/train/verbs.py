@@ -6,6 +6,7 @@ import sys
 from mimscale.config import config_yaml, load_verb_config, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.models.config import mask_grid, patch_grid, unetr_halvings
+from mimscale.stream.select import parse_attribute, parse_filter
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 
 
@@ -22,7 +23,13 @@ def pretrain_main(argv: list[str]) -> int:
     from mimscale.train.pretrain import MaskedReconstruction
     from mimscale.train.session import session_main
 
-    return session_main(config, MaskedReconstruction(config), fresh=arguments.fresh, as_json=arguments.json)
+    return session_main(
+        config,
+        MaskedReconstruction(config),
+        fresh=arguments.fresh,
+        fresh_data=arguments.fresh_data,
+        as_json=arguments.json,
+    )
 
 
 def finetune_main(argv: list[str]) -> int:
@@ -38,7 +45,13 @@ def finetune_main(argv: list[str]) -> int:
     from mimscale.train.finetune import Segmentation
     from mimscale.train.session import session_main
 
-    return session_main(config, Segmentation(config), fresh=arguments.fresh, as_json=arguments.json)
+    return session_main(
+        config,
+        Segmentation(config),
+        fresh=arguments.fresh,
+        fresh_data=arguments.fresh_data,
+        as_json=arguments.json,
+    )
 
 
 def check_run(config: RunConfig) -> None:
@@ -52,6 +65,7 @@ def check_run(config: RunConfig) -> None:
         patch_grid(config.crop_voxels, config.patch_voxels)
     except ValueError as error:
         problems.append(str(error))
+    problems += _stream_problems(config)
     try:
         if isinstance(config, PretrainConfig):
             mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
@@ -63,7 +77,26 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def _stream_problems(config: RunConfig) -> list[str]:
+    stream = config.stream
+    problems = []
+    try:
+        if stream.filter is not None:
+            parse_filter(stream.filter)
+        if stream.weights is not None:
+            parse_attribute(stream.weights.by, "stream.weights.by")
+    except ConfigError as error:
+        problems.append(str(error))
+    region = stream.region_voxels
+    if region is not None and any(edge < crop for edge, crop in zip(region, config.crop_voxels, strict=True)):
+        problems.append(f"stream.region_voxels={region}: must hold a crop of crop_voxels={config.crop_voxels}")
+    if stream.origins == "labelled" and not isinstance(config, FinetuneConfig):
+        problems.append("stream.origins=labelled: only fine-tuning reads labels; use occupied")
+    return problems
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--fresh-data", action="store_true", help="continue although the data or their order changed")
     parser.add_argument("--json", action="store_true", help="final metrics as JSON on stdout")

@@ -1,5 +1,6 @@
 """Damaged files of every format end as a scan or as a typed reason: no other exception, no hang, no memory."""
 
+import bz2
 import gzip
 import json
 import re
@@ -15,7 +16,8 @@ import pydicom.uid as uid
 import pytest
 import SimpleITK as sitk
 
-from mimscale.ingest.formats import QuarantineError, ReadOptions, SourceFile, read_scan
+from mimscale.ingest.formats import REASONS, QuarantineError, ReadOptions, SourceFile, read_scan
+from mimscale.ingest.formats.dicom_series import find_series
 
 DAMAGED = 1_000
 SLOWEST_S = 10.0
@@ -79,6 +81,11 @@ def nrrd_gz(folder):
     return itk(folder, "a.nrrd", compressed=True)
 
 
+def nrrd_bz2(folder):
+    header, voxels = nrrd(folder)["a.nrrd"].split(b"\n\n", 1)
+    return {"a.nrrd": header.replace(b"encoding: raw", b"encoding: bzip2") + b"\n\n" + bz2.compress(voxels)}
+
+
 def nhdr(folder):
     return itk(folder, "a.nhdr", "a.raw")
 
@@ -138,6 +145,9 @@ def dicom_jpeg_2000(folder):
     return compressed(folder, uid.JPEG2000Lossless)
 
 
+COMPRESSED_DICOM = (dicom_rle, dicom_jpeg, dicom_jpeg_ls, dicom_jpeg_2000)  # a quarter of the damage each
+
+
 def damaged(data, random):
     """One random damage of a file, mostly of its header."""
     if data[:2] == b"\x1f\x8b" and random.random() < 0.7:  # damage what was compressed, not the compression
@@ -190,8 +200,8 @@ def bounded_memory():
 @pytest.mark.parametrize(
     "sample",
     [
-        *(nifti, nifti2, nifti_gz, nifti_pair, mgh, mgz, nrrd, nrrd_gz, nhdr, mha, mha_zlib, mhd, npy, npz),
-        *(dicom, dicom_frames, dicom_rle, dicom_jpeg, dicom_jpeg_ls, dicom_jpeg_2000),
+        *(nifti, nifti2, nifti_gz, nifti_pair, mgh, mgz, nrrd, nrrd_gz, nrrd_bz2, nhdr, mha, mha_zlib, mhd, npy, npz),
+        *(dicom, dicom_frames, *COMPRESSED_DICOM),
     ],
 )
 def test_damaged_files_are_scans_or_have_a_reason(tmp_path, sample):
@@ -201,7 +211,8 @@ def test_damaged_files_are_scans_or_have_a_reason(tmp_path, sample):
     random = np.random.default_rng(zlib.crc32(sample.__name__.encode()))
     outcomes = Counter()
     slowest_s = 0.0
-    for _ in range(DAMAGED):
+    count = DAMAGED // 4 if sample in COMPRESSED_DICOM else DAMAGED
+    for _ in range(count):
         victim = list(files)[int(random.integers(len(files)))]
         bad = {**files, victim: damaged(files[victim], random)}
         start = time.perf_counter()
@@ -218,5 +229,21 @@ def test_damaged_files_are_scans_or_have_a_reason(tmp_path, sample):
         slowest_s = max(slowest_s, time.perf_counter() - start)
     assert whole.voxels.size > 0
     assert slowest_s < SLOWEST_S
-    assert outcomes["scan"] < DAMAGED  # some damage was found: the loop does what it says
+    assert outcomes["scan"] < count  # some damage was found: the loop does what it says
     assert len(outcomes) > 2
+
+
+def test_every_damaged_slice_is_in_exactly_one_series(tmp_path):
+    paths = dicom_samples.save(dicom_samples.slices(VOXELS[:5]), tmp_path / "dicom")
+    whole = {path: path.read_bytes() for path in paths}
+    random = np.random.default_rng(0)
+    problems = Counter()
+    for _ in range(DAMAGED // 4):
+        victim = paths[int(random.integers(len(paths)))]
+        victim.write_bytes(damaged(whole[victim], random))
+        series = find_series(paths)
+        assert sorted(path for one in series for path in one.files) == paths
+        problems.update(one.problem[0] for one in series if one.problem)
+        victim.write_bytes(whole[victim])
+    assert problems.keys() <= REASONS.keys()
+    assert problems["unreadable"] > 0

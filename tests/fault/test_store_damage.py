@@ -1,17 +1,12 @@
 """Damage on disk: every read says so, and names the volume."""
 
-import errno
-import json
 import os
-import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from store_samples import config_of, make_store, opened, rows_of, write_pairs
+from store_samples import config_of, make_store, opened, rows_of
 
-from mimscale.cli import main
 from mimscale.errors import DataError
 from mimscale.ingest.pool import process_pool
 from mimscale.ingest.run import ingest
@@ -178,45 +173,3 @@ def test_a_damaged_pack_is_repaired_as_the_error_says(store, pristine):
     sources = {kind: str(folder / kind / "*.nii.gz") for kind in ("images", "labels")}
     ingest(config_of(sources, store, parts=2, chunk_voxels=16))
     assert path.read_bytes() == before
-
-
-@pytest.fixture
-def small_disk(tmp_path, monkeypatch):
-    """A folder on a disk of 400 kB; where mounting is not allowed, a disk that is full when it is flushed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode == 0:
-        yield folder
-        subprocess.run(["umount", folder], check=True)
-        return
-    real_fsync = os.fsync
-
-    def fsync(descriptor):
-        if ".zarr.zip" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real_fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    yield folder
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_leaves_no_half_written_pack(small_disk, tmp_path, capsys, workers):
-    if workers == 2 and not os.path.ismount(small_disk):
-        return  # the stand-in for a full disk works in this process only
-    sources = write_pairs(tmp_path / "s", 4, (64, 64, 64))
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(json.dumps({"sources": sources, "class_names": ["a", "b", "c"], "workers": workers}))
-    assert main(["ingest", str(recipe), f"out={small_disk}/store", "parts=2"]) == 3
-    printed = capsys.readouterr().err
-    assert re.search(
-        r"store/(packs|overlays/label)/part-0000\d\.zarr\.zip: the disk is full \(\d+ bytes free\)", printed
-    )
-    assert "free some space and run the same command again" in printed
-    left = [path for path in (small_disk / "store").rglob("*") if path.is_file()]
-    for path in left:
-        assert path.name == "store.json" or path.suffix == ".jsonl" or path.name.endswith(".zarr.zip"), path
-        if path.name.endswith(".zarr.zip"):
-            assert subprocess.run(["python3", "-m", "zipfile", "-t", path], capture_output=True).returncode == 0
-    assert not (small_disk / "store" / "manifest.parquet").exists()

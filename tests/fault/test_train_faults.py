@@ -1,10 +1,10 @@
 """What a training run says and leaves behind when something is wrong."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from rank_pool import run_ranks
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
@@ -77,28 +77,25 @@ def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names
     assert max(line["step"] for line in run.read_metrics()) == 4, "it trained after all"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system that holds one checkpoint of this run, but not two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        from conftest import skip_unless
+def test_a_full_disk_stops_both_ranks_with_exit_code_4_and_keeps_the_last_good_checkpoint(store, tmp_path):
+    with small_disk(tmp_path / "disk", size_kb=1300) as disk:  # it holds one checkpoint of this run, but not two
+        run = RunDir(disk / "run")
+        words = pretrain_words(store, run.path, "checkpoint={every_steps: 2, keep: 9}")
+        ended = run_ranks(words, size=2)
+        assert [rank.code for rank in ended] == [4, 4], ended[0].err
+        assert "not saved (" in ended[0].err
+        assert "bytes are free on its disk" in ended[0].err
+        good = checkpoint.newest(run)
+        assert good is not None
+        assert checkpoint.tags(run)[0] == good, "a broken checkpoint has a final name"
+        assert not list(run.checkpoints.glob(".tmp-*"))
 
-        skip_unless(False, "a file system of limited size can be mounted by root only")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
-
-def test_a_full_disk_stops_both_ranks_with_exit_code_4_and_keeps_the_last_good_checkpoint(store, small_disk):
-    run = RunDir(small_disk / "run")
-    words = pretrain_words(store, run.path, "checkpoint={every_steps: 2, keep: 9}")
-    ended = run_ranks(words, size=2)
-    assert [rank.code for rank in ended] == [4, 4], ended[0].err
-    assert "not saved (" in ended[0].err
-    assert "bytes are free on its disk" in ended[0].err
-    good = checkpoint.newest(run)
-    assert good is not None
-    assert checkpoint.tags(run)[0] == good, "a broken checkpoint has a final name"
-    assert not list(run.checkpoints.glob(".tmp-*"))
+@pytest.mark.parametrize("size_kb", [4, 12, 20, 28, 64])  # another file meets the end of each
+def test_a_disk_that_is_full_while_a_run_starts_or_reports_ends_it_in_words(store, tmp_path, size_kb):
+    with small_disk(tmp_path / "disk", size_kb) as disk:
+        words = pretrain_words(store, disk / "run", "steps=500", "meter.tensorboard=true", "meter.record_samples=false")
+        (ended,) = run_ranks([*words, "validation.every_steps=0", "checkpoint.every_steps=1000"], size=1)
+        assert ended.code in (3, 4), ended.err  # what belongs to the run directory, what the run reports
+        assert "the disk is full" in ended.err.splitlines()[-1], ended.err
+        assert not list(disk.rglob(".tmp-*"))

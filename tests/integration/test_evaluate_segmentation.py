@@ -5,8 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from small_segmentation import CLASSES, SOURCES, make_finetune_run, make_store
-from torch import nn
+from small_segmentation import CLASSES, SOURCES, Threshold, make_finetune_run, make_store
 
 from mimscale.cli import main
 from mimscale.evaluate import weights
@@ -39,14 +38,6 @@ def test_a_prediction_lies_on_the_grid_of_the_source_file_whatever_its_orientati
     assert np.array_equal(prediction.affine, source.affine)
     assert prediction.get_data_dtype() == np.uint8
     assert int(prediction.header["sform_code"]) == 1
-
-
-class Threshold(nn.Module):
-    """Tells the classes apart by intensity, so it is never wrong."""
-
-    def forward(self, windows):
-        centres = torch.tensor([0.02, 0.32, 0.62]).view(1, 3, 1, 1, 1)
-        return -((windows - centres) ** 2)
 
 
 def test_a_network_that_is_right_scores_one_and_its_files_equal_the_source_labels(store, monkeypatch, tmp_path):
@@ -88,7 +79,10 @@ def test_the_table_of_cases_has_a_line_for_each_volume_and_class(run, scores):
     lines = list(csv.DictReader((run / "evaluate" / "cases.csv").read_text().splitlines()))
     assert [(line["volume"], line["class"]) for line in lines] == [(v, c) for v in SOURCES for c in CLASSES]
     first = scores["cases"][0]["scores"]["grey"]
-    assert float(lines[1]["dice"]) == first["dice"]
+    assert [float(lines[1][name]) for name in ("dice", "hd95_mm", "nsd")] == [
+        first[name] for name in ("dice", "hd95_mm", "nsd")
+    ]
+    assert float(lines[1]["store_grid_dice"]) == scores["cases"][0]["store_grid_scores"]["grey"]["dice"]
     assert lines[0]["hd95_mm"] == ""
 
 

@@ -235,7 +235,8 @@ def test_a_second_ingest_at_once_is_refused(tmp_path):
         ingest(config_of(sources, store, parts=2, chunk_voxels=16))
 
 
-def test_a_tables_subjects_and_columns_that_identify_reach_neither_store_nor_log(tmp_path, capsys):
+def test_a_tables_subjects_and_columns_that_identify_reach_neither_store_nor_log(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MIMSCALE_JOB_ID", "4711")  # a job's log stays; a person's terminal may name files
     for name in ("rosa", "bo"):
         write_nifti(tmp_path / "s" / f"{name}_amsel.nii", phantom(len(name)))
     table = tmp_path / "s" / "scans.csv"
@@ -354,3 +355,37 @@ def test_colin27_and_its_116_regions_come_back_bit_for_bit(tmp_path):
 def test_a_missing_store_is_an_error_of_verify(tmp_path):
     with pytest.raises(DataError, match="give the folder"):
         verify(tmp_path)
+
+
+def test_channels_of_one_subject_become_one_volume_and_their_order_counts(tmp_path):
+    voxels = [phantom(number) for number in range(3)]
+    files = [str(write_nifti(tmp_path / f"{number}.nii", one)) for number, one in enumerate(voxels)]
+    ingest(config_of([{"image": files}, {"image": files[::-1]}], tmp_path / "store"))
+    manifest, reader = opened(tmp_path / "store")
+    assert len(manifest) == 2
+    for index in range(2):
+        row = manifest.row(index)
+        stored = [to_source_grid(channel, row) for channel in reader.read_volume(row)]
+        assert any(np.array_equal(stored, order) for order in (voxels, voxels[::-1]))
+
+
+def test_channels_on_other_grids_and_a_channel_that_is_gone_are_named(tmp_path):
+    one = str(write_nifti(tmp_path / "one.nii", phantom(0)))
+    moved = str(write_nifti(tmp_path / "moved.nii", phantom(1), np.diag([1.0, 1.5, 2.2, 1.0])))
+    small = str(write_nifti(tmp_path / "small.nii", phantom(1, (20, 20, 20))))
+    sources = [{"image": [one, other]} for other in (moved, small, str(tmp_path / "gone.nii"))]
+    summary = ingest(config_of(sources, tmp_path / "store"))
+    assert summary["reasons"] == {"channel_grid_mismatch": 2, "missing_file": 1}
+
+
+def test_channels_of_different_types_are_stored_in_one_that_holds_all(tmp_path):
+    whole = phantom(0)
+    fine = np.random.RandomState(0).rand(*whole.shape).astype(np.float32)
+    pair = [str(write_nifti(tmp_path / "whole.nii", whole)), str(write_nifti(tmp_path / "fine.nii", fine))]
+    ingest(config_of([{"image": pair}], tmp_path / "store"))
+    manifest, reader = opened(tmp_path / "store")
+    row = manifest.row(0)
+    assert row.dtype == "float32"
+    stored = reader.read_volume(row)
+    assert np.array_equal(to_source_grid(stored[0], row), whole)
+    assert np.array_equal(to_source_grid(stored[1], row), fine)

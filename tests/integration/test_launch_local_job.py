@@ -90,7 +90,7 @@ def test_submit_returns_at_once_and_its_job_survives_the_shell_and_stops_when_to
     assert supervisor is not None
     os.kill(supervisor.pid, signal.SIGUSR2)
     outcome = wait_until(folder.read_outcome)
-    assert outcome == Outcome(outcome="interrupted", exit_code=75, step=7, message="saved")
+    assert outcome == Outcome(outcome="interrupted", exit_code=75, step=7, stopped_by="SIGUSR2")
     assert not any(is_alive(pid) for pid in ranks.values())
     assert "stopped by SIGUSR2" in (folder.path / f"{supervisor.pid}_1_log.out").read_text()
 

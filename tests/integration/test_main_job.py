@@ -85,6 +85,9 @@ def test_each_run_finishes_with_the_documented_metrics(job):
         assert [line["step"] for line in lines] == list(range(1, 13))
         assert {"lr", "samples_per_s", "data_wait_s", "step_s", "grad_norm"} <= lines[0].keys()
         losses = [line["loss"] for line in lines]
+        beat = json.loads((job / arm / "heartbeat.json").read_text())
+        assert (beat["step"], beat["steps"], beat["loss"]) == (12, 12, losses[-1])
+        assert 0 < time.time() - beat["time_s"] < 600
         assert sum(losses[-4:]) < sum(losses[:4])  # crops differ from step to step, so single losses do not compare
     assert any("val_dice" in line for line in metrics(job / "finetune"))
 
@@ -122,8 +125,16 @@ def test_the_transfer_is_reported_and_both_arms_follow_the_same_plan(job):
 
 
 def test_whole_volumes_are_scored_and_predicted_on_the_source_grid(job):
-    scores = json.loads(mimscale("evaluate", f"run_dir={job}/finetune", f"store={job}/store", "--json").stdout)
-    assert scores
+    scores = json.loads(
+        mimscale("evaluate", f"run_dir={job}/finetune", f"store={job}/store", "overlap=0.25", "--json").stdout
+    )
+    assert scores["per_class"].keys() == {"background", "grey matter", "white matter"}
+    saved = json.loads((job / "finetune" / "evaluate" / "scores.json").read_text())
+    for case in saved["cases"]:
+        for name in ("grey matter", "white matter"):
+            assert 0 <= case["scores"][name]["dice"] <= 1
+            assert case["scores"][name].keys() >= {"dice", "hd95_mm", "nsd"}
+            assert case["store_grid_scores"][name]["dice"] == case["scores"][name]["dice"]
     predictions = sorted((job / "finetune" / "evaluate" / "predictions").glob("*.nii.gz"))
     source = nibabel.load(next((job / "cohort" / "imagesTr").glob("*.nii.gz")))
     assert predictions
@@ -135,7 +146,7 @@ def test_whole_volumes_are_scored_and_predicted_on_the_source_grid(job):
 
 def test_the_report_shows_all_three_runs(job):
     mimscale("evaluate", f"run_dir={job}/pretrain", f"store={job}/store")
-    mimscale("evaluate", f"run_dir={job}/scratch", f"store={job}/store")
+    mimscale("evaluate", f"run_dir={job}/scratch", f"store={job}/store", "overlap=0.25")
     mimscale("report", *(f"{job}/{arm}" for arm in ("pretrain", "finetune", "scratch")), f"out={job}/report")
     page = (job / "report" / "index.html").read_text()
     assert all(arm in page for arm in ("pretrain", "finetune", "scratch"))

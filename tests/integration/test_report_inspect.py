@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from small_segmentation import SOURCES, make_finetune_run, make_store
 
 from mimscale.cli import main
 from mimscale.store import layout
-from mimscale.store.manifest import load_manifest
+from mimscale.store.manifest import load_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,17 @@ def test_a_contact_sheet_has_middle_slices_with_labels_over_them(count, panels, 
     ]
     # aaaa and bbbb have labels, cccc has none; of two volumes the first and the last are drawn.
     assert coloured == ([True, False] if count == 2 else [True, True, False])
+
+
+def test_a_label_on_the_grid_of_the_source_is_not_laid_over_other_voxels(tmp_path):
+    store = make_store(tmp_path / "data", labelled=("aaaa",))
+    rows = [load_manifest(store).row(index) for index in range(3)]
+    for row in rows:
+        row.overlays.update({name: replace(place, source_zyx=row.source_zyx) for name, place in row.overlays.items()})
+    write_manifest(store, rows)
+    for words in (["--png", str(tmp_path / "sheet.png")], ["aaaa", "--png", str(tmp_path / "sheet.png")]):
+        assert main(["inspect", str(store), *words]) == 0
+        assert np.ptp(imread(tmp_path / "sheet.png")[..., :3], axis=2).max() < 0.2
 
 
 def test_a_contact_sheet_of_a_damaged_store_says_which_volume_it_could_not_read(tmp_path):

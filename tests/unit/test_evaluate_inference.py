@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mimscale.evaluate.inference import predict_volume, window_batches
+from mimscale.evaluate.inference import classes_of, predict_logits, window_batches
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,14 @@ def expected_classes(image):
 @pytest.mark.parametrize("size", [(12, 20, 16), (8, 8, 8), (9, 8, 23)])
 def test_windows_put_together_give_what_the_network_says_of_each_voxel(size):
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    classes = predict_volume(Threshold(), image, (8, 8, 8), overlap=0.5, batch=3, device=CPU)
+    classes = classes_of(predict_logits(Threshold(), image, (8, 8, 8), overlap=0.5, batch=3, device=CPU))
     assert classes.dtype == torch.uint8
     assert torch.equal(classes.long(), expected_classes(image))
 
 
 def test_an_image_smaller_than_a_window_is_refused_since_its_surroundings_are_the_readers_affair():
     with pytest.raises(ValueError, match=r"\(5, 9, 8\) voxels is smaller than a window of \(8, 8, 8\)"):
-        predict_volume(Threshold(), torch.zeros(1, 5, 9, 8), (8, 8, 8), overlap=0.5, batch=1, device=CPU)
+        predict_logits(Threshold(), torch.zeros(1, 5, 9, 8), (8, 8, 8), overlap=0.5, batch=1, device=CPU)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
@@ -43,7 +43,7 @@ def test_an_image_smaller_than_a_window_is_refused_since_its_surroundings_are_th
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_progress_bar_counts_to_the_forward_passes_that_are_made(overlap, size, batch):
     model, ticks = Threshold(), []
-    predict_volume(
+    predict_logits(
         model,
         torch.zeros(1, *size),
         (8, 8, 6),
@@ -57,7 +57,7 @@ def test_the_progress_bar_counts_to_the_forward_passes_that_are_made(overlap, si
 
 def test_no_more_windows_than_asked_for_are_computed_at_once():
     model = Threshold()
-    predict_volume(model, torch.zeros(1, 16, 16, 16), (8, 8, 8), overlap=0.5, batch=4, device=CPU)
+    predict_logits(model, torch.zeros(1, 16, 16, 16), (8, 8, 8), overlap=0.5, batch=4, device=CPU)
     assert max(shape[0] for shape in model.calls) == 4
 
 
@@ -69,4 +69,4 @@ def test_a_network_that_answers_with_nan_is_an_error_and_no_prediction():
             return logits
 
     with pytest.raises(FloatingPointError, match="not finite"):
-        predict_volume(Broken(), torch.zeros(1, 8, 8, 8), (8, 8, 8), overlap=0.5, batch=1, device=CPU)
+        predict_logits(Broken(), torch.zeros(1, 8, 8, 8), (8, 8, 8), overlap=0.5, batch=1, device=CPU)

@@ -50,6 +50,7 @@ def test_a_dicomdir_stands_for_the_files_that_it_names(tmp_path):
     save(slices(VOXELS, PatientID="P2"), tmp_path / "NOT")
     write_dicomdir(tmp_path, [["DATA", f"IM{n}"] for n in range(5)])
     assert described(found_in(tmp_path / "DICOMDIR")) == [("P1", "ct", 5, None)]
+    assert described(found_in(f"{tmp_path}/*")) == [("P1", "ct", 5, None)]
     assert len(found_in(tmp_path).sources) == 2
 
 
@@ -59,6 +60,8 @@ def test_a_dicomdir_cannot_name_files_outside_its_folder(tmp_path):
     (tmp_path / "d/LINK").symlink_to(tmp_path / "secret")
     write_dicomdir(tmp_path / "d", [["LINK", f"IM{n:04d}"] for n in range(5)])
     assert [one[3] for one in described(found_in(tmp_path / "d/DICOMDIR"))] == ["outside_source"]
+    save(slices(VOXELS, PatientID="P2"), tmp_path / "d/own")
+    assert described(found_in(tmp_path / "d")) == [("P2", "ct", 5, None)]
     write_dicomdir(tmp_path / "d", [["..", "secret", "IM0000"]])
     assert [one[3] for one in described(found_in(tmp_path / "d/DICOMDIR"))] == ["outside_source"]
     write_dicomdir(tmp_path / "d", [])

@@ -11,12 +11,14 @@ import pytest
 from launch import jobs
 from launch.folder import JobFolder, JobRecord, claim_folder, job_folders, refuse_while_alive
 from launch.jobs import RunVerb, free_port, job_environment
+from launch.plan import make_plan
 from launch.profile import Profile
-from launch.submit import main, make_plan
+from launch.submit import main
 from launch.supervise import RankEnd, verdict
 from mimscale.config import config_tree
 from mimscale.errors import ConfigError, LaunchError
 from mimscale.train.config import PretrainConfig
+from mimscale.train.run_dir import Outcome
 from mimscale.world import Process
 
 LOCAL = Profile(executor="local", processes_per_node=2, threads_per_process=1, accelerator="cpu")
@@ -160,7 +162,7 @@ def test_a_job_is_alive_by_its_ranks_when_its_supervisor_is_gone_until_its_outco
     folder.write_ranks([GONE, Process.of(os.getpid())])
     with pytest.raises(LaunchError, match=f"`kill -USR2 {os.getpid()}`"):
         refuse_while_alive(tmp_path, [folder])
-    folder.outcome.write_text("{}")
+    folder.settle(Outcome(outcome="failed", exit_code=6, step=3))
     refuse_while_alive(tmp_path, [JobFolder(folder.path)])
 
 

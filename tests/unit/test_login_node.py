@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+PROFILE = str(Path(__file__).parents[2] / "slurm" / "profiles" / "devcluster.yaml")
 RUN = ["store=/none", "run_dir=/none/run"]
 VERBS = {
     "help": ["--help"],
@@ -16,6 +18,7 @@ VERBS = {
     "ingest --check": ["ingest", "demo/ingest", "sources=/none", "out=/none", "--check"],
     "evaluate --check": ["evaluate", *RUN, "--check"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
+    "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
     "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
 }
 PROGRAM = """
@@ -47,3 +50,9 @@ def test_help_is_there_in_less_than_300_milliseconds():
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 0.3  # the best of some, so that a busy machine fails nobody
+
+
+def test_what_a_batch_script_and_a_look_at_runs_start_imports_no_torch():
+    program = "import sys, launch.requeue, launch.unpack, launch.status, launch.steer; print(sorted(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert not any(f"'{name}'" in ended.stdout for name in ("torch", "monai", "deepspeed"))

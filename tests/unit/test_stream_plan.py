@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
 from mimscale.stream.config import StreamConfig
-from mimscale.stream.crops import CropSpace, manifest_geometry
+from mimscale.stream.crops import CropSpace, Volumes, read_volumes
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 64, 512)
@@ -26,8 +26,7 @@ def a_plan(volumes: int = 100, seed: int = 1, global_batch: int = 8, **changes: 
     boxes = np.stack([shapes // 4, shapes * 3 // 4], axis=-1)
     return SamplePlan(
         seed=seed,
-        shapes=shapes,
-        foreground_boxes=boxes,
+        volumes=Volumes(shapes=shapes, foreground_boxes=boxes),
         crop_voxels=crop_voxels,
         config=StreamConfig(**changes),
         global_batch=global_batch,
@@ -158,12 +157,14 @@ def test_the_order_of_a_seed_never_changes() -> None:
     ]
     assert plan.batch_seed(5) == 13685421910822957639
     assert plan.substitutes(np.array([0, 1000]), 1).volume.tolist() == [3, 7]
-    assert plan.plan_hash == "7ea12de179cdd73e"
+    assert plan.plan_hash == "a09914567438dc29"
 
 
 def test_origins_lie_in_the_volume_on_the_grid_and_reach_both_borders() -> None:
     config = StreamConfig(align_voxels=16)
-    space = CropSpace(np.array([[101, 64, 32]]), np.zeros((1, 3, 2)), (32, 32, 32), config)
+    space = CropSpace(
+        Volumes(shapes=np.array([[101, 64, 32]]), foreground_boxes=np.zeros((1, 3, 2))), (32, 32, 32), config
+    )
     index = np.arange(500)
     origins = space.origins(1, index, np.zeros(500, dtype=np.int64))
     assert sorted(set(origins[:, 0])) == [
@@ -179,7 +180,9 @@ def test_origins_lie_in_the_volume_on_the_grid_and_reach_both_borders() -> None:
 
 
 def test_unaligned_origins_are_uniform() -> None:
-    space = CropSpace(np.array([[41, 64, 32]]), np.zeros((1, 3, 2)), (32, 32, 32), StreamConfig())
+    space = CropSpace(
+        Volumes(shapes=np.array([[41, 64, 32]]), foreground_boxes=np.zeros((1, 3, 2))), (32, 32, 32), StreamConfig()
+    )
     origins = space.origins(1, np.arange(10_000), np.zeros(10_000, dtype=np.int64))
     counts = np.bincount(origins[:, 0], minlength=10)
     assert len(counts) == 10
@@ -187,7 +190,9 @@ def test_unaligned_origins_are_uniform() -> None:
 
 
 def test_a_volume_smaller_than_the_crop_lies_in_its_middle() -> None:
-    space = CropSpace(np.array([[21, 32, 100]]), np.zeros((1, 3, 2)), (32, 32, 32), StreamConfig())
+    space = CropSpace(
+        Volumes(shapes=np.array([[21, 32, 100]]), foreground_boxes=np.zeros((1, 3, 2))), (32, 32, 32), StreamConfig()
+    )
     origins = space.origins(1, np.arange(50), np.zeros(50, dtype=np.int64))
     assert set(origins[:, 0]) == {-5}
     assert set(origins[:, 1]) == {0}
@@ -197,7 +202,7 @@ def test_a_volume_smaller_than_the_crop_lies_in_its_middle() -> None:
 def test_foreground_origins_have_their_middle_in_the_foreground_box() -> None:
     shapes = np.array([[100, 100, 100], [100, 100, 100]])
     boxes = np.array([[[60, 70], [0, 5], [99, 100]], [[10, 10], [0, 0], [0, 0]]])  # the second one is empty
-    space = CropSpace(shapes, boxes, (32, 32, 32), StreamConfig(origins="foreground"))
+    space = CropSpace(Volumes(shapes=shapes, foreground_boxes=boxes), (32, 32, 32), StreamConfig(origins="foreground"))
     middles = space.origins(1, np.arange(400), np.zeros(400, dtype=np.int64)) + 16
     assert sorted(set(middles[:, 0])) == list(range(60, 70))
     assert set(middles[:, 1]) == {16}  # as near as a crop inside of the volume comes
@@ -325,7 +330,9 @@ def test_fixed_crops_are_each_counted_once_on_any_number_of_ranks(
     world_size: int, batch: int, volumes: int, crops: int
 ) -> None:
     config = StreamConfig(crops_per_volume=crops)
-    space = CropSpace(np.full((volumes, 3), 50), np.zeros((volumes, 3, 2)), (32, 32, 32), config)
+    space = CropSpace(
+        Volumes(shapes=np.full((volumes, 3), 50), foreground_boxes=np.zeros((volumes, 3, 2))), (32, 32, 32), config
+    )
     plan = FixedPlan(space, config, seed=1)
     parts = [plan.rank_samples(rank, world_size, batch) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
@@ -336,7 +343,11 @@ def test_fixed_crops_are_each_counted_once_on_any_number_of_ranks(
 
 def test_fixed_crops_come_from_every_volume_in_turn() -> None:
     config = StreamConfig(crops_per_volume=2)
-    plan = FixedPlan(CropSpace(np.full((3, 3), 90), np.zeros((3, 3, 2)), (32, 32, 32), config), config, seed=1)
+    plan = FixedPlan(
+        CropSpace(Volumes(shapes=np.full((3, 3), 90), foreground_boxes=np.zeros((3, 3, 2))), (32, 32, 32), config),
+        config,
+        seed=1,
+    )
     samples = plan.samples(np.arange(6))
     assert samples.volume.tolist() == [0, 0, 1, 1, 2, 2]
     assert len({tuple(origin) for origin in samples.origin.tolist()}) == 6
@@ -351,8 +362,7 @@ def test_a_plan_of_400_000_volumes_is_quick_and_small() -> None:
     start = time.perf_counter()
     plan = SamplePlan(
         seed=1,
-        shapes=shapes,
-        foreground_boxes=boxes,
+        volumes=Volumes(shapes=shapes, foreground_boxes=boxes),
         crop_voxels=(96, 96, 96),
         config=StreamConfig(crops_per_volume=8),
         global_batch=ranks * 8,
@@ -383,9 +393,9 @@ class TwoKindsOfVolumes:
 
 def test_volumes_of_different_channels_are_refused() -> None:
     manifest: Any = TwoKindsOfVolumes()
-    shapes, boxes = manifest_geometry(manifest, np.array([1]))
-    assert (shapes.tolist(), boxes.shape) == ([[40, 40, 40]], (1, 3, 2))
+    volumes = read_volumes(manifest, np.array([1]), StreamConfig())
+    assert (volumes.shapes.tolist(), volumes.foreground_boxes.shape) == ([[40, 40, 40]], (1, 3, 2))
     with pytest.raises(
         DataError, match="the selected volumes have 1, 2 channels, and a run takes one number of channels"
     ):
-        manifest_geometry(manifest, np.array([0, 1]))
+        read_volumes(manifest, np.array([0, 1]), StreamConfig())

@@ -62,7 +62,8 @@ class Batches:
     def __next__(self):
         self.next += 1
         sample_ids = torch.tensor([self.next - 1])
-        return SimpleNamespace(sample_ids=sample_ids, volume_ids=[f"v{self.next - 1}"], substituted=0)
+        counts = {"substituted": 0, "voxels_decoded": 100.0, "bytes_read": 30.0}
+        return SimpleNamespace(sample_ids=sample_ids, volume_ids=[f"v{self.next - 1}"], **counts)
 
 
 class Keeper:
@@ -152,3 +153,4 @@ def test_a_loss_that_is_not_finite_names_step_and_volumes_and_is_not_saved(tmp_p
 def test_metrics_carry_the_documented_keys(tmp_path):
     _, lines = run(tmp_path, Keeper())
     assert {"step", "loss", "lr", "samples_per_s", "data_wait_s", "step_s", "grad_norm"} <= lines[0].keys()
+    assert (lines[0]["voxels_decoded_per_crop"], lines[0]["bytes_read_per_crop"]) == (100.0, 30.0)

@@ -50,3 +50,16 @@ def test_a_signal_is_remembered_and_the_old_handler_comes_back():
         assert seen == [signal.SIGUSR2]
     finally:
         signal.signal(signal.SIGUSR2, previous)
+
+
+def test_a_limit_of_time_asks_for_a_stop_by_its_name_and_a_signal_comes_first():
+    stop = StopRequest()
+    try:
+        stop.stop_after("stop_after_min", 3600)
+        assert stop.reason == ""
+        stop.stop_after("time limit", -1.0)
+        assert stop.reason == "time limit"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.reason == "SIGUSR2"
+    finally:
+        stop.hand_back()

@@ -55,10 +55,12 @@ def read_scan(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
     assert files, "a source has at least one file"
     if not all(file.data for file in files):
         raise QuarantineError("empty_file", "0 bytes")
-    for suffix, reader in _READERS.items():
-        if files[0].path.name.lower().endswith(suffix):
-            return reader(files, options)
-    return read_dicom(files, options)
+    name = files[0].path.name.lower()
+    reader = next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), read_dicom)
+    try:
+        return reader(files, options)
+    except MemoryError:
+        raise QuarantineError("too_large", "it does not fit into the memory that is left") from None
 
 
 def companions(path: Path) -> tuple[Path, ...]:

@@ -53,7 +53,7 @@ def bunzip(data: bytes, count: int, start: int = 0) -> memoryview:
     Raises:
         QuarantineError: truncated or unreadable.
     """
-    return _first(_bunzipped(data[start:]), np.empty(count, dtype=np.uint8))
+    return _first(_bunzipped(data, start), np.empty(count, dtype=np.uint8))
 
 
 def _first(pieces: Iterator[bytes], kept: np.ndarray[Any, np.dtype[np.uint8]]) -> memoryview:
@@ -96,14 +96,17 @@ def _inflated(data: bytes, start: int = 0) -> Iterator[bytes]:
             raise QuarantineError("unreadable", "other bytes follow the compressed data")
 
 
-def _bunzipped(data: bytes) -> Iterator[bytes]:
-    stream, feed = bz2.BZ2Decompressor(), data
+def _bunzipped(data: bytes, start: int) -> Iterator[bytes]:
+    stream, at = bz2.BZ2Decompressor(), start
     while not stream.eof:
+        feed = b""
+        if stream.needs_input:
+            feed = data[at : at + _FEED_BYTES]
+            at += len(feed)
+            if not feed:
+                raise QuarantineError("truncated", "the compressed data ends early")
         try:
             piece = stream.decompress(feed, _PIECE_BYTES)
         except OSError:
             raise QuarantineError("unreadable", "the compressed data is damaged") from None
-        if not piece and stream.needs_input and not stream.eof:
-            raise QuarantineError("truncated", "the compressed data ends early")
         yield piece
-        feed = b""

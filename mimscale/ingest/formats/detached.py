@@ -27,6 +27,6 @@ def data_file(files: Sequence[SourceFile], header: SourceFile, name: str) -> Sou
     """
     path = beside(header.path, name)
     for file in files:
-        if file is not header and file.path == path:
+        if file is not header and file.path.name == path.name:
             return file
     raise QuarantineError("missing_file", "the data file that the header names is not there")

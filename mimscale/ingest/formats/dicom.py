@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mimscale.ingest.formats import dicom_pixels
 from mimscale.ingest.formats.dicom_geometry import FEWEST_SLICES, Plane, stack
-from mimscale.ingest.formats.dicom_header import TAGS, Header, numbers, read_header, require_scan
+from mimscale.ingest.formats.dicom_header import MODALITIES, TAGS, Header, numbers, read_header, require_scan
 from mimscale.ingest.formats.reasons import QuarantineError
 from mimscale.ingest.formats.scan import ReadOptions, Scan, SourceFile
 from mimscale.ingest.formats.voxels import checked_affine, rescaled, to_stored_dtype
@@ -42,7 +42,8 @@ _PRIVATE = (
 )
 _PLAIN_WORDS = re.compile(r"[A-Za-z0-9 ._/+-]{1,64}")
 _NUMBER_OF_SOMEBODY = re.compile(r"\d{6}|\d+\.\d+\.\d+")  # a date, an identifier, a UID
-_MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pt", "NM": "nm", "US": "us", "XA": "xa", "MG": "mg"}
+# Functional groups of one frame, then those that all frames share; None in a file of a single slice.
+Groups = tuple[Any, Any] | None
 
 
 def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
@@ -57,7 +58,7 @@ def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
     headers = [read_header(io.BytesIO(file.data), tags) for file in files]
     for header in headers:
         require_scan(header)
-    shapes = [dicom_pixels.frame_shape(header, options) for header in headers]
+    shapes = [dicom_pixels.frame_shape(file.data, header, options) for file, header in zip(files, headers, strict=True)]
     if len({shape[1:] for shape in shapes}) > 1:
         raise QuarantineError("mixed_grids", "slices differ in rows or columns")
     count, (rows, columns) = sum(shape[0] for shape in shapes), shapes[0][1:]
@@ -79,14 +80,11 @@ def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
     return Scan(
         voxels=to_stored_dtype(voxels),
         affine=affine,
-        modality=_MODALITIES.get(headers[0].text("Modality")),
+        modality=MODALITIES.get(headers[0].text("Modality")),
         header=_acquisition(headers[0]),
         warnings=_warnings(headers),
         padding_value=_padding_value(headers, slopes, intercepts),
     )
-
-
-Groups = tuple[Any, Any] | None  # of one frame, then those that all frames share; None in files of one frame
 
 
 def _frames(header: Header, count: int) -> list[tuple[Header, Groups]]:
@@ -119,7 +117,7 @@ def _plane(header: Header, groups: Groups) -> Plane:
     spacing_mm = numbers(_group(header, groups, "PixelMeasuresSequence"), "PixelSpacing", 2)
     if position is None or directions is None:
         raise QuarantineError("no_orientation", "a slice without ImagePositionPatient or ImageOrientationPatient")
-    if spacing_mm is None:
+    if spacing_mm is None or min(spacing_mm) <= 0:
         raise QuarantineError("no_spacing", "a slice without PixelSpacing")
     return Plane(position=position, directions=directions, spacing_mm=spacing_mm)
 

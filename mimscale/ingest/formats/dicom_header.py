@@ -28,6 +28,7 @@ _PREFIX = b"DICM"
 _BARE_STARTS = (b"\x08\x00", b"\x02\x00")  # the first group of files that were written without a preamble
 _META_BYTES = 2**16  # the transfer syntax stands at the very start
 _PIXEL_DATA = b"\x7f\xe0\x00\x10"
+MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pt", "NM": "nm", "US": "us", "XA": "xa", "MG": "mg"}  # of scans
 _NO_SCANS = {"SEG", "RTDOSE", "RTIMAGE", "RTPLAN", "RTSTRUCT", "SR", "PR", "KO", "REG", "DOC", "FID", "ECG", "SC", "OT"}
 _SOP_CLASSES_WITHOUT_SCANS = (
     "1.2.840.10008.1.3.10",  # DICOMDIR
@@ -90,10 +91,8 @@ def parsing() -> Iterator[None]:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
-    except QuarantineError:
+    except (QuarantineError, MemoryError):
         raise
-    except MemoryError:
-        raise QuarantineError("too_large", "there is not enough memory for it") from None
     except Exception as error:  # a damaged file fails anywhere in them, and must not stop the others
         raise QuarantineError("unreadable", f"damaged ({type(error).__name__})") from None
 
@@ -144,8 +143,8 @@ def require_scan(header: Header) -> None:
     if sop_class.startswith(_SOP_CLASSES_WITHOUT_SCANS) or modality in _NO_SCANS:
         raise QuarantineError("not_an_image", "its class or modality is not that of a scan")
     if header.pixels_at is None:
-        if "Rows" in header.dataset:
-            raise QuarantineError("missing_pixels", "the header describes pixels, none follow")
+        if "Rows" in header.dataset or modality in MODALITIES:
+            raise QuarantineError("missing_pixels", "the header is that of a scan, no pixels follow")
         raise QuarantineError("not_an_image", "it has neither rows nor pixels")
     if "LOCALIZER" in header.texts("ImageType"):
         raise QuarantineError("localizer", "its image type says so")

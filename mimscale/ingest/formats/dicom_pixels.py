@@ -1,7 +1,7 @@
 """The pixels of one DICOM file as the scanner stored them, before rescale.
 
-Decoders were chosen by what damaged frames do to them: GDCM ends the process on some JPEGs, imagecodecs on some frames of
-run lengths (not on a segment of one), and CharLS, whoever wraps it, counts for seconds to minutes on JPEG-LS that was cut.
+Decoders were chosen by what damaged frames do to them: GDCM ends the process on some JPEGs, imagecodecs on some frames
+of run lengths (not on a segment of one), and CharLS, whoever wraps it, counts for seconds to minutes on cut JPEG-LS.
 """
 
 import io
@@ -32,17 +32,19 @@ _DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
 }
 LOSSY = {str(one) for one in (*_JPEG[:2], uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)}
 _FRAME_PIXELS = 2**26  # 8192 x 8192; decoders make room for what a frame claims
+_COMPRESSION_RATIO = 10_000  # an empty slice of 512 x 512 becomes some hundred bytes
 _END_OF_IMAGE = b"\xff\xd9"  # of JPEG, JPEG-LS and JPEG 2000; after it a byte of 0 makes the length even
+_RLE_LONGEST_RUN = 128
 _RLE_HEADER = struct.Struct("<16I")  # segments, and where each begins
 _ITEM_BYTES = 8  # of the tag and length before each compressed piece
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
-def frame_shape(header: Header, options: ReadOptions) -> tuple[int, int, int]:
-    """(frames, rows, columns), checked before anything of that size is made.
+def frame_shape(data: bytes, header: Header, options: ReadOptions) -> tuple[int, int, int]:
+    """(frames, rows, columns) of a file, checked before anything of that size is made.
 
     Raises:
-        QuarantineError: too_large, unreadable.
+        QuarantineError: too_large, truncated, unreadable.
     """
     shape = header.count("NumberOfFrames", 1), header.count("Rows"), header.count("Columns")
     frames, rows, columns = shape
@@ -51,6 +53,8 @@ def frame_shape(header: Header, options: ReadOptions) -> tuple[int, int, int]:
     size = frames * rows * columns * raw_dtype(header).itemsize
     if rows * columns > _FRAME_PIXELS or size > options.max_volume_bytes:
         raise QuarantineError("too_large", f"{frames} frames of {rows} x {columns} pixels")
+    if size > len(data) * (1 if header.transfer_syntax in _NATIVE else _COMPRESSION_RATIO):
+        raise QuarantineError("truncated", f"{len(data)} bytes cannot hold {frames} frames of {rows} x {columns}")
     return shape
 
 
@@ -149,8 +153,9 @@ def _rle_segment(segment: bytes, count: int) -> NDArray[np.uint8]:
         decoded = imagecodecs.packbits_decode(segment)
     except imagecodecs.PackbitsError:
         decoded = imagecodecs.packbits_decode(segment.removesuffix(b"\0"))  # which made the length even
-    if len(decoded) < count:
-        raise QuarantineError("truncated", f"{len(decoded)} bytes of run lengths where {count} were promised")
+    if not count <= len(decoded) <= count + _RLE_LONGEST_RUN:  # some writers fill up the last run
+        reason = "truncated" if len(decoded) < count else "unreadable"
+        raise QuarantineError(reason, f"{len(decoded)} bytes of run lengths where {count} were promised")
     return np.frombuffer(decoded, np.uint8, count)
 
 

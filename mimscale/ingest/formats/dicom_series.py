@@ -1,5 +1,6 @@
 """DICOM series in a heap of files: which of them are slices of one volume."""
 
+import filecmp
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +22,9 @@ _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _PARTING = ("EchoNumbers", "EchoTime", "AcquisitionNumber", "ImageType")
 _TAGS = [
     *(tag for tag in TAGS if tag not in _GROUPS),
-    *("SeriesInstanceUID", "StudyInstanceUID", "PatientID", *_PARTING),
+    *("SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID", "PatientID", *_PARTING),
 ]
+_COPIES = ("copied_files", "byte for byte files that are there already; the others are read")
 _DICOMDIR = "DICOMDIR"
 _DICOMDIR_BYTES = 2**28
 _MANY = 1000  # files from which on processes that share them are worth their start
@@ -48,6 +50,7 @@ class _Slice:
     plane: Plane | None  # None when this file's header does not say where it lies
     parting: tuple[str, ...]  # values of _PARTING
     number: str
+    instance: str  # SOPInstanceUID
     many_frames: bool
     problem: tuple[str, str] | None
 
@@ -60,7 +63,7 @@ def find_series(files: Iterable[Path], workers: int = 1) -> list[Series]:
     a DICOMDIR stands for the files that it names.
 
     Every file is in exactly one result. What is no image has its reason in `problem`: DICOM objects by series, and all
-    files that are no DICOM together.
+    files that are no DICOM together. Second copies of files, byte for byte, are set apart in the same way.
     """
     slices: list[_Slice] = []
     problems: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -72,7 +75,12 @@ def find_series(files: Iterable[Path], workers: int = 1) -> list[Series]:
     groups = defaultdict(list)
     for one in slices:
         groups[one.series, one.size, one.problem, one.path if one.many_frames else None].append(one)
-    found = [_series(part) for group in groups.values() for same in _parallel(group) for part in _parted(same)]
+    found = []
+    for group in groups.values():
+        originals, copies = _apart_from_copies(group)
+        found += [_series(part) for same in _parallel(originals) for part in _parted(same)]
+        if copies:
+            found.append(_series(copies, _COPIES))
     found += [Series(files=tuple(paths), problem=problem) for problem, paths in problems.items()]
     return sorted(found, key=lambda series: series.files)
 
@@ -147,6 +155,7 @@ def _read(path: Path) -> _Slice:
         plane=_plane(header) if problem is None else None,
         parting=tuple(header.text(name) for name in _PARTING),
         number=header.text("InstanceNumber"),
+        instance=header.text("SOPInstanceUID"),
         many_frames=header.text("NumberOfFrames") not in ("", "1"),
         problem=problem,
     )
@@ -158,6 +167,26 @@ def _plane(header: Header) -> Plane | None:
     if position is None or directions is None:
         return None
     return Plane(position=position, directions=directions, spacing_mm=())
+
+
+def _apart_from_copies(group: Sequence[_Slice]) -> tuple[list[_Slice], list[_Slice]]:
+    """The slices, and those among them whose file is byte for byte another one's."""
+    originals, copies = [], []
+    by_instance: dict[str, list[Path]] = defaultdict(list)
+    for one in group:
+        if one.instance and any(_same_bytes(one.path, other) for other in by_instance[one.instance]):
+            copies.append(one)
+        else:
+            originals.append(one)
+            by_instance[one.instance].append(one.path)
+    return originals, copies
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:  # whoever reads the voxels says so
+        return False
 
 
 def _parallel(group: Sequence[_Slice]) -> list[list[_Slice]]:
@@ -202,7 +231,7 @@ def _most_at_a_position(part: Sequence[_Slice]) -> int:
     return most
 
 
-def _series(slices: Sequence[_Slice]) -> Series:
+def _series(slices: Sequence[_Slice], problem: tuple[str, str] | None = None) -> Series:
     def place(one: _Slice) -> tuple[float, str, Path]:
         return (one.plane.depth_mm if one.plane else 0.0, one.number.zfill(8), one.path)
 
@@ -211,5 +240,5 @@ def _series(slices: Sequence[_Slice]) -> Series:
         files=tuple(one.path for one in sorted(slices, key=place)),
         subject=first.subject,
         modality=first.modality or None,
-        problem=first.problem,
+        problem=problem or first.problem,
     )

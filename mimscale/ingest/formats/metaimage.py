@@ -120,6 +120,8 @@ def _affine(fields: Mapping[str, str], axes: int, options: ReadOptions) -> NDArr
     if axes < 3:
         raise QuarantineError("not_3d", f"{axes} axes")
     spacing = _numbers(fields[spacing_name], axes)
+    if min(spacing) <= 0:
+        raise QuarantineError("no_spacing", "a spacing that is not above 0")
     # A row is the direction of an axis.
     rows = np.eye(axes) if orientation_name is None else np.array(_numbers(fields[orientation_name], axes * axes))
     origin = [0.0] * axes if origin_name is None else _numbers(fields[origin_name], axes)

@@ -181,6 +181,8 @@ def _assumed(fields: Mapping[str, str], axes: int) -> tuple[list[int], NDArray[n
     spatial = [axis for axis, edge in enumerate(edges) if not math.isnan(edge)]
     if len(edges) != axes or len(spatial) != 3:
         raise QuarantineError("not_3d", f"{axes} axes, {len(spatial)} of them with a spacing")
+    if min(edges[axis] for axis in spatial) <= 0:
+        raise QuarantineError("no_spacing", "a spacing that is not above 0")
     return spatial, lps_to_ras(np.diag([*(edges[axis] for axis in spatial), 1.0]))
 
 

@@ -18,6 +18,7 @@ from mimscale.ingest.formats.voxels import checked_affine, size_bytes, to_stored
 
 _HEADER_BYTES = 10_000  # numpy's own limit
 _SIDECAR_BYTES = 2**20
+_PIECE_BYTES = 2**18
 
 
 def read_numpy(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
@@ -87,8 +88,7 @@ def _npz(data: bytes, options: ReadOptions) -> NDArray[Any]:
                 raise QuarantineError("not_3d", f"{len(members)} arrays; save one volume a file")
             if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise QuarantineError("unsupported_encoding", f"zip method {members[0].compress_type}")
-            with archive.open(members[0]) as opened:
-                file: Any = opened  # zipfile's type hides readinto
+            with archive.open(members[0]) as file:
                 head = file.read(_HEADER_BYTES + 16)
                 shape, _, dtype, offset = _npy_header(head)
                 needed = offset + size_bytes(shape, dtype, options)
@@ -97,8 +97,9 @@ def _npz(data: bytes, options: ReadOptions) -> NDArray[Any]:
                 whole = np.empty(max(needed, len(head)), dtype=np.uint8)
                 whole[: len(head)] = np.frombuffer(head, np.uint8)
                 filled = len(head)
-                while filled < needed and (count := file.readinto(whole[filled:].data)):
-                    filled += count
+                while filled < needed and (piece := file.read(min(_PIECE_BYTES, needed - filled))):
+                    whole[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+                    filled += len(piece)
                 file.read(1)  # at the end zipfile compares the checksum
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, OSError, ValueError, NotImplementedError) as error:
         raise QuarantineError("unreadable", f"no .npz archive, or a damaged one ({type(error).__name__})") from None

@@ -25,6 +25,7 @@ REASONS = {
     "missing_pixels": "a DICOM image without pixel data",
     "localizer": "planning images, not a volume",
     "too_few_slices": "a DICOM series of fewer slices than make a volume",
+    "copied_files": "copies of DICOM files of the same series",
     "time_series": "a DICOM series with several slices at every position (4-D)",
     "duplicate_positions": "a DICOM series with several slices at some positions",
     "missing_slices": "a DICOM series with gaps of whole slices",
@@ -36,6 +37,7 @@ REASONS = {
     "channel_grid_mismatch": "its channels lie on different grids",
     "label_grid_mismatch": "label lies on another grid than its image",
     "conflicting_labels": "image is stored already, with another label map",
+    "too_coarse": "is shorter than half a voxel of spacing_mm",
     "unexpected_labels": "label holds values that class_names does not name",
 }
 

@@ -1,9 +1,7 @@
 """DICOM files -> series, each one volume; folders of lists -> the series in them."""
 
 import dataclasses
-import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +34,11 @@ def sources(files: Iterable[str], config: IngestConfig) -> tuple[list[Source], l
     return listed, strangers
 
 
+def is_directory(path: str) -> bool:
+    """True for the name of a DICOMDIR, which lists the DICOM files of a medium."""
+    return os.path.basename(path).upper() == "DICOMDIR"
+
+
 def dicomdir(path: Path, config: IngestConfig) -> Listing:
     """The series of the files that a DICOMDIR names.
 
@@ -65,14 +68,13 @@ def open_folders(
     """
     if not folders:
         return list(entries)
-    inside: dict[str, list[Series]] = defaultdict(list)
     targets = {folder: list(fence.targets_in(folder)) for folder, fence in folders.items()}
     closed = {folder: first_problem(found) for folder, found in targets.items()}
-    files = {Path(one.path) for found in targets.values() for one in found if not one.is_folder and not one.problem}
-    for series in find_series(files, config.workers):
-        for parent, own in itertools.groupby(sorted(series.files, key=_parent), key=_parent):
-            # A copy of a series in another folder is a row of its own. The sort is stable: slices keep their order.
-            inside[str(parent)].append(dataclasses.replace(series, files=tuple(own)))
+    # Folder by folder: a copy of a series in another folder is a row of its own.
+    inside = {
+        folder: find_series({Path(one.path) for one in found if not one.is_folder and not one.problem}, config.workers)
+        for folder, found in targets.items()
+    }
     opened = []
     for place, source in entries:
         if not any(channel[0] in folders for channel in source.channels):
@@ -101,10 +103,6 @@ def open_folders(
             )
         )
     return opened
-
-
-def _parent(file: Path) -> Path:
-    return file.parent
 
 
 def _only_volume(found: Sequence[Series]) -> Series | Problem:

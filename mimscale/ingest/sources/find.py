@@ -46,7 +46,7 @@ def _listing(source: str | ImageLabel | ImageLabelGlobs, config: IngestConfig) -
         return _data_set(path, config)
     if suffix in table.SUFFIXES:
         return table.listing(path, config)
-    if path.name.upper() == "DICOMDIR":
+    if dicom_tree.is_directory(str(path)):
         return dicom_tree.dicomdir(path, config)
     return globs.listing(source, config)
 

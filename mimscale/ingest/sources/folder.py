@@ -66,6 +66,11 @@ def sort_files(files: list[str], config: IngestConfig, *, any_name: bool) -> tup
         if volume.path not in attached
     ]
     rest = [path for path in files if path not in attached and not is_volume(path)]
+    if any_name:
+        for path in filter(dicom_tree.is_directory, rest):
+            sources += [source for _, source in dicom_tree.dicomdir(Path(path), config).entries]
+    # What the DICOMDIR of a folder names is found there anyway, and not behind links that leave the folder.
+    rest = [path for path in rest if not dicom_tree.is_directory(path)]
     slices = [path for path in rest if any_name or may_be_dicom(path)]
     strangers = [] if any_name else [path for path in rest if not may_be_dicom(path)]
     series, no_dicom = dicom_tree.sources(slices, config)

@@ -1,4 +1,4 @@
-"""One picture with the middle slice of many volumes: what a person looks at before training on a store."""
+"""Pictures of what a store holds: three planes of one volume, or the middle slices of many on one sheet."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mimscale.errors import DataError
-from mimscale.evaluate.slices import Plane, grey_levels
+from mimscale.evaluate.slices import Plane, cut_planes, grey_levels
 from mimscale.report.charts import INK, new_figure, save_figure
-from mimscale.report.pictures import grey, overlay
+from mimscale.report.pictures import grey, overlay, volume_picture
 from mimscale.report.store_summary import grid
-from mimscale.store.manifest import VolumeRow, load_manifest
+from mimscale.store.manifest import Manifest, VolumeRow, load_manifest
 from mimscale.store.reader import ShardReader
 
 if TYPE_CHECKING:
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 
 COLUMNS = 6
 _PANEL_IN, _TEXT_IN = 1.9, 0.42
+
+
+def draw_volume(store: Path, manifest: Manifest, row: VolumeRow, path: Path) -> None:
+    """Three planes through the middle of the foreground, the first overlay below.
+
+    Raises:
+        DataError: a damaged pack.
+    """
+    reader = ShardReader(store, manifest)
+    image = reader.read_volume(row)[0].astype(np.float32)
+    stats = row.stats[0]
+    layers = {"image": grey_levels(image, stats.p0_5, stats.p99_5)}
+    name = _drawn_overlay(row)
+    if name is not None:
+        layers["label"] = reader.read_volume(row, name)[0]
+    z, y, x = ((start + stop) // 2 for start, stop in row.foreground_box)
+    volume_picture(cut_planes(layers, (z, y, x), row.spacing_mm), path)
 
 
 def draw_contact_sheet(store: Path, count: int, path: Path) -> int:
@@ -71,6 +88,12 @@ def _middle_slice(reader: ShardReader, row: VolumeRow) -> Plane:
     stats = row.stats[0]
     image = reader.read(row, (z, 0, 0), (1, y, x))[0, 0, ::-1, ::-1].astype(np.float32)
     layers = {"image": grey_levels(image, stats.p0_5, stats.p99_5)}
-    if row.overlays:
-        layers["label"] = reader.read(row, (z, 0, 0), (1, y, x), next(iter(row.overlays)))[0, 0, ::-1, ::-1]
+    name = _drawn_overlay(row)
+    if name is not None:
+        layers["label"] = reader.read(row, (z, 0, 0), (1, y, x), name)[0, 0, ::-1, ::-1]
     return Plane(layers, (row.spacing_mm[1], row.spacing_mm[2]))
+
+
+def _drawn_overlay(row: VolumeRow) -> str | None:
+    """The first overlay that lies on the grid of the stored voxels."""
+    return next((name for name, place in row.overlays.items() if place.source_zyx is None), None)

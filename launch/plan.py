@@ -1,0 +1,202 @@
+"""A submission that has been checked: what runs, where, on how many processes, and about how large it is."""
+
+import contextlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.profile import Accelerator, Profile, resolve_accelerator, resolve_processes, resolve_threads, slurm_config
+from mimscale import cli
+from mimscale.config import build_config, config_tree, config_yaml, parse_yaml
+from mimscale.errors import ConfigError
+from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation
+from mimscale.train.run_dir import RunDir
+from mimscale.train.size import checkpoint_bytes, count_parameters, memory_bytes, save_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobVerb:
+    """What submission must know about a verb."""
+
+    folder_key: str  # config key of the folder that the job's files go to
+    suffix: str = ""  # added to that folder's name, where the folder itself has a fixed layout
+    config: type[RunConfig] | None = None  # of a verb that trains, on many processes; the others run on one
+
+
+JOB_VERBS = {
+    "pretrain": JobVerb(folder_key="run_dir", config=PretrainConfig),
+    "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
+    "evaluate": JobVerb(folder_key="run_dir"),
+    "ingest": JobVerb(folder_key="out", suffix=".job"),
+    "cohort": JobVerb(folder_key="out", suffix=".job"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """About how large a run is, from its config alone and for one channel."""
+
+    parameters: int
+    memory_gb_per_process: float
+    checkpoint_gb: float
+    save_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked submission: everything is known, nothing is started."""
+
+    verb: str
+    tree: dict[str, Any]  # the resolved config, plain
+    text: str  # the same as YAML
+    run: RunDir  # holds logs/ and jobs.jsonl; for verbs without a run directory, a folder beside their output
+    trains: RunConfig | None
+    profile: Profile
+    nodes: int
+    processes: int  # on each node
+    threads: int
+    accelerator: Accelerator
+    array: int | None = None  # tasks of a job array, each a part of the work
+    words: tuple[str, ...] = ()  # further words of the verb
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all nodes."""
+        return self.nodes * self.processes
+
+    def topology(self) -> dict[str, int | str]:
+        """Processes, and for training how the global batch is made of them."""
+        tree: dict[str, int | str] = {
+            "executor": self.profile.executor,
+            "accelerator": self.accelerator,
+            "nodes": self.nodes,
+            "processes": self.world_size,
+            "threads_per_process": self.threads,
+        }
+        if self.array:
+            tree["tasks"] = self.array
+        if self.trains:
+            tree["micro_batch"] = self.trains.micro_batch
+            tree["accumulation"] = accumulation(self.trains, self.world_size)
+            tree["global_batch"] = self.trains.global_batch
+        return tree
+
+    def estimate(self) -> Estimate | None:
+        """About how large the run is; None for what does not train."""
+        config = self.trains
+        if config is None:
+            return None
+        automatic = self.accelerator == "cuda" and config.engine.zero_stage > 0
+        bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and automatic)
+        write_mb_per_s = slurm_config(self.profile).write_mb_per_s
+        return Estimate(
+            parameters=count_parameters(config),
+            memory_gb_per_process=memory_bytes(config, self.world_size, bf16=bf16) / 1e9,
+            checkpoint_gb=checkpoint_bytes(config) / 1e9,
+            save_s=save_seconds(config, self.nodes, write_mb_per_s),
+        )
+
+    def describe(self) -> list[str]:
+        """Topology and estimates, one line each."""
+        lines = [f"{name}: {value}" for name, value in self.topology().items()]
+        estimate = self.estimate()
+        if self.trains and estimate:
+            steps = accumulation(self.trains, self.world_size)
+            nodes = f"{self.nodes} nodes x {self.processes}" if self.nodes > 1 else f"{self.world_size}"
+            lines += [
+                f"{nodes} processes x micro_batch {self.trains.micro_batch} x accumulation {steps} "
+                f"= global batch {self.trains.global_batch}",
+                f"about {estimate.parameters / 1e6:.1f} M weights, {estimate.memory_gb_per_process:.2f} GB of device "
+                "memory a process",
+                f"about {estimate.checkpoint_gb:.2f} GB a checkpoint, saved in {estimate.save_s:.1f} s; a stop is "
+                f"announced {self.profile.signal_lead_s:.0f} s ahead (signal_lead_s)",
+            ]
+        return lines
+
+
+def check_verb(verb: str, words: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Let the verb itself resolve and check its command line.
+
+    Returns:
+        The resolved config and 0; or an empty tree and the verb's exit code, its complaint having been printed.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = cli.main([verb, *words, "--check"])
+    return (parse_yaml(printed.getvalue(), f"{verb} --check"), 0) if code == 0 else ({}, code)
+
+
+def make_plan(
+    verb: str,
+    tree: dict[str, Any],
+    profile: Profile,
+    *,
+    nodes: int,
+    processes: int | None,
+    array: int | None = None,
+) -> Plan:
+    """Settle where a checked config runs, and on how many processes.
+
+    Raises:
+        ConfigError: a number of nodes, processes or tasks that the profile, the verb or the global batch does not
+            allow; the legal ones are listed.
+    """
+    job = JOB_VERBS[verb]
+    if nodes != 1 and profile.executor != "slurm":
+        raise ConfigError(f"--nodes {nodes}: the {profile.executor} executor runs on this machine alone; say --nodes 1")
+    if nodes < 1 or (nodes > 1 and not job.config):
+        raise ConfigError(f"--nodes {nodes}: {verb} runs on 1 node" + (" or more" if job.config else ""))
+    if array is not None and (verb != "ingest" or profile.executor != "slurm" or array < 1):
+        raise ConfigError(f"--array {array}: for ingest on Slurm, and at least 1")
+    if processes is not None:
+        if processes < 1 or (profile.executor == "debug" and processes != 1):
+            raise ConfigError(f"--processes {processes}: at least 1, and exactly 1 for the debug executor")
+        profile = replace(profile, processes_per_node=processes)
+    accelerator = resolve_accelerator(profile, os.environ)
+    count = resolve_processes(profile, accelerator, os.environ) if job.config else 1
+    config = build_config(job.config, tree, f"{verb} --check") if job.config else None
+    place = Path(tree[job.folder_key])
+    plan = Plan(
+        verb=verb,
+        tree=config_tree(config) if config else tree,
+        text=config_yaml(config) if config else _yaml_of(tree),
+        run=RunDir(place.with_name(place.name + job.suffix).absolute()),
+        trains=config,
+        profile=profile,
+        nodes=nodes,
+        processes=count,
+        threads=resolve_threads(profile, count),
+        accelerator=accelerator,
+        array=array,
+    )
+    _refuse_impossible(plan)
+    return plan
+
+
+def legal_nodes(config: RunConfig, processes: int) -> list[int]:
+    """Numbers of nodes among which the global batch divides, with this many processes on each."""
+    micro_batches = config.global_batch // config.micro_batch
+    return [nodes for nodes in range(1, micro_batches // processes + 1) if micro_batches % (nodes * processes) == 0]
+
+
+def _refuse_impossible(plan: Plan) -> None:
+    try:
+        plan.topology()
+    except ConfigError as error:
+        assert plan.trains is not None
+        nodes = legal_nodes(plan.trains, plan.processes)
+        if plan.profile.executor != "slurm" or not nodes:
+            raise
+        raise ConfigError(
+            f"--nodes {plan.nodes}: {error}; with {plan.processes} process(es) on a node, legal numbers of nodes are "
+            f"{', '.join(map(str, nodes))}"
+        ) from None
+
+
+def _yaml_of(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)

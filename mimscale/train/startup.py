@@ -1,0 +1,62 @@
+"""Where the time goes between the scheduler's start of a job and its first step: startup.json in the run directory.
+
+unpack_s       the environment's archive to the disks of the nodes (batch script)
+launch_s       srun, until Python runs on rank 0
+import_s       mimscale, torch and DeepSpeed
+init_s         the process group; includes waiting for the slowest rank
+preflight_s    facts of all ranks compared
+build_s        store, model and engine
+load_s         the newest checkpoint
+first_batch_s  until the loader gives the first micro-batch
+first_step_s   the rest of the first step
+total_s        all of it
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from mimscale import durable
+from mimscale.train.run_dir import RunDir
+
+T = TypeVar("T")
+# When the batch script began, when it called srun, and when Python ran: seconds since 1970.
+MARKS = {"unpack_s": "MIMSCALE_BATCH_UNIX_S", "launch_s": "MIMSCALE_SRUN_UNIX_S", "import_s": "MIMSCALE_RANK_UNIX_S"}
+
+
+class Startup:
+    """Spans of this process from the scheduler's start to the first step.
+
+    Args:
+        environment: holds the marks that launchers leave; without one the span before it is not known.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        marks = [(name, float(environment[variable])) for name, variable in MARKS.items() if variable in environment]
+        now_s = time.time()
+        self._began_s = marks[0][1] if marks else now_s
+        self._last_s = now_s
+        begins_s = [began_s for _, began_s in marks] + [now_s]
+        self.spans = {name: begins_s[index + 1] - began_s for index, (name, began_s) in enumerate(marks)}
+        self._done = False
+
+    def ends(self, span: str) -> None:
+        """The span that began with the end of the one before it is over."""
+        now_s = time.time()
+        self.spans[span] = now_s - self._last_s
+        self._last_s = now_s
+
+    def watched(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the first one ends a span."""
+        for batch in batches:
+            if "first_batch_s" not in self.spans:
+                self.ends("first_batch_s")
+            yield batch
+
+    def first_step_is_done(self, run: RunDir) -> None:
+        """Write startup.json, once."""
+        if not self._done:
+            self._done = True
+            self.ends("first_step_s")
+            spans = {name: round(seconds, 3) for name, seconds in self.spans.items()}
+            durable.write_json(run.path / "startup.json", {**spans, "total_s": round(self._last_s - self._began_s, 3)})

@@ -1,0 +1,446 @@
+"""Jobs of Slurm as a person submits, sees and steers them, with commands that only pretend to be Slurm."""
+
+import json
+import os
+import pickle
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_slurm import FakeSlurm, only_folder, run_verb
+from launch_fake_verb import Place, wait_until
+
+from launch import follow
+from launch.folder import JobFolder, job_folders
+from mimscale import cli, durable
+from mimscale.train.run_dir import Outcome, RunDir
+
+PROFILE = {
+    "executor": "slurm",
+    "processes_per_node": 2,
+    "accelerator": "cpu",
+    "timeout_min": 30,
+    "environment": {"FAKE": "finish"},
+    "slurm": {"partition": "main", "cpus_per_task": 3, "network_interface": "eth0"},
+}
+FINISHED = Outcome(outcome="finished", exit_code=0, step=20)
+FAILED = Outcome(outcome="failed", exit_code=6, step=3, message="rank 1 on node1: Killed")
+
+
+class Site:
+    """A place to submit from, a Slurm that pretends, and the words that most tests need."""
+
+    def __init__(self, folder: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place = Place(folder)
+        self.folder, self.slurm, self.run, self._capsys = folder, slurm, self.place.run, capsys
+        self.profile()
+
+    def profile(self, *, slurm: dict[str, Any] | None = None, **changes: Any) -> None:
+        tree = {**PROFILE, **changes, "slurm": {**PROFILE["slurm"], **(slurm or {})}}  # type: ignore[dict-item]
+        (self.folder / "profile.yaml").write_text(yaml.safe_dump(tree))
+
+    def verb(self, *words: str) -> tuple[int, Any, str]:
+        return run_verb(self._capsys, *words)
+
+    def submit(self, *words: str) -> tuple[int, Any, str]:
+        return self.verb("submit", "pretrain", "recipe.yaml", "--profile", "profile.yaml", "--json", *words)
+
+    def status(self, *words: str) -> dict[str, Any]:
+        code, answer, said = self.verb("status", "run", "--json", *words)
+        assert code == 0, said
+        assert isinstance(answer[-1], dict)
+        return answer[-1]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Site:
+    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    monkeypatch.setitem(cli.VERBS, "pretrain", ("launch_fake_verb:main", "a fake"))
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WATCHED", str(folder))
+    for name in ("SLURM_JOB_ID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return Site(folder, slurm, capsys)
+
+
+def test_a_submission_returns_the_job_its_log_and_the_commands_to_steer_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CPU_BIND", "SBATCH_PARTITION", "RANK"):
+        monkeypatch.setenv(name, "from the shell")
+    code, answer, said = site.submit("--nodes", "2")
+    assert code == 0, said
+    folder = only_folder(site.run)
+    assert answer == {"job_id": "100", "run_dir": str(site.run.path), "log": str(folder.rank_log("100", 0))}
+    for command in ("mimscale status", "mimscale logs", "mimscale cancel"):
+        assert f"{command} {site.run.path}" in said
+    record = folder.read()
+    assert (record.job_id, record.nodes, record.processes, record.master_port) == ("100", 2, 4, None)
+    task = pickle.loads(folder.task_file().read_bytes()).function
+    assert task.arguments == ("pretrain", str(folder.config))
+    assert task.environment["DS_ACCELERATOR"] == "cpu"
+    assert task.environment["OMP_NUM_THREADS"] == "3"
+    script = site.slurm.script("100")
+    assert script == folder.script.read_text()
+    assert f"#SBATCH --job-name={record.job_name}\n" in script
+    assert "export GLOO_SOCKET_IFNAME=eth0\n" in script
+    assert f"export PYTHONPATH={site.run.code}/" in script
+    inherited = (site.slurm.folder / "environment.100").read_text()
+    assert "from the shell" not in inherited
+    (line,) = map(json.loads, site.run.jobs.read_text().splitlines())
+    assert (line["job_id"], line["executor"], line["folder"]) == ("100", "slurm", "logs/001")
+
+
+@pytest.mark.parametrize("end", [FINISHED, FAILED])
+def test_a_waited_for_job_shows_rank_0_and_returns_the_exit_code_of_its_outcome(site: Site, end: Outcome) -> None:
+    def run_job() -> None:
+        folder = wait_until(lambda: next(iter(job_folders(site.run.logs)), None))
+        wait_until(lambda: folder.read().job_id)
+        folder.rank_log("100", 0).write_text("rank 0 at work\n")
+        folder.settle(end)
+
+    job = threading.Thread(target=run_job)
+    job.start()
+    code, _, said = site.submit("--wait")
+    job.join()
+    assert code == end.exit_code
+    assert "rank 0 at work" in said
+    assert f"{end.outcome} (exit code {end.exit_code}): {end.message or 'all done'}" in said
+
+
+def test_a_waited_for_job_that_vanishes_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    code, _, said = site.submit("--wait")
+    assert code == 6
+    assert "has left the queue without an outcome; see `mimscale status`" in said
+
+
+def test_inside_an_allocation_nothing_is_submitted_unless_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    code, _, said = site.submit()
+    assert code == 5
+    assert "inside job 7" in said
+    assert site.submit("--dry-run")[0] == 0
+    assert site.submit("--inside-allocation")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "text"),
+    [
+        ({"slurm": {"partition": "mian"}}, 5, "slurm.partition=mian: no such partition; this cluster has main, urgent"),
+        ({"timeout_min": 90}, 5, "profile.timeout_min=90: partition main allows 60 min"),
+        ({"timeout_min": None}, 2, "profile.timeout_min: a Slurm job needs a time limit"),
+        ({"slurm": {"write_mb_per_s": 1.0}}, 2, "profile.signal_lead_s=120: a checkpoint of about"),
+        ({"slurm": {"partitoin": "main"}}, 2, "slurm.partitoin"),
+        ({"timeout_min": 2.01, "signal_lead_s": 120}, 2, "shorter than signal_lead_s=120 and a save together"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_queued(
+    site: Site, changes: dict[str, Any], code: int, text: str
+) -> None:
+    site.profile(**changes)
+    got, _, said = site.submit()
+    assert got == code
+    assert text in said
+    assert site.slurm.calls("sbatch") == []
+    assert not site.run.path.exists()
+
+
+def test_too_little_disk_is_refused_with_the_numbers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(site.folder)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, said = site.submit()
+    assert code == 5
+    assert "0.00 GB free, 4 more checkpoint(s) take about" in said
+    assert site.slurm.calls("sbatch") == []
+
+
+def test_without_sbatch_nothing_is_submitted_and_a_dry_run_works(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(site.folder))
+    code, _, said = site.submit()
+    assert code == 5
+    assert "no sbatch on PATH" in said
+    code, answer, _ = site.submit("--dry-run", "--nodes", "2")
+    assert code == 0
+    assert answer["topology"]["processes"] == 4
+    assert answer["estimate"]["parameters"] > 1e6
+    assert "#SBATCH --nodes=2" in answer["sbatch"]
+    assert not site.run.path.exists()
+
+
+def test_an_impossible_number_of_nodes_is_answered_with_the_legal_ones(site: Site) -> None:
+    code, _, said = site.submit("--dry-run", "--nodes", "3")
+    assert code == 2
+    assert "--nodes 3: " in said
+    assert "with 2 process(es) on a node, legal numbers of nodes are 1, 2" in said
+
+
+def test_a_refusal_of_sbatch_is_one_message_and_leaves_nothing(site: Site) -> None:
+    site.slurm.answer("refuse", "sbatch: error: Batch job submission failed: Invalid qos specification\n")
+    code, _, said = site.submit()
+    assert code == 5
+    assert "Invalid qos specification; set slurm.account, slurm.qos" in said
+    assert job_folders(site.run.logs) == []
+
+
+def test_a_run_directory_takes_one_job_while_that_is_in_the_queue(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "PENDING")
+    code, _, said = site.submit()
+    assert code == 5
+    assert f"job 100 (pretrain, {site.run.logs / '001'}) is pending" in said
+    assert f"mimscale cancel {site.run.path}" in said
+    site.slurm.answer("silent")
+    code, _, said = site.submit()
+    assert code == 5
+    assert "nobody says whether job 100 is alive" in said
+    (site.slurm.folder / "silent").unlink()
+    site.slurm.forget()
+    assert site.submit()[0] == 0
+    assert len(job_folders(site.run.logs)) == 2
+
+
+def test_a_job_waits_for_the_run_that_after_names(site: Site) -> None:
+    assert site.submit()[0] == 0
+    parent = only_folder(site.run)
+    site.slurm.hold(parent, "RUNNING")
+    assert site.submit("run_dir=second", "--after", "run")[0] == 0
+    assert "#SBATCH --dependency=afterok:100\n" in site.slurm.script("101")
+    assert parent.dependents.read_text().split() == [str(site.folder / "second" / "logs" / "001")]
+    parent.settle(FINISHED)
+    assert site.submit("run_dir=third", "--after", "run")[0] == 0
+    assert "--dependency" not in site.slurm.script("102")
+    parent.settle(FAILED)
+    code, _, said = site.submit("run_dir=fourth", "--after", "run")
+    assert code == 5
+    assert "job 100 failed (rank 1 on node1: Killed); let it finish first, with `mimscale resume run`" in said
+    code, _, said = site.submit("run_dir=fourth", "--after", "nowhere")
+    assert code == 5
+    assert "--after nowhere: nothing was submitted there" in said
+
+
+def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Site) -> None:
+    assert site.submit()[0] == 0
+    parent = only_folder(site.run)
+    site.slurm.hold(parent, "RUNNING")
+    assert site.submit("run_dir=second", "--after", "run")[0] == 0
+    words = ["submit", "evaluate", "run_dir=run", "store=store", "--after", "run", "--profile", "profile.yaml"]
+    assert site.verb(*words)[0] == 0
+    site.slurm.forget()
+    children = [only_folder(RunDir(site.folder / "second")), job_folders(site.run.logs)[-1]]
+    for child in children:
+        site.slurm.hold(child, "PENDING", "DependencyNeverSatisfied")
+    parent.settle(FAILED)
+    code, _, said = site.verb("resume", "run")
+    assert code == 0, said
+    newest = job_folders(site.run.logs)[-1]
+    updates = [call for call in site.slurm.calls("scontrol") if call.startswith("update")]
+    assert updates == ["update JobId=101 Dependency=afterok:103", "update JobId=102 Dependency=afterok:103"]
+    assert [child.read().after for child in children] == [str(newest.path)] * 2
+    assert newest.waiting() == children
+
+
+def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=data/store", "--array", "3", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 0, said
+    array, merge = job_folders(RunDir(site.folder / "data" / "store.job").logs)
+    assert "#SBATCH --array=0-2%3\n" in site.slurm.script("100")
+    assert "#SBATCH --dependency=afterok:100\n" in site.slurm.script("101")
+    tasks = [pickle.loads(array.task_file(task).read_bytes()).function for task in range(3)]
+    assert [task.arguments[2:] for task in tasks] == [("task=0/3",), ("task=1/3",), ("task=2/3",)]
+    merging = pickle.loads(merge.task_file().read_bytes()).function
+    assert merging.arguments[2:] == ("merge=true",)
+    assert merge.read().after == str(array.path)
+    array.rank_log("100_0", 0).write_text("part 0\n")
+    array.rank_log("100_2", 0).write_text("part 2\n")
+    assert site.verb("logs", "data/store")[1] == "part 0\n"
+    assert site.verb("logs", "data/store", "--task", "2")[1] == "part 2\n"
+    assert "has tasks 0 to 2" in site.verb("logs", "data/store", "--task", "3")[2]
+    merge.rank_log("101", 0).write_text("merged\n")
+    assert site.verb("logs", "data/store")[1] == "merged\n"
+    array.settle(FAILED)
+    site.slurm.hold(merge, "PENDING", "DependencyNeverSatisfied")
+    code, _, said = site.verb("resume", "data/store")
+    assert code == 0, said
+    assert site.slurm.calls("scancel") == ["101"]
+    assert "#SBATCH --array=0-2%3\n" in site.slurm.script("102")
+    assert "#SBATCH --dependency=afterok:102\n" in site.slurm.script("103")
+    code, _, said = site.submit("--array", "3")
+    assert code == 2
+    assert "--array 3: for ingest on Slurm" in said
+
+
+def test_an_array_whose_merge_is_refused_does_not_stay_in_the_queue(site: Site) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    sbatch = site.slurm.folder / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("test ! -e refuse", 'test "$count" = 100'))
+    site.slurm.answer("refuse", "sbatch: error: Job dependency problem\n")
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=store2", "--array", "3", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 5
+    assert "Job dependency problem" in said
+    assert site.slurm.calls("scancel") == ["100"]
+
+
+def _set(folder: JobFolder, **heartbeat: float) -> None:
+    durable.write_json(folder.run.heartbeat, {"step": 7, "steps": 20, "samples_per_s": 3.5, **heartbeat})
+    (folder.run.checkpoints / "step_00000005").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("queue", "state", "reason"),
+    [
+        (("PENDING", "Resources"), "queued", "waits for Resources"),
+        (("PENDING", "DependencyNeverSatisfied"), "queued", "never starts"),
+        (("RUNNING", "None"), "running", "9:00 left"),
+        (("COMPLETING", "None"), "running", ""),
+        (("FAILED", "NonZeroExitCode"), "lost", "job 100 is FAILED for Slurm and left no outcome"),
+        (("CANCELLED", "None"), "cancelled", "Slurm cancelled job 100"),
+        (None, "lost", "not in the queue and left no outcome; `mimscale resume` goes on"),
+    ],
+)
+def test_status_says_what_the_queue_says(site: Site, queue: tuple[str, str] | None, state: str, reason: str) -> None:
+    assert site.submit()[0] == 0
+    folder = only_folder(site.run)
+    _set(folder, time_s=time.time() - 4)
+    if queue:
+        site.slurm.hold(folder, *queue)
+    status = site.status()
+    assert (status["state"], status["job_id"]) == (state, "100")
+    assert reason in status["reason"]
+    assert (status["step"], status["steps"], status["last_checkpoint"]) == (7, 20, 5)
+    assert status["samples_per_s"] == (3.5 if state == "running" else None)
+    assert 4 <= status["heartbeat_age_s"] < 30
+
+
+def test_status_asks_the_accounts_about_what_the_queue_has_forgotten(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.answer("accounts", "100|NODE_FAIL\n")
+    assert "job 100 is NODE_FAIL for Slurm" in site.status()["reason"]
+    assert "--jobs=100" in site.slurm.calls("sacct")[0]
+
+
+def test_status_works_while_slurm_does_not(site: Site) -> None:
+    assert site.submit()[0] == 0
+    _set(only_folder(site.run), time_s=time.time())
+    site.slurm.answer("silent")
+    status = site.status()
+    assert (status["state"], status["step"]) == ("unknown", 7)
+    assert "Slurm does not answer" in status["reason"]
+
+
+def test_how_a_job_ended_needs_no_slurm(site: Site) -> None:
+    assert site.submit()[0] == 0
+    only_folder(site.run).settle(FAILED)
+    site.slurm.answer("silent")
+    asked = len(site.slurm.calls("squeue"))
+    assert (site.status()["state"], site.status()["reason"]) == ("failed", "rank 1 on node1: Killed")
+    assert len(site.slurm.calls("squeue")) == asked
+
+
+def test_two_hundred_runs_are_shown_in_two_seconds_with_one_question(site: Site) -> None:
+    assert site.submit()[0] == 0
+    template = site.run.path
+    site.slurm.hold(only_folder(site.run), "RUNNING")
+    for number in range(199):
+        shutil.copytree(template, site.folder / "many" / f"run{number:03d}", ignore=shutil.ignore_patterns("code"))
+    asked, start_s = len(site.slurm.calls("squeue")), time.monotonic()
+    code, answer, _ = site.verb("status", "many", "run", "--json")
+    assert time.monotonic() - start_s < 2
+    assert code == 0
+    assert len(answer) == 200
+    assert len(site.slurm.calls("squeue")) == asked + 1
+
+
+def test_status_shows_every_job_of_a_run_that_is_not_over(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "RUNNING")
+    words = ["submit", "evaluate", "run_dir=run", "store=store", "--after", "run", "--profile", "profile.yaml"]
+    code, _, said = site.verb(*words)
+    assert code == 0, said
+    _, answer, _ = site.verb("status", "run", "--json")
+    assert [line["verb"] for line in answer] == ["pretrain", "evaluate"]
+
+
+def test_a_table_for_people_names_run_job_and_state(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "PENDING", "Priority")
+    code, _, said = site.verb("status")
+    assert code == 0
+    for text in ("run", "pretrain", "100", "queued", "waits for Priority"):
+        assert text in said
+    code, _, said = site.verb("status", "store")
+    assert code == 2
+    assert "store: no run directory, and none in it" in said
+
+
+def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert site.submit()[0] == 0
+    folder = only_folder(site.run)
+    monkeypatch.setenv("WATCHED", str(folder.path))
+    site.slurm.hold(folder, "RUNNING")
+    code, _, said = site.verb("cancel", "run")
+    assert code == 0
+    assert "asked to save and stop" in said
+    assert site.slurm.calls("scancel") == ["--signal=USR2 100"]
+    assert "cancelled.json" in (site.slurm.folder / "scancel.saw").read_text()
+    assert site.verb("cancel", "run", "--now")[0] == 0
+    assert site.slurm.calls("scancel")[-1] == "100"
+    folder.settle(Outcome(outcome="interrupted", exit_code=75, step=7, message="cancelled"))
+    assert site.status()["state"] == "cancelled"
+    assert "no job to cancel" in site.verb("cancel", "run")[2]
+
+
+def test_a_waiting_job_is_cancelled_at_once(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "PENDING")
+    assert site.verb("cancel", "run")[0] == 0
+    assert site.slurm.calls("scancel") == ["100"]
+
+
+def test_resume_submits_the_same_again_on_another_number_of_nodes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert site.submit("seed=5", "--nodes", "2")[0] == 0
+    only_folder(site.run).settle(FAILED)
+    (site.folder / "profile.yaml").unlink()  # the job's own copy is used
+    (site.folder / "recipe.yaml").unlink()
+    monkeypatch.chdir(site.folder.parent)
+    code, answer, said = site.verb("resume", str(site.run.path), "steps=30", "--nodes", "1", "--json")
+    assert code == 0, said
+    assert answer["job_id"] == "101"
+    newest = job_folders(site.run.logs)[-1]
+    assert (newest.read().nodes, newest.read().folder) == (1, str(site.folder))
+    assert "seed: 5" in newest.config.read_text()
+    assert "steps: 30" in newest.config.read_text()
+    assert "#SBATCH --partition=main" in site.slurm.script("101")
+
+
+def test_logs_shows_a_rank_of_the_newest_job_that_has_started(site: Site) -> None:
+    assert site.submit("--nodes", "2")[0] == 0
+    folder = only_folder(site.run)
+    code, _, said = site.verb("logs", "run")
+    assert code == 5
+    assert "job 100 has not started" in said
+    folder.rank_log("100", 3).write_text("rank 3 at work\n")
+    folder.rank_log("100", 0).write_text("rank 0 at work\n")
+    assert site.verb("logs", "run")[1] == "rank 0 at work\n"
+    assert site.verb("logs", "run", "--rank", "3")[1] == "rank 3 at work\n"
+    assert "has ranks 0 to 3" in site.verb("logs", "run", "--rank", "4")[2]
+    folder.settle(FINISHED)
+    assert site.verb("logs", "run", "-f")[1] == "rank 0 at work\n"
+
+
+def test_the_logs_of_a_local_job_and_its_state_are_shown_too(site: Site) -> None:
+    site.place.write_profile("finish")
+    done = site.place.submit("--wait", PATH=os.environ["PATH"])
+    assert done.returncode == 0, done.stderr
+    assert site.status()["state"] == "finished"
+    assert "rank 0 at work" in site.verb("logs", "run")[1]
+    assert site.slurm.calls("squeue") == []

@@ -1,0 +1,84 @@
+"""A rank is killed, a node dies, a link is cut: the job ends in bounded time, goes back to the queue and continues."""
+
+import time
+
+import pytest
+from devcluster import STEPS, DevCluster, Site
+
+SAVE_EVERY = 20  # steps
+ENDS_WITHIN_S = 120.0  # from the fault to the end of the job's allocation; the cluster misses a silent node after 20 s
+pytestmark = pytest.mark.timeout(900)
+
+
+def train_to_step(site: Site, step: int) -> str:
+    job_id = site.submit("run", f"checkpoint.every_steps={SAVE_EVERY}", steps=STEPS)
+    site.wait_for_step(job_id, step)
+    return job_id
+
+
+def assert_requeued(site: Site, job_id: str, reached: int) -> None:
+    """The job is out of its allocation soon, and goes on without a person, from its newest checkpoint."""
+    cluster = site.cluster
+    cluster.wait_for(
+        "the job to be requeued", lambda: "Restarts=0" not in cluster.show(job_id), timeout_s=ENDS_WITHIN_S
+    )
+    cluster.up()  # mends what a test has broken
+    site.wait_until_finished()
+    second = site.attempts()[-1]
+    assert second.first_step >= reached - SAVE_EVERY
+    assert site.logged_steps() == list(range(1, STEPS + 1))
+
+
+def test_a_killed_rank_ends_the_job_which_continues_from_its_checkpoint(
+    undisturbed: Site, cluster: DevCluster, site: Site
+) -> None:
+    job_id = train_to_step(site, SAVE_EVERY + 5)
+    reached = site.newest_step()
+    site.kill_rank(2)
+    assert_requeued(site, job_id, reached)
+    assert site.attempts()[0].cause == "lost rank"
+    assert site.losses() == undisturbed.losses()
+
+
+def test_a_node_that_dies_ends_the_job_which_continues_when_there_are_nodes(
+    undisturbed: Site, cluster: DevCluster, site: Site
+) -> None:
+    job_id = train_to_step(site, SAVE_EVERY + 5)
+    reached = site.newest_step()
+    cluster.kill_node(2)
+    assert_requeued(site, job_id, reached)
+    assert site.losses() == undisturbed.losses()
+
+
+@pytest.mark.soak
+def test_a_killed_slurmd_alone_costs_at_most_the_steps_since_the_last_save(
+    undisturbed: Site, cluster: DevCluster, site: Site
+) -> None:
+    job_id = train_to_step(site, SAVE_EVERY + 5)
+    reached = site.newest_step()
+    cluster.kill("node2")  # its ranks live on, and nobody is left to end them
+    cluster.wait_for(
+        "the job to end or to be requeued",
+        lambda: site.is_finished() or "Restarts=0" not in cluster.show(job_id),
+        timeout_s=ENDS_WITHIN_S,
+    )
+    cluster.up()
+    site.wait_until_finished()
+    assert all(attempt.first_step >= reached - SAVE_EVERY for attempt in site.attempts()[1:])
+    assert site.losses() == undisturbed.losses()
+
+
+@pytest.mark.soak
+def test_a_link_that_is_cut_for_a_minute_costs_at_most_the_steps_since_the_last_save(
+    undisturbed: Site, cluster: DevCluster, site: Site
+) -> None:
+    job_id = train_to_step(site, SAVE_EVERY + 5)
+    reached = site.newest_step()
+    cut_s = time.monotonic()
+    cluster.set_link(2, "down")
+    cluster.wait_for(
+        "the job to be requeued", lambda: "Restarts=0" not in cluster.show(job_id), timeout_s=ENDS_WITHIN_S
+    )
+    time.sleep(max(0.0, 60 - (time.monotonic() - cut_s)))
+    assert_requeued(site, job_id, reached)  # mends the link
+    assert site.losses() == undisturbed.losses()

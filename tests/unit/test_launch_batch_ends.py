@@ -1,0 +1,245 @@
+"""What a batch script's two questions do to the files of a job, with a Slurm that pretends."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from launch import requeue, slurm_commands
+from launch.attempts import read_attempts
+from launch.folder import JobFolder, JobRecord, claim_folder
+from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.world import Process
+
+RUNNING = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=None\n"
+PREEMPTED = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=2026-11-24T22:31:08\n"
+INTERRUPTED = Outcome(outcome="interrupted", exit_code=75, step=7, stopped_by="SIGTERM")
+LOST = Outcome(outcome="failed", exit_code=6, step=7, message="rank 1 on node1: Killed")
+
+
+class Job:
+    """A submitted training in a folder, on a node that believes to be in job 100."""
+
+    def __init__(self, folder: Path, slurm: FakeSlurm) -> None:
+        self.slurm, self.run = slurm, RunDir(folder / "run")
+        self.folder = self.claim()
+
+    def claim(self, **changes: object) -> JobFolder:
+        record = JobRecord(
+            **{  # type: ignore[arg-type]
+                "verb": "pretrain",
+                "executor": "slurm",
+                "processes": 2,
+                "master_port": None,
+                "config_hash": "",
+                "timeout_min": 30.0,
+                "signal_lead_s": 60.0,
+                "lost_rank_grace_s": 10.0,
+                "trains": True,
+                "submitted_utc": "2026-01-01T00:00:00Z",
+                "submitter": Process(pid=1, host="login", start_ticks=-1),
+                "job_name": "mimscale-x",
+                "user": "ana",
+                "job_id": "100",
+                **changes,
+            }
+        )
+        folder = claim_folder(self.run.logs, record, "")
+        folder.script.write_text("#!/bin/bash\n")
+        for task in (None, 0, 1):
+            folder.task_file(task).write_bytes(b"task")
+        return folder
+
+    def commit(self, step: int) -> None:
+        (self.run.checkpoints / f"step_{step:08d}").mkdir(parents=True)
+
+    def start(self) -> int:
+        return requeue.start(self.folder)
+
+    def end(self, code: int = 0, outcome: Outcome | None = None) -> int:
+        if outcome is not None:
+            self.run.write_outcome(outcome)
+        return requeue.end(self.folder, code)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    for name, value in {"SLURM_JOB_ID": "100", "SLURM_JOB_PARTITION": "main", "SLURM_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.setattr(requeue, "CONTROLLER_S", 0.3)
+    monkeypatch.setattr(requeue, "RETRY_S", 0.1)
+    monkeypatch.setattr(slurm_commands, "LOST_ID_S", 0.1)
+    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    slurm.answer("shown", RUNNING)
+    return Job(tmp_path, slurm)
+
+
+def test_a_job_whose_id_got_lost_runs_all_the_same_and_writes_it_down(job: Job) -> None:
+    job.folder = job.claim(job_id=None)
+    assert job.start() == 0
+    assert job.folder.read().job_id == "100"
+    assert (job.folder.path / "100_submitted.pkl").read_bytes() == b"task"
+
+
+def test_a_finished_job_is_settled_without_asking_anybody(job: Job) -> None:
+    assert job.start() == 0
+    assert job.end(0, Outcome(outcome="finished", exit_code=0, step=20)) == 0
+    assert job.folder.read_outcome() == job.run.read_outcome() == Outcome(outcome="finished", exit_code=0, step=20)
+    assert job.slurm.calls("scontrol") == []
+
+
+def test_a_lost_rank_is_requeued_and_the_job_is_not_over(job: Job) -> None:
+    job.start()
+    job.commit(5)
+    assert job.end(137, LOST) == 75
+    assert job.slurm.calls("scontrol")[-1] == "requeue 100"
+    assert job.folder.read_outcome() is None
+    outcome = job.run.read_outcome()
+    assert outcome is not None
+    assert (outcome.outcome, outcome.exit_code) == ("interrupted", 75)
+    assert outcome.message == "rank 1 on node1: Killed; requeued as job 100 (lost rank)"
+    (attempt,) = read_attempts(job.folder.attempts_file())
+    assert (attempt.first_step, attempt.last_step, attempt.cause) == (0, 5, "lost rank")
+
+
+def test_what_a_preemption_cancels_is_submitted_again_and_what_waits_for_it_waits_for_the_new_job(job: Job) -> None:
+    child = job.claim(job_id="300")
+    job.slurm.answer("count", "199")
+    job.folder.dependents.write_text(f"{child.path}\n")
+    job.start()
+    job.slurm.answer("shown", PREEMPTED.strip() + " PreemptMode=CANCEL\n")
+    assert job.end(0, INTERRUPTED) == 75
+    (call,) = job.slurm.calls("sbatch")
+    assert "--dependency=afterany:100" in call
+    assert "--job-name=mimscale-x.100" in call
+    assert call.endswith("/submission.sh")
+    assert "SLURM_JOB_ID" not in (job.slurm.folder / "environment.200").read_text()
+    record = job.folder.read()
+    assert (record.job_id, record.job_name) == ("200", "mimscale-x.100")
+    assert "requeue 100" not in job.slurm.calls("scontrol")
+    assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:200"
+    assert '"continues": "100"' in job.run.jobs.read_text()
+
+
+def test_a_cancelled_job_is_settled_and_does_not_even_start_again(job: Job) -> None:
+    job.start()
+    job.folder.cancelled.write_text("{}")
+    assert job.end(0, INTERRUPTED) == 75
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert "cancelled" in outcome.message
+    assert job.slurm.calls("sbatch") == []
+    assert not any(call.startswith("requeue") for call in job.slurm.calls("scontrol"))
+    assert job.start() == 6
+
+
+def test_a_crash_loop_ends_with_its_reason_after_three_restarts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for restart in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        job.slurm.answer("shown", RUNNING.replace("Restarts=0", f"Restarts={restart}"))
+        assert job.folder.read_outcome() is None
+        assert job.start() == 0
+        code = job.end(137, LOST)
+    assert code == 6
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert outcome == job.run.read_outcome()
+    assert "crash loop: 3 restarts in a row without a new committed step" in outcome.message
+
+
+def test_a_job_that_has_used_up_its_requeues_stays_interrupted_when_it_made_progress(job: Job) -> None:
+    job.folder = job.claim(max_requeues=0)
+    job.start()
+    job.commit(7)
+    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert (outcome.outcome, outcome.message) == (
+        "interrupted",
+        "slurm.max_requeues=0 is used up; `mimscale resume` goes on",
+    )
+
+
+def test_a_job_that_its_node_takes_down_again_and_again_stops_at_its_next_start(job: Job) -> None:
+    codes = [job.start() for _ in range(5)]  # no end: the batch script died with the node
+    assert codes == [0, 0, 0, 0, 6]
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert "crash loop" in outcome.message
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.start()
+    answers: list[Callable[[], dict[str, str]]] = [_away, lambda: {"JobState": "RUNNING"}]
+    monkeypatch.setattr(slurm_commands, "show_job", lambda job_id: answers.pop(0)())
+    assert job.end(137, LOST) == 75
+    assert job.slurm.calls("scontrol")[-1] == "requeue 100"
+
+
+def _away() -> dict[str, str]:
+    raise slurm_commands.SlurmSilentError("scontrol gave no answer in 8 s; is the controller up?")
+
+
+def test_a_job_that_cannot_be_requeued_says_so(job: Job) -> None:
+    job.start()
+    (job.slurm.folder / "bin" / "scontrol").write_text("#!/bin/sh\ntest $1 != requeue\n")
+    job.slurm.answer("refuse", "sbatch: error: Access denied\n")
+    assert job.end(137, LOST) == 6
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert "could not be requeued: sbatch refused the job: sbatch: error: Access denied" in outcome.message
+
+
+def test_each_task_of_an_array_ends_by_itself_and_the_array_when_all_have(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.folder = job.claim(trains=False, array=2)
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+        assert job.folder.read_outcome() is None
+        assert job.start() == 0
+        assert job.end(0) == 0
+    assert job.folder.read_outcome() == Outcome(outcome="finished", exit_code=0, step=-1)
+    assert job.end(3) == 3
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert outcome.message.startswith("1 of 2 tasks did not finish; task 1: a rank failed with exit code 3")
+
+
+def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merge_waits_for_all(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.folder, merge = job.claim(trains=False, array=3), job.claim(trains=False, job_id="300")
+    job.folder.add_dependent(merge)
+    job.folder.settle(Outcome(outcome="finished", exit_code=0, step=-1), 2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    job.start()
+    job.slurm.answer("count", "199")
+    job.slurm.answer("shown", PREEMPTED.strip() + " PreemptMode=CANCEL\n")
+    assert job.end(75) == 75
+    (call,) = job.slurm.calls("sbatch")
+    assert "--array=1 " in call
+    assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:100_0:200_1"
+    assert job.folder.read().job_id == "100"
+    assert job.folder.task_job_id(1) == "200_1"
+    job.slurm.hold(job.folder, "PENDING", job_id="200_1")
+    assert [queued.job_id for queued in job.folder.queued(slurm_commands.queue(["ana"]))] == ["200_1"]
+
+
+def test_the_last_words_survive_the_term_that_a_requeue_brings(job: Job) -> None:
+    job.start()
+    body = "#!/bin/sh\ncase $1 in requeue) kill -TERM $PPID;; *) echo JobState=RUNNING;; esac\n"
+    (job.slurm.folder / "bin" / "scontrol").write_text(body)
+    job.run.write_outcome(LOST)
+    words = [sys.executable, "-m", "launch.requeue", "end", str(job.folder.path), "137"]
+    ended = subprocess.run(words, env=dict(os.environ), capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 75, ended.stderr
+    assert "requeued as job 100" in ended.stdout

@@ -1,0 +1,118 @@
+"""What ranks compare before they train, what their start took, and the code that they leave with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimscale.errors import LaunchError
+from mimscale.train import startup
+from mimscale.train.config import PretrainConfig
+from mimscale.train.preflight import RankFacts, judge
+from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.train.session import exit_code_of_rank
+from mimscale.train.startup import Startup
+from mimscale.world import World
+
+CONFIG = PretrainConfig(
+    store=Path("/data/store"),
+    run_dir=Path("/runs/a"),
+    steps=1,
+    global_batch=4,
+    micro_batch=1,
+    crop_voxels=(32, 32, 32),
+    patch_voxels=(16, 16, 16),
+)
+
+
+def _facts(rank: int, node: str) -> RankFacts:
+    return RankFacts(
+        rank=rank,
+        node=node,
+        local_size=2,
+        config_hash="aa",
+        versions={"torch": "2.6", "deepspeed": "0.19"},
+        accelerator="cuda",
+        devices=2,
+        store_problem=None,
+        sees_run_dir=True,
+        free_bytes=10**9,
+    )
+
+
+EVERYONE = [_facts(0, "n1"), _facts(1, "n1"), _facts(2, "n2"), _facts(3, "n2")]
+
+
+def test_ranks_that_agree_may_start() -> None:
+    judge(EVERYONE, 4, CONFIG, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"config_hash": "bb"}, "rank 2 on n2: another config than rank 0's; start all ranks with the same command"),
+        ({"versions": {"torch": "2.7", "deepspeed": "0.19"}}, "rank 2 on n2: torch 2.7, rank 0 has 2.6; use one"),
+        ({"accelerator": "cpu"}, "rank 2 on n2: computes on cpu, rank 0 on cuda; set DS_ACCELERATOR"),
+        ({"devices": 1}, "n2: 2 ranks, but each sees 1 GPU"),
+        ({"store_problem": "no store.json"}, "n2: store=/data/store cannot be read there (no store.json); mount it"),
+        ({"sees_run_dir": False}, "n2: run_dir=/runs/a is not the folder that n1 sees; name one on a shared disk"),
+        ({"free_bytes": 10**5}, "n2: 0.00 GB free at run_dir=/runs/a, a checkpoint takes about 0.00 GB; free space"),
+    ],
+)
+def test_one_rank_that_differs_is_named_with_its_node_and_the_way_out(changes: dict[str, Any], text: str) -> None:
+    everyone = [replace(facts, **changes) if facts.rank == 2 else facts for facts in EVERYONE]
+    with pytest.raises(LaunchError) as error:
+        judge(everyone, 4, CONFIG, 10**6)
+    assert text in str(error.value)
+    assert str(error.value).count("\n  ") == 1
+
+
+def test_a_network_that_adds_wrongly_is_named() -> None:
+    with pytest.raises(LaunchError, match="4 ranks add up to 3: the collective library is broken"):
+        judge(EVERYONE, 3, CONFIG, 10**6)
+
+
+def test_a_start_is_split_and_its_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([110.0, 111.0, 113.0, 117.0, 117.5, 118.0])
+    monkeypatch.setattr(startup.time, "time", lambda: next(clock))
+    marks = {"MIMSCALE_BATCH_UNIX_S": "100", "MIMSCALE_SRUN_UNIX_S": "103", "MIMSCALE_RANK_UNIX_S": "104.5"}
+    start = Startup(marks)
+    start.ends("init_s")
+    start.ends("build_s")
+    start.ends("load_s")
+    batches = start.watched(iter("ab"))
+    assert next(batches) == "a"
+    assert next(batches) == "b"
+    run = RunDir(tmp_path)
+    start.first_step_is_done(run)
+    start.first_step_is_done(run)  # only the first counts
+    spans = json.loads((tmp_path / "startup.json").read_text())
+    total = spans.pop("total_s")
+    assert spans == {
+        "unpack_s": 3.0,
+        "launch_s": 1.5,
+        "import_s": 5.5,
+        "init_s": 1.0,
+        "build_s": 2.0,
+        "load_s": 4.0,
+        "first_batch_s": 0.5,
+        "first_step_s": 0.5,
+    }
+    assert total == pytest.approx(sum(spans.values()))
+
+
+def test_a_start_without_a_launcher_begins_with_the_process() -> None:
+    assert Startup({}).spans == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "environment", "code"),
+    [(4, {"SLURM_STEP_ID": "0"}, 0), (1, {"SLURM_STEP_ID": "0"}, 75), (4, {}, 75)],
+)
+def test_ranks_of_one_srun_leave_an_interrupted_run_with_0(size: int, environment: dict[str, str], code: int) -> None:
+    world = World(size=size, local_size=size)
+    interrupted = Outcome(outcome="interrupted", exit_code=75, step=3)
+    assert exit_code_of_rank(interrupted, world, environment) == code
+    assert exit_code_of_rank(Outcome(outcome="failed", exit_code=3, step=3), world, environment) == 3
