@@ -11,7 +11,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # What only root on Debian can install: a second real volume for the tests (Colin27), and Slurm for slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo test soak check bench-ingest format clean debian-packages
+.PHONY: help install demo test soak check bench-ingest bench-stream format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +55,9 @@ check: .venv/installed-check ## formatting, lint, types, layers
 HARDWARE ?= $(shell uname -n)
 bench-ingest: .venv/installed-test ## conversion speed, sizes, memory and scale of ingest, on one core; see benchmarks/
 	OMP_NUM_THREADS=1 taskset -c 0 $(BIN)/python benchmarks/bench_ingest.py --hardware $(HARDWARE)
+
+bench-stream: .venv/installed-bench debian-packages ## crops a second of our reader and its peers, one core each
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)
 
 format: .venv/installed-check ## format and fix what can be fixed
 	$(BIN)/ruff format .

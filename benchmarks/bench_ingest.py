@@ -15,9 +15,10 @@ from typing import Any
 
 import ingest_conversion as conversion
 import ingest_scale as scale
-import measure
 import numpy as np
 from ingest_volumes import kinds, synthetic_ct, tiled_ct
+
+from mimscale.bench import measure
 
 TARGETS = {
     "from .nii.gz": "40 MB/s of raw voxels a core, zstd, everything included",

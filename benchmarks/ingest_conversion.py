@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 from ingest_volumes import Kind, write_files
 
+from mimscale.bench import measure
 from mimscale.config import build_config
 from mimscale.ingest import geometry, statistics
 from mimscale.ingest.config import IngestConfig

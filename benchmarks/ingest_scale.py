@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mimscale.bench import measure
 from mimscale.config import build_config, config_tree
 from mimscale.ingest import merge
 from mimscale.ingest.config import IngestConfig

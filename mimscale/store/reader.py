@@ -3,14 +3,17 @@
     C channels | Z Y X box, voxels
 
 Shard indices and open files are cached. There are no threads and no file positions: a reader may be used
-after a fork.
+after a fork, by one thread at a time.
 """
 
 import math
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,18 @@ from mimscale.errors import DataError
 from mimscale.store import layout, shard
 from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
-# A gap this small costs less to read than another request to a parallel file system.
-COALESCE_GAP_BYTES = 256 * 1024
+# Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
+# a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader
+# measures it, and begins as on a parallel file system.
+_BYTES_PER_S = 1e9  # of one stream of a parallel file system: what a byte costs besides the request
+_SMALLEST_REQUEST_S, _FIRST_GUESS_S, _LARGEST_REQUEST_S = 4e-6, 250e-6, 1e-3
+_STEP = 1.1  # up or down at each request: a running median, which a rare hiccup of a server does not move
+_LARGEST_READ_BYTES = 4 * 1024 * 1024
+_ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
+
+_Chunk = tuple[int, int, int]  # its number in C order of the chunk grid, start and stop of its bytes in the shard
+# Where decoded voxels go: crop[place] = chunk[cut], once the chunk is decoded.
+_Piece = tuple[NDArray[Any], tuple[int | slice, ...], NDArray[Any], tuple[slice, ...]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files: OrderedDict[Path, int] = OrderedDict()
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        self._buffer = memoryview(bytearray())
+        self._request_s = _FIRST_GUESS_S
         self.bytes_read = 0
         self.voxels_decoded = 0
 
@@ -98,40 +113,65 @@ class ShardReader:
             DataError: a pack that is missing, truncated or damaged, a volume without this overlay, or an overlay on
                 the grid of the source, where a box would lie elsewhere.
         """
+        (crop,) = self.read_crops(row, [start_zyx], size_zyx, overlay, None if out is None else [out])
+        return crop
+
+    def read_crops(
+        self,
+        row: VolumeRow | SampleRow,
+        starts_zyx: Sequence[tuple[int, int, int]],
+        size_zyx: tuple[int, int, int],
+        overlay: str | None = None,
+        out: Sequence[NDArray[Any]] | None = None,
+    ) -> Sequence[NDArray[Any]]:
+        """Several crops of one volume, as `read` gives them; what they share is read and decoded once.
+
+        Args:
+            row: the volume.
+            starts_zyx: first voxel of each crop; may be negative.
+            size_zyx: edges of the crops, voxels.
+            overlay: name of an overlay, or None for the volume itself.
+            out: where to put the voxels of each crop, instead of new arrays.
+
+        Raises:
+            DataError: as `read`; all of `out` is then undefined.
+        """
         if overlay is not None and overlay in row.overlays and row.overlays[overlay].source_zyx is not None:
             raise DataError(
                 f"volume {row.id}: overlay {overlay!r} lies on the grid of the source, not on that of the stored "
                 f"volume; use overlay={layout.stored_overlay(overlay)}"
             )
-        return self._read(self._shard(row, overlay), start_zyx, size_zyx, out)
+        return self._read(self._shard(row, overlay), starts_zyx, size_zyx, out)
 
     def _read(
         self,
         target: _Shard,
-        start_zyx: tuple[int, int, int],
+        starts_zyx: Sequence[tuple[int, int, int]],
         size_zyx: tuple[int, int, int],
-        out: NDArray[Any] | None = None,
-    ) -> NDArray[Any]:
-        channels, *volume_zyx = target.shape
+        out: Sequence[NDArray[Any]] | None = None,
+    ) -> Sequence[NDArray[Any]]:
+        shape = (target.shape[0], *size_zyx)
         if out is None:
-            out = np.empty((channels, *size_zyx), dtype=target.dtype)
-        if out.shape != (channels, *size_zyx):
-            raise ValueError(f"out has shape {out.shape}, the box needs {(channels, *size_zyx)}")
-        stop_zyx = [start + size for start, size in zip(start_zyx, size_zyx, strict=True)]
-        low = [max(0, start) for start in start_zyx]
-        high = [max(start, min(edge, stop)) for edge, stop, start in zip(volume_zyx, stop_zyx, low, strict=True)]
-        if [*low, *high] != [*start_zyx, *stop_zyx]:
-            out[...] = target.outside_value
-        if any(start >= stop for start, stop in zip(low, high, strict=True)):
-            return out
-        inside: tuple[slice, ...] = tuple(
-            slice(a - start, b - start) for a, b, start in zip(low, high, start_zyx, strict=True)
-        )
-        view = out[(slice(None), *inside)]
+            out = list(np.empty((len(starts_zyx), *shape), dtype=target.dtype))
+        boxes = []
+        for start_zyx, crop in zip(starts_zyx, out, strict=True):
+            if crop.shape != shape:
+                raise ValueError(f"out has shape {crop.shape}, the box needs {shape}")
+            low = [max(0, start) for start in start_zyx]
+            stop = [
+                min(edge, start + size) for edge, start, size in zip(target.shape[1:], start_zyx, size_zyx, strict=True)
+            ]
+            inside = [slice(a - start, b - start) for a, b, start in zip(low, stop, start_zyx, strict=True)]
+            if any(b - a < size for a, b, size in zip(low, stop, size_zyx, strict=True)):
+                crop[...] = target.outside_value
+            if all(a < b for a, b in zip(low, stop, strict=True)):
+                boxes.append((low, stop, crop[:, inside[0], inside[1], inside[2]]))
         if self._info.codec in layout.CODECS:
-            self._read_chunks(target, low, high, view)
+            with self._explained(target):
+                self._read_chunks(target, boxes)
         else:
-            self._read_with_zarr(target, low, high, view)
+            for low, stop, view in boxes:
+                self._read_with_zarr(target, low, stop, view)
         return out
 
     def read_volume(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> NDArray[Any]:
@@ -141,7 +181,8 @@ class ShardReader:
             DataError: a pack that is missing, truncated or damaged, or a volume without this overlay.
         """
         target = self._shard(row, overlay)
-        return self._read(target, (0, 0, 0), target.shape[1:])
+        (volume,) = self._read(target, [(0, 0, 0)], target.shape[1:])
+        return volume
 
     def check(self, row: VolumeRow | SampleRow, overlay: str | None = None) -> list[str]:
         """Read every chunk of a shard and compare it with its crc32c, without decoding.
@@ -156,17 +197,16 @@ class ShardReader:
         if self._info.codec not in layout.CODECS:
             self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
             return []
-        index = self._index(target)
-        grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
         bad = []
-        for number, (offset, length) in enumerate(index.tolist()):
-            if offset != shard.EMPTY:
+        with self._explained(target):
+            file, index = self._open(target.path), self._index(target)
+            numbers = np.flatnonzero(index[:, 0] != shard.EMPTY)
+            for number, data in self._encoded_chunks(target, file, numbers, index):
                 try:
-                    shard.check_chunk(self._pread(target, offset, length))
+                    shard.check_chunk(data)
                 except ValueError as error:
-                    corner = tuple(map(int, np.unravel_index(number, grid)))
-                    bad.append(str(target.broken(f"chunk {corner}: {error}")))
-        return bad
+                    bad.append((number, str(target.broken(f"chunk {self._corner(target, number)}: {error}"))))
+        return [what for _, what in sorted(bad)]
 
     def _shard(self, row: VolumeRow | SampleRow, overlay: str | None) -> _Shard:
         return self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
@@ -188,36 +228,56 @@ class ShardReader:
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 
-    def _read_chunks(self, target: _Shard, low: list[int], high: list[int], view: NDArray[Any]) -> None:
-        """Decode the chunks that the box [low, high) touches into `view` [C, Z, Y, X]."""
+    def _read_chunks(self, target: _Shard, boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]]) -> None:
+        """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
         edge = self._info.chunk_voxels
-        index = self._index(target)
-        grid = shard.chunk_grid(target.shape, edge)
-        corners = list(product(*(range(a // edge, -(-b // edge)) for a, b in zip(low, high, strict=True))))
-        wanted = []
-        for channel in range(grid[0]):
-            for corner in corners:
-                number = ((channel * grid[1] + corner[0]) * grid[2] + corner[1]) * grid[3] + corner[2]
-                offset, length = index[number].tolist()
-                box = [(max(a, c * edge), min(b, (c + 1) * edge)) for a, b, c in zip(low, high, corner, strict=True)]
-                there = tuple(slice(a - start, b - start) for (a, b), start in zip(box, low, strict=True))
-                place = view[channel][there]
-                if offset == shard.EMPTY:
-                    place[...] = target.fill_value
-                else:
-                    cut = tuple(slice(a - c * edge, b - c * edge) for (a, b), c in zip(box, corner, strict=True))
-                    wanted.append((offset, length, (channel, *corner), cut, place))
-        wanted.sort(key=lambda chunk: chunk[0])
+        file, index = self._open(target.path), self._index(target)
         scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
-        for start, stop, members in _runs(wanted):
-            data = memoryview(self._pread(target, start, stop - start))
-            for offset, length, corner4, cut, place in members:
-                try:
-                    shard.decode_chunk(data[offset - start : offset - start + length], scratch)
-                except ValueError as error:
-                    raise target.broken(f"chunk {corner4}: {error}") from None
-                place[...] = scratch[cut]
-                self.voxels_decoded += scratch.size
+        pieces = _pieces(boxes, scratch, shard.chunk_grid(target.shape, edge))
+        numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
+        empty = index[numbers, 0] == shard.EMPTY
+        scratch[...] = target.fill_value
+        for number in numbers[empty].tolist():
+            for crop, place, chunk, cut in pieces[number]:
+                crop[place] = chunk[cut]
+        numbers = numbers[~empty]
+        decoded = scratch.reshape(-1).view(np.uint8).data
+        for number, data in self._encoded_chunks(target, file, numbers, index):
+            try:
+                shard.decode_chunk(data, decoded)
+            except ValueError as error:
+                raise target.broken(f"chunk {self._corner(target, number)}: {error}") from None
+            for crop, place, chunk, cut in pieces[number]:
+                crop[place] = chunk[cut]
+        self.voxels_decoded += len(numbers) * scratch.size
+
+    def _encoded_chunks(
+        self, target: _Shard, file: int, numbers: NDArray[np.int64], index: NDArray[np.uint64]
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Read the chunks `numbers` [n], sorted by where they lie; each is valid until the next."""
+        if not len(numbers):
+            return
+        ranges = index[numbers].astype(np.int64)
+        order = np.argsort(ranges[:, 0])
+        starts, stops = ranges[order, 0], ranges[order].sum(axis=1)
+        gap_bytes = self._request_s * _BYTES_PER_S
+        breaks = np.flatnonzero(starts[1:] - stops[:-1] > gap_bytes) + 1
+        chunks = list(zip(numbers[order].tolist(), starts.tolist(), stops.tolist(), strict=True))
+        edges = [0, *breaks.tolist(), len(chunks)]
+        runs = [run for first, last in pairwise(edges) for run in _cut_run(chunks[first:last])]
+        if len(runs) > 1 and self._request_s > _ADVISE_FROM_S:
+            for run in runs:
+                position, length = target.offset_bytes + run[0][1], run[-1][2] - run[0][1]
+                os.posix_fadvise(file, position, length, os.POSIX_FADV_WILLNEED)
+        for run in runs:
+            base = run[0][1]
+            data = self._pread(target, file, base, run[-1][2] - base)
+            for number, start, stop in run:
+                yield number, data[start - base : stop - base]
+
+    def _corner(self, target: _Shard, number: int) -> tuple[int, ...]:
+        grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
+        return tuple(map(int, np.unravel_index(number, grid)))
 
     def _index(self, target: _Shard) -> NDArray[np.uint64]:
         key = (target.path, target.offset_bytes)
@@ -228,7 +288,7 @@ class ShardReader:
             if data_bytes < 0:
                 raise target.broken(f"its shard has {target.length_bytes} bytes, its index alone needs {size}")
             try:
-                index = shard.parse_index(self._pread(target, data_bytes, size), data_bytes)
+                index = shard.parse_index(self._pread(target, self._open(target.path), data_bytes, size), data_bytes)
             except ValueError as error:
                 raise target.broken(str(error)) from None
             self._indices[key] = index
@@ -238,22 +298,27 @@ class ShardReader:
             self._indices.move_to_end(key)
         return index
 
-    def _pread(self, target: _Shard, offset: int, length: int) -> bytes:
-        """Bytes of a shard, `offset` counted from its start."""
-        with durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack"):
-            file = self._open(target.path)
-            position = target.offset_bytes + offset
-            pieces = []
-            missing = length
-            while missing:
-                piece = os.pread(file, missing, position)
-                if not piece:
-                    raise target.broken(f"truncated: ends at byte {position}, {missing} bytes early")
-                pieces.append(piece)
-                position += len(piece)
-                missing -= len(piece)
+    def _pread(self, target: _Shard, file: int, offset: int, length: int) -> memoryview:
+        """Bytes of a shard, `offset` counted from its start; valid until the next call."""
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(length))
+        data = self._buffer[:length]
+        position = target.offset_bytes + offset
+        began = time.perf_counter()
+        done = os.preadv(file, [data], position)
+        while done < length:
+            count = os.preadv(file, [data[done:]], position + done)
+            if not count:
+                raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
+            done += count
+        request_s = time.perf_counter() - began - length / _BYTES_PER_S
+        self._request_s *= _STEP if request_s > self._request_s else 1 / _STEP
+        self._request_s = min(max(self._request_s, _SMALLEST_REQUEST_S), _LARGEST_REQUEST_S)
         self.bytes_read += length
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return data
+
+    def _explained(self, target: _Shard) -> AbstractContextManager[None]:
+        return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
 
     def _open(self, path: Path) -> int:
         file = self._files.get(path)
@@ -283,15 +348,46 @@ class ShardReader:
         self.voxels_decoded += voxels.size
 
 
-def _runs(chunks: list[tuple[int, int, Any, Any, Any]]) -> list[tuple[int, int, list[tuple[int, int, Any, Any, Any]]]]:
-    """Group chunks, sorted by offset, into ranges that are read at once: (start, stop, chunks)."""
-    runs: list[tuple[int, int, list[tuple[int, int, Any, Any, Any]]]] = []
-    for chunk in chunks:
-        start, stop = chunk[0], chunk[0] + chunk[1]
-        if runs and start - runs[-1][1] <= COALESCE_GAP_BYTES:
-            first, last, members = runs[-1]
-            members.append(chunk)
-            runs[-1] = (first, max(last, stop), members)
-        else:
-            runs.append((start, stop, [chunk]))
-    return runs
+def _pieces(
+    boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]], chunk: NDArray[Any], grid: tuple[int, int, int, int]
+) -> dict[int, list[_Piece]]:
+    """What to do with each chunk that a box [low, stop) touches, by its number, when it is decoded into `chunk`."""
+    channels, *grid_zyx = grid
+    pieces: dict[int, list[_Piece]] = {}
+    for low, stop, crop in boxes:
+        z_cuts, y_cuts, x_cuts = (list(_cuts(a, b, len(chunk))) for a, b in zip(low, stop, strict=True))
+        columns = [(x, *_as_rows(crop[..., place], chunk[..., cut])) for x, place, cut in x_cuts]
+        for channel in range(channels):
+            for z, z_place, z_cut in z_cuts:
+                for y, y_place, y_cut in y_cuts:
+                    row = ((channel * grid_zyx[0] + z) * grid_zyx[1] + y) * grid_zyx[2]
+                    place, cut = (channel, z_place, y_place), (z_cut, y_cut)
+                    for x, crop_rows, chunk_rows in columns:
+                        pieces.setdefault(row + x, []).append((crop_rows, place, chunk_rows, cut))
+    return pieces
+
+
+def _as_rows(crop: NDArray[Any], chunk: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both with each row of voxels as one element where that is possible: it halves the cost of a copy."""
+    if crop.dtype != chunk.dtype or crop.strides[-1] != crop.itemsize:
+        return crop, chunk
+    row = np.dtype((np.void, chunk.shape[-1] * chunk.itemsize))
+    return crop.view(row)[..., 0], chunk.view(row)[..., 0]
+
+
+def _cuts(low: int, stop: int, edge: int) -> Iterator[tuple[int, slice, slice]]:
+    """Along one axis: each chunk that [low, stop) touches, its place in the box, and which part of it."""
+    for chunk in range(low // edge, -(-stop // edge)):
+        start = chunk * edge
+        first, last = max(low, start), min(stop, start + edge)
+        yield chunk, slice(first - low, last - low), slice(first - start, last - start)
+
+
+def _cut_run(run: list[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Cut a run so that it is read in pieces of at most `_LARGEST_READ_BYTES`, or of one chunk."""
+    first = 0
+    for place, (_, _, stop) in enumerate(run):
+        if place > first and stop - run[first][1] > _LARGEST_READ_BYTES:
+            yield run[first:place]
+            first = place
+    yield run[first:]

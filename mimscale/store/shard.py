@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-import google_crc32c
+import crc32c as crc32c_of_buffer
+import imagecodecs
 import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ numcodecs.blosc.use_threads = False
 
 EMPTY = 2**64 - 1
 CRC_BYTES = 4
+# The crc32c of any data with its own crc32c behind it: one pass over a chunk, nothing to cut off and compare.
+_CRC_RESIDUE = 0x48674BC7
+_BLOSC_HEADER = struct.Struct("<4x3I")  # decoded bytes, bytes a block, encoded bytes
+_HEADER_BYTES = _BLOSC_HEADER.size + CRC_BYTES
 _SHUFFLES = {"bitshuffle": numcodecs.blosc.BITSHUFFLE, "shuffle": numcodecs.blosc.SHUFFLE}
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _PLACES_TRIED = 64
@@ -44,7 +49,7 @@ def index_bytes(shape: tuple[int, ...], chunk_voxels: int) -> int:
 
 def crc32c(data: bytes | memoryview) -> bytes:
     """The four bytes that the crc32c codec appends."""
-    return struct.pack("<I", google_crc32c.value(bytes(data) if isinstance(data, memoryview) else data))
+    return struct.pack("<I", crc32c_of_buffer.crc32c(data))
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,13 @@ class Blosc:
 def choose_blosc(volume: NDArray[Any], fill_value: float, chunk_voxels: int, codec: str) -> Blosc:
     """The settings of preset `codec` for a volume [C, Z, Y, X], with the shuffle that fits its voxels.
 
-    A few chunks are compressed with each; which is smaller depends on noise and range, and the wrong one costs up to
-    15 %. The same voxels always give the same choice.
+    `fast` is there to be read: bits take 2.5 times as long as bytes to put back, and save a tenth. Otherwise a few
+    chunks are compressed with each; which is smaller depends on noise and range, and the wrong one costs up to 15 %.
+    The same voxels always give the same choice.
     """
     compressor, level = CODECS[codec]
+    if codec == "fast":
+        return Blosc(compressor, level, "shuffle")
     corners = list(product(*map(range, chunk_grid(volume.shape, chunk_voxels))))
     # Multiples of the golden ratio lie all over the grid; a fixed stride may see nothing but its border.
     places = dict.fromkeys(int(number * _GOLDEN_RATIO % 1 * len(corners)) for number in range(_PLACES_TRIED))
@@ -111,7 +119,7 @@ def _chunks(
         yield None if chunk.tobytes() == nothing else chunk  # as bytes: ten times faster than voxel by voxel
 
 
-def parse_index(data: bytes, data_bytes: int) -> NDArray[np.uint64]:
+def parse_index(data: bytes | memoryview, data_bytes: int) -> NDArray[np.uint64]:
     """Check and parse a shard index: [number of chunks, 2] = offset, length.
 
     Args:
@@ -121,10 +129,9 @@ def parse_index(data: bytes, data_bytes: int) -> NDArray[np.uint64]:
     Raises:
         ValueError: the crc32c or a range is wrong.
     """
-    entries, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-    if crc32c(entries) != crc:
+    if crc32c_of_buffer.crc32c(data) != _CRC_RESIDUE:
         raise ValueError("the shard index has a wrong crc32c")
-    index = np.frombuffer(entries, dtype="<u8").reshape(-1, 2).astype(np.uint64)
+    index = np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(-1, 2).astype(np.uint64)
     stored = index[index[:, 0] != EMPTY]
     # The crc covers what was written; a range outside the chunks can only come from another writer.
     if (stored > data_bytes).any() or (stored.sum(axis=1) > data_bytes).any():
@@ -138,24 +145,28 @@ def check_chunk(data: bytes | memoryview) -> None:
     Raises:
         ValueError: a bit differs from what was written.
     """
-    if len(data) <= CRC_BYTES or crc32c(data[:-CRC_BYTES]) != bytes(data[-CRC_BYTES:]):
+    if len(data) <= CRC_BYTES or crc32c_of_buffer.crc32c(data) != _CRC_RESIDUE:
         raise ValueError("wrong crc32c")
 
 
-def decode_chunk(data: bytes | memoryview, out: NDArray[Any]) -> None:
-    """Check an encoded chunk and decode it into `out`, a contiguous array of a chunk's shape and dtype.
+def decode_chunk(data: bytes | memoryview, out: memoryview) -> None:
+    """Check an encoded chunk and decode it into `out`, the bytes of a chunk.
 
     Raises:
         ValueError: a bit differs from what was written, or the chunk has another size.
     """
     check_chunk(data)
-    body = bytes(data[:-CRC_BYTES])
-    size = int.from_bytes(body[4:8], "little")  # Blosc's own header; it would fill a part of `out` without a word
-    if size != out.nbytes:
-        raise ValueError(f"decodes to {size} bytes instead of {out.nbytes}")
+    # Blosc trusts its header: it would fill a part of `out`, or read beyond the data, without a word.
+    decoded_bytes, _, encoded_bytes = _BLOSC_HEADER.unpack_from(data) if len(data) >= _HEADER_BYTES else (0, 0, 0)
+    if decoded_bytes != out.nbytes or encoded_bytes != len(data) - CRC_BYTES:
+        raise ValueError(
+            f"is {encoded_bytes} bytes that decode to {decoded_bytes}, by its header, instead of "
+            f"{len(data) - CRC_BYTES} that decode to {out.nbytes}"
+        )
     try:
-        numcodecs.blosc.decompress(body, out)
-    except (RuntimeError, ValueError) as error:
+        # The same C-Blosc as numcodecs has, 5 % faster a chunk, for it takes no lock and keeps no state.
+        imagecodecs.blosc_decode(data, out=out, numthreads=1)  # type: ignore[arg-type]  # takes any buffer
+    except imagecodecs.BloscError as error:
         raise ValueError(f"does not decode ({error})") from None
 
 

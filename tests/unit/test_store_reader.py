@@ -41,6 +41,29 @@ def test_any_box_has_the_voxels_of_the_volume_and_the_outside_value_beyond_it(st
     reader.close()
 
 
+starts = st.lists(st.tuples(*[st.integers(-20, 40)] * 3), min_size=1, max_size=5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(starts=starts, size=st.tuples(*[st.integers(1, 40)] * 3), overlay=st.sampled_from([None, "label"]))
+def test_crops_that_are_read_together_are_those_that_are_read_alone(store, starts, size, overlay):
+    manifest, reader = opened(store)
+    row = manifest.row(0)
+    crops = reader.read_crops(row, starts, size, overlay)
+    assert len(crops) == len(starts)
+    for start, crop in zip(starts, crops, strict=True):
+        assert np.array_equal(crop, reader.read(row, start, size, overlay))
+    reader.close()
+
+
+def test_what_crops_share_is_decoded_once(store):
+    manifest, reader = opened(store)
+    out = [np.empty((1, 16, 16, 16), np.int16) for _ in range(3)]
+    crops = reader.read_crops(manifest.row(0), [(0, 16, 16), (0, 16, 16), (0, 16, 12)], (16, 16, 16), out=out)
+    assert all(crop is place for crop, place in zip(crops, out, strict=True))
+    assert reader.voxels_decoded == 2 * 16**3
+
+
 def test_voxels_are_put_into_the_array_that_is_given(store):
     manifest, reader = opened(store)
     out = np.full((1, 8, 8, 8), 99, dtype=np.float32)

@@ -1,6 +1,7 @@
 """Timing, memory and result files that all benchmarks share."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -15,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from mimscale import durable
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("benchmarks/results")
 SCHEMA_VERSION = 1
 
 
@@ -80,31 +81,40 @@ def in_new_process(module: str, function: str, *arguments: str) -> dict[str, Any
     return tree
 
 
+def in_new_process_tree(module: str, function: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """`in_new_process` of a function that takes one dict."""
+    return in_new_process("mimscale.bench.measure", "call_with_tree", module, function, json.dumps(tree))
+
+
+def call_with_tree(module: str, function: str, tree: str) -> Any:
+    """Call `module.function(tree)`, in the process that `in_new_process_tree` started."""
+    return getattr(importlib.import_module(module), function)(json.loads(tree))
+
+
 def surroundings() -> dict[str, Any]:
     """Hardware, versions and commit: what a number is worth nothing without."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cpu_info = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    packages = ("numpy", "numcodecs", "google-crc32c", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
-    git = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).parent}
+    packages = ("numpy", "numcodecs", "crc32c", "imagecodecs", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
     return {
         "cpu": cpu[1] if cpu else "unknown",
         "cores_used": sorted(os.sched_getaffinity(0)),
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
-        "simd": sorted(name for name, there in _cpu_features().items() if there and "AVX" in name)[:8],
+        "simd": sorted(set(re.findall(r"\bavx\w*", cpu_info)))[:8],
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip(),
-        "changed_files": len(subprocess.run(["git", "status", "--short", "-uno"], **git).stdout.splitlines()),
+        "commit": _git("rev-parse", "--short", "HEAD").strip(),
+        "changed_files": len(_git("status", "--short", "-uno").splitlines()),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
 
 
-def _cpu_features() -> dict[str, bool]:
-    from numpy._core._multiarray_umath import __cpu_features__
-
-    return dict(__cpu_features__)
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout
 
 
 def results_arguments(description: str) -> argparse.ArgumentParser:
@@ -130,6 +140,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def megabytes(array: np.ndarray) -> float:
+def megabytes(array: NDArray[Any]) -> float:
     """Size of an array in MB (10^6 bytes)."""
     return array.nbytes / 1e6
