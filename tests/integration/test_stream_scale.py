@@ -16,14 +16,13 @@ PROGRAM = """
     from mimscale.stream.plan import SamplePlan
 
     VOLUMES, RANKS, WORKERS, MICRO_BATCH = 400_000, 4096, 8, 8
-    shapes = (100 + np.arange(VOLUMES * 3, dtype=np.int32).reshape(VOLUMES, 3) % 400)
-    boxes = np.stack([shapes // 4, shapes * 3 // 4], axis=-1)
-    kinds = np.array(["ct", "mr", "pt", "ct"])[np.arange(VOLUMES) % 4] if sys.argv[1] == "weights" else None
-
     def resident_bytes():
         return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before, opened = resident_bytes(), []
+    shapes = (100 + np.arange(VOLUMES * 3, dtype=np.int32).reshape(VOLUMES, 3) % 400)
+    boxes = np.stack([shapes // 4, shapes * 3 // 4], axis=-1)
+    kinds = np.array(["ct", "mr", "pt", "ct"])[np.arange(VOLUMES) % 4] if sys.argv[1] == "weights" else None
     sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
     began = time.perf_counter()
     config = StreamConfig(
