@@ -47,7 +47,13 @@ def evaluate_reconstruction(
         DataError: a crop that cannot be read: scores of other crops than asked for would compare with nothing.
         CheckpointError: the network answers with numbers that are not finite.
     """
-    stream = StreamConfig(workers=0, crops_per_volume=config.crops, origins="foreground", max_bad_samples=0)
+    stream = StreamConfig(
+        workers=0,
+        crops_per_volume=config.crops,
+        origins="foreground",
+        max_bad_samples=0,
+        target_spacing_mm=run_config.stream.target_spacing_mm,
+    )
     plan = FixedPlan.of(manifest, indices, seed=run_config.seed, crop_voxels=run_config.crop_voxels, config=stream)
     batches = fixed_batches(
         store=store,
@@ -91,7 +97,8 @@ def evaluate_reconstruction(
             crops.append(entry)
     for volume, (entry, layers) in shown.items():
         entry["file"] = f"reconstructions/{entry['volume']}_{entry['crop']}.npz"
-        _save(folder / entry["file"], *layers, manifest.row(int(indices[volume])).spacing_mm)
+        spacing_mm = run_config.stream.target_spacing_mm or manifest.row(int(indices[volume])).spacing_mm
+        _save(folder / entry["file"], *layers, spacing_mm)
     return {
         "error": ERROR_NAMES[run_config.mae.loss],
         "unit": "of normalised intensities",

@@ -19,6 +19,7 @@ from mimscale.ingest.plan import Plan, Round, write_plan
 from mimscale.ingest.receipts import Lines, live_parts, read_receipt, write_receipt
 from mimscale.ingest.subjects import hidden
 from mimscale.store import layout
+from mimscale.store.chunk_maps import remove_other_chunk_maps
 from mimscale.store.manifest import load_manifest, row_of_receipt, row_tree
 from mimscale.store.verify import verify
 from mimscale.store.writer import PackWriter
@@ -72,6 +73,7 @@ def remove_subject(config: IngestConfig) -> dict[str, Any]:
     summary = merge.merge(store, plan, dataclasses.replace(config, max_quarantined=None), key)
     if summary["stored"] == 0:
         layout.manifest_path(store).unlink(missing_ok=True)  # nobody is left
+        remove_other_chunk_maps(store, kept={})
     _forget_old_parts(store, info)
     _prove(store, subject, gone_ids)
     console.say(f"{store}: subject {subject} is gone, with {len(gone_ids)} volume(s) out of {len(affected)} part(s)")

@@ -97,11 +97,16 @@ def remove_other_chunk_maps(store: Path, kept: dict[bytes, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def chunk_maps_of(store: Path, manifest: Manifest) -> Path | None:
+    """The file of maps that the manifest names, or None."""
+    return None if manifest.chunk_maps is None else layout.chunk_maps_path(store, manifest.chunk_maps["sha256"])
+
+
 def why_damaged(store: Path, manifest: Manifest) -> str | None:
     """What is wrong with the store's maps; None when nothing is, or when it has none."""
-    if manifest.chunk_maps is None:
+    path = chunk_maps_of(store, manifest)
+    if path is None or manifest.chunk_maps is None:
         return None
-    path = layout.chunk_maps_path(store, manifest.chunk_maps["sha256"])
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -146,13 +151,12 @@ def load_chunk_maps(store: Path, manifest: Manifest) -> ChunkMaps:
     Raises:
         DataError: the store has none, or the file is missing or cut short.
     """
-    said = manifest.chunk_maps
-    if said is None:
+    said, path = manifest.chunk_maps, chunk_maps_of(store, manifest)
+    if said is None or path is None:
         raise DataError(
             f"{store}: was ingested without maps of its chunks, by which stream.origins=occupied and labelled place "
             "crops; ingest the sources again, or use stream.origins=foreground"
         )
-    path = layout.chunk_maps_path(store, said["sha256"])
     with durable.explained(DataError, path, _WAY_OUT):
         size = path.stat().st_size
     if size != said["bytes"]:

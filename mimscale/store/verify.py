@@ -14,6 +14,7 @@ import numpy as np
 from mimscale import console
 from mimscale.errors import DataError
 from mimscale.store import layout
+from mimscale.store.chunk_maps import chunk_maps_of, why_damaged
 from mimscale.store.manifest import SAMPLE_COLUMNS, Manifest, SampleRow, load_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.writer import SHARD_KEY
@@ -60,6 +61,8 @@ def verify(store: Path, pool: Executor | None = None) -> list[Bad]:
     check = partial(_check_pack, store)
     checked = map(check, packs) if pool is None else pool.map(check, packs)
     bad = [item for found in console.track(checked, "verify packs", len(packs)) for item in found]
+    if (reason := why_damaged(store, manifest)) is not None:
+        bad.append(Bad(volume="", path=str(chunk_maps_of(store, manifest)), reason=reason))
     return bad + _strangers(store, info, {pack.path for pack in packs})
 
 

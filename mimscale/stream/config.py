@@ -36,6 +36,7 @@ class StreamConfig:
     origins: Literal["uniform", "foreground", "occupied", "labelled"] = "uniform"
     pos_neg: tuple[float, float] = (1.0, 1.0)  # `origins: labelled`: crops at a label : crops anywhere
     target_spacing_mm: tuple[float, float, float] | None = None  # resample on the device; null: the store's spacings
+    max_spacing_ratio: float = 2.0  # without it: the largest spacing of the volumes over the smallest, along each axis
     prefetch_batches: int = 2  # micro-batches that each worker holds ready
     timeout_s: float = 600.0  # a worker that is silent for longer is an error
     max_bad_samples: int = 10  # unreadable samples a rank replaces before the run stops
@@ -48,6 +49,7 @@ class StreamConfig:
             align_voxels=self.align_voxels,
             prefetch_batches=self.prefetch_batches,
             timeout_s=self.timeout_s,
+            max_spacing_ratio=self.max_spacing_ratio,
             region_voxels=self.region_voxels or 1,
             target_spacing_mm=self.target_spacing_mm or 1,
         )

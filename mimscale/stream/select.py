@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mimscale.errors import ConfigError
 from mimscale.store.manifest import SCHEMA, Manifest
+from mimscale.stream.config import StreamConfig
 
 Kind = Literal["text", "number", "flag"]
 Condition = Callable[[Manifest], NDArray[np.bool_]]  # -> [N]
@@ -87,6 +88,26 @@ def parse_attribute(text: str, key: str) -> Attribute:
     if operand.column is None or operand.kind != "text":
         raise ConfigError(f'{key}={text}: must be a column of text or a tag, for example dataset or tags["site"]')
     return Attribute(text, frozenset(parser.columns), operand.values)
+
+
+def refuse_mixed_spacings(manifest: Manifest, indices: NDArray[np.int64], config: StreamConfig) -> None:
+    """Let nobody train on voxels of very different sizes without knowing.
+
+    Raises:
+        ConfigError: the spacings of these volumes differ by more than the config allows, and nothing resamples them.
+    """
+    if config.target_spacing_mm is not None or not len(indices):
+        return
+    spacing_mm = manifest.column("spacing_mm")[indices]
+    low, high = spacing_mm.min(axis=0), spacing_mm.max(axis=0)
+    if (high > config.max_spacing_ratio * low).any():
+        ranges = ", ".join(f"{axis} {a:g} to {b:g}" for axis, a, b in zip("ZYX", low, high, strict=True))
+        middle = ", ".join(f"{value:.3g}" for value in np.median(spacing_mm, axis=0))
+        raise ConfigError(
+            f"the selected volumes have spacings of {ranges} mm, more than stream.max_spacing_ratio="
+            f"{config.max_spacing_ratio:g} apart: resample their crops with stream.target_spacing_mm=[{middle}] (their "
+            "medians), leave some out with stream.filter, or raise the ratio to mix them as they are"
+        )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def weights_contract(
         "crop_voxels": tree["crop_voxels"],
         "patch_voxels": tree["patch_voxels"],
         "axis_order": "CZYX, RAS+",
+        "target_spacing_mm": tree["stream"]["target_spacing_mm"],
         "intensity": config_tree(info.intensity),
         "modality": info.modality,
         "class_names": None if overlay is None else list(info.overlays[overlay].class_names),

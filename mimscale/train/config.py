@@ -161,6 +161,7 @@ FREE_KEYS = frozenset(
         "stream.workers",
         "stream.prefetch_batches",
         "stream.timeout_s",
+        "stream.max_spacing_ratio",
         "stream.max_bad_samples",
         "checkpoint.",
         "meter.",

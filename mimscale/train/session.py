@@ -27,7 +27,7 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
-from mimscale.stream.select import parse_attribute, parse_filter
+from mimscale.stream.select import parse_attribute, parse_filter, refuse_mixed_spacings
 from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
@@ -104,6 +104,7 @@ class TrainingData:
                 f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}, "
                 f"stream.filter={stream.filter}; see `mimscale inspect {config.store}`"
             )
+        refuse_mixed_spacings(self.manifest, self.train, stream)
         self.channels = self.manifest.sample_row(int(self.train[0])).shape[0]
         self.plan = SamplePlan.of(
             self.manifest,
