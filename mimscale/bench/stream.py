@@ -116,11 +116,7 @@ def with_ratios(rows: list[dict[str, Any]], crop_voxels: Sequence[int]) -> list[
         ceiling, own = rate.get((CEILING, row["mode"])), rate.get((OWN, row["mode"]))
         row["of_ceiling"] = round(row["crops_per_s"] / ceiling, 3) if ceiling and row["name"] == OWN else None
         row["times"] = round(own / row["crops_per_s"], 2) if own and row["name"] != OWN else None
-        row["cores_for"] = (
-            {gpu: math.ceil(needed / row["crops_per_s"]) for gpu, needed in GPU_CROPS_PER_S.items()}
-            if tuple(crop_voxels) == _GPU_CROP_VOXELS
-            else None
-        )
+        row["cores_for"] = _cores_for(row["crops_per_s"], crop_voxels)
     return rows
 
 
@@ -199,7 +195,8 @@ def measure_loader(config_tree: dict[str, Any], cores: Sequence[int], seconds: f
     """The whole loader in the recipe's mode: no worker, then 1, 2 ... workers on as many cores.
 
     Returns:
-        for each: workers, crops_per_s, consumer_cpu, and `of_linear`: of that many times the reader in one process.
+        for each: workers, crops_per_s, cpu_ms_per_crop, consumer_cpu; `of_linear`: of that many times the rate without
+        workers; and `cores_for` a GPU, by the processor time of all processes.
     """
     rows = []
     for workers in range(len(cores) + 1):
@@ -209,23 +206,33 @@ def measure_loader(config_tree: dict[str, Any], cores: Sequence[int], seconds: f
     alone = rows[0]["crops_per_s"]
     for row in rows:
         row["of_linear"] = round(row["crops_per_s"] / (max(row["workers"], 1) * alone), 3)
+        row["cores_for"] = _cores_for(1e3 / row["cpu_ms_per_crop"], config_tree["crop_voxels"])
     return rows
+
+
+def _cores_for(crops_per_s: float, crop_voxels: Sequence[int]) -> dict[str, int] | None:
+    """GPU -> cores that keep it busy; None for crops of another size than the GPUs' rates are known for."""
+    if tuple(crop_voxels) != _GPU_CROP_VOXELS:
+        return None
+    return {gpu: math.ceil(needed / crops_per_s) for gpu, needed in GPU_CROPS_PER_S.items()}
 
 
 def loader_as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table of `measure_loader`."""
+    gpus = list(rows[0]["cores_for"] or ())
     cells = [
         [
             row["workers"] or "none: the trainer reads",
             f"{row['crops_per_s']:.0f}",
             f"{100 * row['of_linear']:.0f} %",
+            f"{row['cpu_ms_per_crop']:.2f}",
             f"{100 * row['consumer_cpu']:.0f} %",
+            *(str(row["cores_for"][gpu]) for gpu in gpus),
         ]
         for row in rows
     ]
-    return measure.table(
-        ["workers, each with a core", "crops/s", "of n x no worker", "CPU of the trainer's side"], cells
-    )
+    columns = ["workers, each with a core", "crops/s", "of n x no worker", "CPU ms/crop", "trainer's CPU"]
+    return measure.table([*columns, *(f"cores for one {gpu}" for gpu in gpus)], cells)
 
 
 def main(argv: list[str]) -> int:
