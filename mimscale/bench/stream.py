@@ -32,6 +32,7 @@ OWN, CEILING = "mimscale", "ceiling: Blosc alone"
 GPU_CROPS_PER_S = {"A100": 1873, "H100": 5195}
 _GPU_CROP_VOXELS = (96, 96, 96)
 _MOST_CALLS = 400
+_NO_DATA_BYTES = 1000  # a crop: what a process reads anyway, of /proc for one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +145,9 @@ def costs_of_modes(job: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of `measure_entries`, fastest first."""
-    columns = [
-        "contender",
-        "mode",
-        "crops/s",
-        "spread",
-        "CPU ms/crop",
-        "MB/crop",
-        "decoded",
-        "of ceiling",
-    ]
-    gpus = list(GPU_CROPS_PER_S) if any(row["cores_for"] for row in rows) else []
+    """A table of `measure_entries` with `with_ratios`, fastest first."""
+    gpus = list(rows[0]["cores_for"] or ())
+    stored = any(row["storage_bytes"] > _NO_DATA_BYTES for row in rows)
     cells = [
         [
             row["name"],
@@ -163,7 +155,8 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['crops_per_s']:.0f}" if row["crops_per_s"] >= 10 else f"{row['crops_per_s']:.1f}",
             f"{row['spread_percent']:.0f} %",
             f"{row['cpu_ms_per_crop']:.2f}",
-            f"{row['file_bytes'] / 1e6:.2f}" if row["file_bytes"] > 1000 else "-",
+            f"{row['file_bytes'] / 1e6:.2f}" if row["file_bytes"] > _NO_DATA_BYTES else "-",
+            *([f"{row['storage_bytes'] / 1e6:.2f}"] if stored else []),
             f"{row['amplification']:.2f}x",
             "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
             "" if row["times"] is None else f"{row['times']:.2f}x",
@@ -171,7 +164,9 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in sorted(rows, key=lambda row: -row["crops_per_s"])
     ]
-    return measure.table([*columns, "mimscale is", *(f"cores for one {gpu}" for gpu in gpus)], cells)
+    columns = ["contender", "mode", "crops/s", "spread", "CPU ms/crop", "MB/crop"]
+    columns += [*(["MB/crop from storage"] if stored else []), "decoded", "of ceiling", "mimscale is"]
+    return measure.table([*columns, *(f"cores for one {gpu}" for gpu in gpus)], cells)
 
 
 def costs_as_markdown(costs: dict[str, dict[str, float]]) -> str:
