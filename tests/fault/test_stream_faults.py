@@ -174,14 +174,14 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_volumes(store: Path) -> 
 
 def test_a_read_that_fails_once_is_tried_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = take(a_loader(store, workers=0), 4)
-    read, calls = ShardReader.read, iter(range(10**6))
+    read_crops, calls = ShardReader.read_crops, iter(range(10**6))
 
     def flaky(self: ShardReader, *arguments: Any, **named: Any) -> Any:
         if next(calls) % 3 == 0:
             raise OSError(5, "Input/output error")
-        return read(self, *arguments, **named)
+        return read_crops(self, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", flaky)
+    monkeypatch.setattr(ShardReader, "read_crops", flaky)
     for first, second in zip(expected, take(a_loader(store, workers=0), 4), strict=True):
         assert second.substituted == 0
         assert torch.equal(first.volume, second.volume)
@@ -208,14 +208,14 @@ def test_a_worker_that_is_killed_once_costs_nothing_but_time(store: Path, capfd:
 
 
 def kill_the_reader_of(monkeypatch: pytest.MonkeyPatch, *volume_ids: str) -> None:
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def deadly(self: ShardReader, row: Any, *arguments: Any, **named: Any) -> Any:
         if row.id in volume_ids and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, row, *arguments, **named)
+        return read_crops(self, row, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", deadly)
+    monkeypatch.setattr(ShardReader, "read_crops", deadly)
 
 
 def test_a_volume_that_kills_two_workers_is_replaced_named_and_counted(
@@ -257,14 +257,14 @@ def test_workers_that_are_killed_again_and_again_stop_the_run_with_exit_code_3(
 
 
 def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def slow(self: ShardReader, row: Any, *arguments: Any, **named: Any) -> Any:
         if torch.utils.data.get_worker_info().id == 1:
             time.sleep(1000)
-        return read(self, row, *arguments, **named)
+        return read_crops(self, row, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", slow)
+    monkeypatch.setattr(ShardReader, "read_crops", slow)
     loader = a_loader(store, timeout_s=1.5)
     next(loader)
     start = time.monotonic()
@@ -279,13 +279,13 @@ def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pyte
 
 def test_a_slow_read_within_the_timeout_is_only_slow(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mimscale.stream.loader.LOOK_EVERY_S", 0.1)
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def slow(self: ShardReader, *arguments: Any, **named: Any) -> Any:
         time.sleep(0.15)
-        return read(self, *arguments, **named)
+        return read_crops(self, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", slow)
+    monkeypatch.setattr(ShardReader, "read_crops", slow)
     assert len(take(a_loader(store, workers=1, timeout_s=30), 2)) == 2
 
 
