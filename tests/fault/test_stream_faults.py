@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import signal
@@ -170,6 +171,28 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_volumes(store: Path) -> 
     assert "vol_005 (sample " in text
     assert caught.value.exit_code == 3
     assert children() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_error_of_the_kernel_names_the_volume_and_costs_one_sample(
+    store: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    manifest = load_manifest(store)
+    bad_pack = layout.pack_path(store, manifest.row(3).part).stat().st_ino
+    preadv, calls = os.preadv, []
+
+    def failing(file: int, buffers: Any, offset: int) -> int:
+        if os.fstat(file).st_ino == bad_pack:
+            calls.append(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    bad = [bad for batch in take(a_loader(store, workers=workers), 8) for bad in batch.bad]
+    assert [item.volume_id for item in bad] == ["vol_003"] * 2
+    assert all("Input/output error; volume vol_003 lies in it; restore the pack" in item.reason for item in bad)
+    if workers == 0:
+        assert len(calls) == 4, "each of two crops is tried twice"
 
 
 def test_a_read_that_fails_once_is_tried_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +380,9 @@ def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Pa
             os.kill(worker, signal.SIGKILL)
         _, text = trainer.communicate()
     assert "_worker_loop" not in text, "a worker printed a traceback of its own"
+    began = time.monotonic()
+    assert len(take(a_loader(store), 2)) == 2, "the next run cannot start"
+    assert time.monotonic() - began < 20
 
 
 def test_a_loader_may_be_used_outside_of_the_main_thread(store: Path) -> None:
