@@ -316,6 +316,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--wait", action="store_true", help="show rank 0's log and leave with the job's exit code")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, start nothing")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--fresh-data", action="store_true", help="continue although the data or their order changed")
     parser.add_argument("--inside-allocation", action="store_true", help="submit although this shell is itself a job")
     parser.add_argument("--json", action="store_true", help="print {job_id, run_dir, log} on stdout")
     return parser
@@ -336,6 +337,10 @@ def main(argv: list[str]) -> int:
     plan = make_plan(
         arguments.verb, tree, profile, nodes=arguments.nodes, processes=arguments.processes, array=arguments.array
     )
+    if arguments.fresh_data:
+        if arguments.verb not in ("pretrain", "finetune"):
+            raise ConfigError(f"--fresh-data: {arguments.verb} has no order of data; only pretrain and finetune do")
+        plan = replace(plan, words=(*plan.words, "--fresh-data"))
     if arguments.dry_run:
         _print_plan(plan, arguments.after, as_json=arguments.json)
         return 0

@@ -46,6 +46,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         CheckpointError: no usable checkpoint.
         DataError: a volume that cannot be read or has no label.
     """
+    import numpy as np
+
     from mimscale.evaluate.checkpoints import find_checkpoint
     from mimscale.evaluate.reconstruction import evaluate_reconstruction
     from mimscale.evaluate.segmentation import evaluate_segmentation
@@ -53,6 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.models.mae import MaskedAutoencoder
     from mimscale.store.layout import read_info
     from mimscale.store.manifest import load_manifest
+    from mimscale.stream.select import parse_filter
     from mimscale.train.config import FinetuneConfig, load_run_config
     from mimscale.train.run_dir import RunDir
 
@@ -64,7 +67,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     wanted = {"split": config.split}
     if run_config.modality is not None:
         wanted["modality"] = run_config.modality
-    indices = manifest.select(**wanted)
+    selected = manifest.equal(**wanted)
+    if run_config.stream.filter is not None:
+        wanted["stream.filter"] = run_config.stream.filter
+        selected &= parse_filter(run_config.stream.filter).select(manifest)
+    indices = np.flatnonzero(selected)
     if not len(indices):
         raise DataError(f"{store}: no volume with {wanted}; see `mimscale inspect {store}` for what there is")
     tag = find_checkpoint(run, config.checkpoint)

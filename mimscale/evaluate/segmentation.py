@@ -7,6 +7,7 @@ import csv
 import io
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mimscale.errors import CheckpointError, DataError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.inference import classes_of, predict_logits, window_batches
 from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class, score_case
+from mimscale.evaluate.resampling import predict_at_spacing, stored_voxels, target_voxels
 from mimscale.evaluate.slices import centre_of, cut_planes, grey_levels, save_planes
 from mimscale.evaluate.volumes import read_normalised, read_source_labels, source_spacing_mm, write_nifti
 from mimscale.ingest.geometry import to_source_grid
@@ -55,23 +57,29 @@ def evaluate_segmentation(
     reader = ShardReader(store, manifest)
     folder = RunDir(config.run_dir).evaluation
     crop = run_config.crop_voxels
-    total = sum(_batches(row, config, crop) for row in rows)
+    target_mm = run_config.stream.target_spacing_mm
+    total = sum(_batches(row, config, crop, target_mm) for row in rows)
     ticks = track(range(total), f"evaluate {len(rows)} volumes, batches of windows", total)
     cases: list[dict[str, Any]] = []
     source_scores: list[dict[str, ClassScore]] = []
     store_scores: list[dict[str, ClassScore]] = []
     for number, row in enumerate(rows):
         started_s = time.perf_counter()
-        image, inside = read_normalised(reader, row, info.intensity, crop)
+        image, inside = read_normalised(reader, row, info.intensity, stored_voxels(crop, row.spacing_mm, target_mm))
         try:
-            logits = predict_logits(
-                model,
+            logits = predict_at_spacing(
                 torch.from_numpy(image),
-                crop,
-                overlap=config.overlap,
-                batch=config.batch,
-                device=device,
-                after_batch=lambda: next(ticks, None),
+                row.spacing_mm,
+                target_mm,
+                partial(
+                    predict_logits,
+                    model,
+                    crop_voxels=crop,
+                    overlap=config.overlap,
+                    batch=config.batch,
+                    device=device,
+                    after_batch=lambda: next(ticks, None),
+                ),
             )
         except FloatingPointError as error:
             raise CheckpointError(
@@ -161,8 +169,15 @@ def cases_csv(cases: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _batches(row: VolumeRow, config: EvaluateConfig, crop_voxels: tuple[int, int, int]) -> int:
-    return window_batches(row.shape[1:], crop_voxels, config.overlap, config.batch)
+def _batches(
+    row: VolumeRow,
+    config: EvaluateConfig,
+    crop_voxels: tuple[int, int, int],
+    target_mm: tuple[float, float, float] | None,
+) -> int:
+    least = stored_voxels(crop_voxels, row.spacing_mm, target_mm)
+    padded = [max(edge, other) for edge, other in zip(row.shape[1:], least, strict=True)]
+    return window_batches(target_voxels(padded, row.spacing_mm, target_mm), crop_voxels, config.overlap, config.batch)
 
 
 def _means(scores: list[dict[str, ClassScore]]) -> dict[str, Any]:

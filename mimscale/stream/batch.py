@@ -259,8 +259,7 @@ class SampleReader:
         if places[0][0].crops[places[0][1]].volume in self._refused:
             return False
         try:
-            for draft, place in places:
-                self._read_crop(draft, place)
+            self._read_crops(places)
         except (DataError, OSError):
             self._reopen()
             return False
@@ -305,7 +304,7 @@ class SampleReader:
             return f"volume {draft.crops[place].row.id}: {reason}"
         for last in (False, True):
             try:
-                self._read_crop(draft, place)
+                self._read_crops([(draft, place)])
             except (DataError, OSError) as error:
                 if last:
                     return str(error)
@@ -314,19 +313,23 @@ class SampleReader:
                 return None
         raise AssertionError("the loop returns")
 
-    def _read_crop(self, draft: _Draft, place: int) -> None:
-        crop = draft.crops[place]
-        boxes = self._boxes([crop])
-        start, size = _triple(boxes.start[0]), _triple(boxes.size[0])
-        z, y, x = size
-        out = draft.volume.array[place, :, :z, :y, :x]
-        if crop.row.dtype == out.dtype:
-            self._reader.read(crop.row, start, size, out=out)
+    def _read_crops(self, places: Sequence[tuple[_Draft, int]]) -> None:
+        """Read crops of one volume into their places; each chunk that they touch is decoded once."""
+        crops = [draft.crops[place] for draft, place in places]
+        boxes, row = self._boxes(crops), crops[0].row
+        starts = [_triple(start) for start in boxes.start]
+        z, y, x = size = _triple(boxes.size[0])  # one spacing: one size
+        volumes = [draft.volume.array[place, :, :z, :y, :x] for draft, place in places]
+        if all(volume.dtype == row.dtype for volume in volumes):
+            self._reader.read_crops(row, starts, size, out=volumes)
         else:
-            out[...] = self._reader.read(crop.row, start, size)
-        if draft.label is not None:
-            label = draft.label.array[place : place + 1, :z, :y, :x]
-            self._reader.read(crop.row, start, size, overlay=self._overlay, out=label)
+            for volume, voxels in zip(volumes, self._reader.read_crops(row, starts, size), strict=True):
+                volume[...] = voxels
+        labels = [
+            draft.label.array[place : place + 1, :z, :y, :x] for draft, place in places if draft.label is not None
+        ]
+        if labels:
+            self._reader.read_crops(row, starts, size, self._overlay, labels)
 
     def _reopen(self) -> None:
         """Start with fresh files: a stale descriptor or a shard index read in a bad moment must not fail again."""

@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import signal
@@ -172,16 +173,38 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_volumes(store: Path) -> 
     assert children() == set()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_error_of_the_kernel_names_the_volume_and_costs_one_sample(
+    store: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    manifest = load_manifest(store)
+    bad_pack = layout.pack_path(store, manifest.row(3).part).stat().st_ino
+    preadv, calls = os.preadv, []
+
+    def failing(file: int, buffers: Any, offset: int) -> int:
+        if os.fstat(file).st_ino == bad_pack:
+            calls.append(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    bad = [bad for batch in take(a_loader(store, workers=workers), 8) for bad in batch.bad]
+    assert [item.volume_id for item in bad] == ["vol_003"] * 2
+    assert all("Input/output error; volume vol_003 lies in it; restore the pack" in item.reason for item in bad)
+    if workers == 0:
+        assert len(calls) == 4, "each of two crops is tried twice"
+
+
 def test_a_read_that_fails_once_is_tried_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = take(a_loader(store, workers=0), 4)
-    read, calls = ShardReader.read, iter(range(10**6))
+    read_crops, calls = ShardReader.read_crops, iter(range(10**6))
 
     def flaky(self: ShardReader, *arguments: Any, **named: Any) -> Any:
         if next(calls) % 3 == 0:
             raise OSError(5, "Input/output error")
-        return read(self, *arguments, **named)
+        return read_crops(self, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", flaky)
+    monkeypatch.setattr(ShardReader, "read_crops", flaky)
     for first, second in zip(expected, take(a_loader(store, workers=0), 4), strict=True):
         assert second.substituted == 0
         assert torch.equal(first.volume, second.volume)
@@ -208,14 +231,14 @@ def test_a_worker_that_is_killed_once_costs_nothing_but_time(store: Path, capfd:
 
 
 def kill_the_reader_of(monkeypatch: pytest.MonkeyPatch, *volume_ids: str) -> None:
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def deadly(self: ShardReader, row: Any, *arguments: Any, **named: Any) -> Any:
         if row.id in volume_ids and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, row, *arguments, **named)
+        return read_crops(self, row, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", deadly)
+    monkeypatch.setattr(ShardReader, "read_crops", deadly)
 
 
 def test_a_volume_that_kills_two_workers_is_replaced_named_and_counted(
@@ -257,14 +280,14 @@ def test_workers_that_are_killed_again_and_again_stop_the_run_with_exit_code_3(
 
 
 def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def slow(self: ShardReader, row: Any, *arguments: Any, **named: Any) -> Any:
         if torch.utils.data.get_worker_info().id == 1:
             time.sleep(1000)
-        return read(self, row, *arguments, **named)
+        return read_crops(self, row, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", slow)
+    monkeypatch.setattr(ShardReader, "read_crops", slow)
     loader = a_loader(store, timeout_s=1.5)
     next(loader)
     start = time.monotonic()
@@ -279,13 +302,13 @@ def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pyte
 
 def test_a_slow_read_within_the_timeout_is_only_slow(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mimscale.stream.loader.LOOK_EVERY_S", 0.1)
-    read = ShardReader.read
+    read_crops = ShardReader.read_crops
 
     def slow(self: ShardReader, *arguments: Any, **named: Any) -> Any:
         time.sleep(0.15)
-        return read(self, *arguments, **named)
+        return read_crops(self, *arguments, **named)
 
-    monkeypatch.setattr(ShardReader, "read", slow)
+    monkeypatch.setattr(ShardReader, "read_crops", slow)
     assert len(take(a_loader(store, workers=1, timeout_s=30), 2)) == 2
 
 
@@ -357,6 +380,9 @@ def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Pa
             os.kill(worker, signal.SIGKILL)
         _, text = trainer.communicate()
     assert "_worker_loop" not in text, "a worker printed a traceback of its own"
+    began = time.monotonic()
+    assert len(take(a_loader(store), 2)) == 2, "the next run cannot start"
+    assert time.monotonic() - began < 20
 
 
 def test_a_loader_may_be_used_outside_of_the_main_thread(store: Path) -> None:

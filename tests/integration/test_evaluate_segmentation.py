@@ -12,6 +12,7 @@ from mimscale.evaluate import weights
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.run import evaluate
 from mimscale.evaluate.slices import load_planes
+from mimscale.store.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,37 @@ def test_a_network_that_is_right_scores_one_and_its_files_equal_the_source_label
         label = nibabel.load(store.parent / "sources" / f"{name}_label.nii.gz")
         predicted = nibabel.load(run / "evaluate" / "predictions" / f"{name}.nii.gz")
         assert np.array_equal(np.asarray(predicted.dataobj), np.asarray(label.dataobj)), name
+
+
+def test_a_network_of_another_spacing_is_scored_on_the_grids_of_store_and_source(store, monkeypatch, tmp_path):
+    spacing_mm = load_manifest(store).row(0).spacing_mm
+    run = make_finetune_run(tmp_path / "run", store)
+    text = (run / "config.yaml").read_text()
+    assert text.count("target_spacing_mm: null") == 1
+    finer = f"target_spacing_mm: {[0.5 * mm for mm in spacing_mm]}"
+    (run / "config.yaml").write_text(text.replace("target_spacing_mm: null", finer))
+    contract = json.loads(next((run / "checkpoints").glob("step_*/contract.json")).read_text())
+    seen = []
+
+    class Counting(Threshold):
+        def forward(self, windows):
+            seen.append(windows.shape)
+            return super().forward(windows)
+
+    monkeypatch.setattr(weights, "load_model", lambda *arguments: (Counting(), contract))
+    scores = evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=0))
+    fine = len(seen)
+    seen.clear()
+    monkeypatch.setattr(weights, "load_model", lambda *arguments: (Counting(), contract))
+    run = make_finetune_run(tmp_path / "plain", store)
+    evaluate(EvaluateConfig(threads=1, run_dir=run, batch=4, pictures=0))
+    assert fine > 2 * len(seen), "the network did not see more voxels"
+    # There and back again blurs what a threshold makes of noise, and little else.
+    assert scores["mean"]["without_background"]["dice"] > 0.9
+    for name in SOURCES:
+        label = nibabel.load(store.parent / "sources" / f"{name}_label.nii.gz")
+        predicted = nibabel.load(run / "evaluate" / "predictions" / f"{name}.nii.gz")
+        assert predicted.shape == label.shape
 
 
 def test_scores_are_per_case_and_class_with_both_means(scores):

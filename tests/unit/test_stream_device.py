@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from mimscale.errors import DataError
 from mimscale.stream.batch import Batch
-from mimscale.stream.device import normalise, valid_voxels
+from mimscale.stream.device import OnDevice, labels, normalise, valid_voxels
 
 
 def a_batch(volume: torch.Tensor, rows: list[list[list[float]]], inside: list[list[list[int]]]) -> Batch:
@@ -72,3 +76,29 @@ def test_a_batch_survives_pickling_and_moving() -> None:
         assert copy.label is None
         assert copy.volume_ids == batch.volume_ids
         assert copy.seeds == batch.seeds
+
+
+def test_a_batch_on_the_device_keeps_its_sample_ids_where_the_trainer_reads_them() -> None:
+    batch = a_batch(torch.zeros((1, 1, 2, 2, 2), dtype=torch.int16), [[[0.0, 1.0, 0.0, 1.0]]], [[[0, 2]] * 3])
+    (moved,) = OnDevice(iter([batch]), torch.device("meta"))
+    assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
+    assert moved.volume.dtype == torch.int16, "voxels must travel as they are stored"
+    assert moved.sample_ids is batch.sample_ids
+    assert moved.volume_ids == batch.volume_ids
+
+
+def test_errors_of_the_loader_reach_the_trainer_through_the_device() -> None:
+    def failing() -> Iterator[Batch]:
+        raise DataError("vol_003 cannot be read")
+        yield
+
+    with pytest.raises(DataError, match="vol_003 cannot be read"):
+        next(OnDevice(failing(), torch.device("cpu")))
+
+
+def test_labels_without_a_target_spacing_are_those_of_the_store() -> None:
+    batch = a_batch(torch.zeros((1, 1, 2, 2, 2), dtype=torch.int16), [[[0.0, 1.0, 0.0, 1.0]]], [[[0, 2]] * 3])
+    with pytest.raises(ValueError, match="read without labels"):
+        labels(batch)
+    label = torch.ones((1, 2, 2, 2), dtype=torch.uint8)
+    assert labels(replace(batch, label=label)) is label

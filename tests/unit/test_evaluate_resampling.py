@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from mimscale.evaluate.resampling import predict_at_spacing, stored_voxels, target_voxels
+
+SPACING_MM, TARGET_MM = (3.0, 0.7, 0.8), (1.5, 1.0, 0.8)
+
+
+def test_without_a_target_the_network_sees_the_volume_as_it_is() -> None:
+    image = torch.rand(1, 5, 6, 7)
+    assert predict_at_spacing(image, SPACING_MM, None, lambda seen: seen) is image
+
+
+def test_the_network_sees_the_target_spacing_and_its_answer_lies_on_the_grid_of_the_store() -> None:
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.normal(size=(12, 40, 30)), (1.5, 4, 4)).astype(np.float32)
+    seen: list[torch.Tensor] = []
+
+    def network(there: torch.Tensor) -> torch.Tensor:
+        seen.append(there)
+        return torch.stack([there[0], -2 * there[0]])
+
+    logits = predict_at_spacing(torch.from_numpy(image)[None], SPACING_MM, TARGET_MM, network)
+    assert seen[0].shape == (1, 24, 28, 30)
+    assert logits.shape == (2, 12, 40, 30)
+    # The middles of the network's voxels, in voxels of the store.
+    axes = [
+        (np.arange(edge) + 0.5) * target / spacing - 0.5
+        for edge, target, spacing in zip(seen[0].shape[1:], TARGET_MM, SPACING_MM, strict=True)
+    ]
+    at = np.stack(np.meshgrid(*axes, indexing="ij"))
+    expected = ndimage.map_coordinates(image.astype(np.float64), at, order=1, mode="nearest")
+    np.testing.assert_allclose(seen[0][0].numpy(), expected, rtol=0, atol=1e-6)  # float32, numbers below 1
+    axes = [
+        (np.arange(edge) + 0.5) * spacing / target - 0.5
+        for edge, target, spacing in zip(image.shape, TARGET_MM, SPACING_MM, strict=True)
+    ]
+    at = np.stack(np.meshgrid(*axes, indexing="ij"))
+    back = ndimage.map_coordinates(seen[0][0].numpy().astype(np.float64), at, order=1, mode="nearest")
+    np.testing.assert_allclose(logits[0].numpy(), back, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(logits[1].numpy(), -2 * back, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("target_mm", [None, TARGET_MM])
+def test_a_crop_at_the_target_spacing_fits_what_is_read_for_it(target_mm: tuple[float, float, float] | None) -> None:
+    stored = stored_voxels((16, 12, 20), SPACING_MM, target_mm)
+    assert stored == ((16, 12, 20) if target_mm is None else (8, 18, 20))
+    assert target_voxels(stored, SPACING_MM, target_mm) >= (16, 12, 20)
+
+
+@given(
+    crop=st.integers(1, 300),
+    spacing=st.floats(0.2, 10).map(lambda value: round(value, 4)),
+    target=st.floats(0.2, 10).map(lambda value: round(value, 4)),
+)
+def test_what_is_read_for_a_crop_is_never_too_small(crop: int, spacing: float, target: float) -> None:
+    spacings, targets = (spacing,) * 3, (target,) * 3
+    stored = stored_voxels((crop,) * 3, spacings, targets)
+    assert target_voxels(stored, spacings, targets)[0] >= crop
