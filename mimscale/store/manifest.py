@@ -140,6 +140,7 @@ class SampleRow:
 
     id: str
     shape: tuple[int, int, int, int]
+    spacing_mm: tuple[float, float, float]
     dtype: str
     part: int
     offset_bytes: int
@@ -179,7 +180,8 @@ class Manifest:
         tree = self._samples._tree(index)
         stats = tuple(ChannelStats(**channel) for channel in tree.pop("stats"))
         overlays, shape = _overlay_rows(tree.pop("overlays")), tuple(tree.pop("shape"))
-        return SampleRow(**tree, shape=shape, stats=stats, overlays=overlays)
+        spacing_mm = tuple(tree.pop("spacing_mm"))
+        return SampleRow(**tree, shape=shape, spacing_mm=spacing_mm, stats=stats, overlays=overlays)
 
     @cached_property
     def _samples(self) -> "Manifest":

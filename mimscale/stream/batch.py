@@ -59,6 +59,7 @@ class Batch:
     label: Tensor | None  # [B, Z, Y, X] uint8 on the grid of `volume`; 255 = ignore
     sample_ids: Tensor  # [B] int64, global index in the plan
     seeds: list[int]  # B seeds that belong to the samples, for masks and augmentation
+    spacing_mm: list[tuple[float, float, float]]  # B spacings along Z, Y, X, of the resampled crop where `grid` is
     normalisation: Tensor  # [B, C, 4] float32: clip_low, clip_high, shift, scale
     inside: Tensor  # [B, 3, 2] int32: start, stop of the part of `volume` that lies in the stored volume
     volume_ids: list[str]  # B, what was really read
@@ -236,6 +237,7 @@ class SampleReader:
             label=None if draft.label is None else draft.label.tensor,
             sample_ids=torch.from_numpy(np.array(draft.what.sample_ids, dtype=np.int64)),
             seeds=[int(seed) for seed in draft.seeds],
+            spacing_mm=[self._plan.crops.target_spacing_mm or crop.row.spacing_mm for crop in draft.crops],
             normalisation=torch.from_numpy(
                 np.stack([normalisation(self._intensity, crop.row.stats) for crop in draft.crops])
             ),
