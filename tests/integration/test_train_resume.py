@@ -177,5 +177,3 @@ def test_an_augmented_run_resumes_to_the_same_bits_and_differs_from_a_plain_one(
     assert losses(runs[0]) != losses(straight[1])
     weights = [run.checkpoints / "step_00000020" / "weights.safetensors" for run in runs]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    validations = [[line["val_loss"] for line in run.read_metrics() if "val_loss" in line] for run in runs]
-    assert validations[0] == validations[1] != []
