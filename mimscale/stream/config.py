@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mimscale.config import require_positive
@@ -42,6 +43,8 @@ class StreamConfig:
     timeout_s: float = 600.0  # a worker that is silent for longer is an error
     max_bad_samples: int = 10  # unreadable samples a rank replaces before the run stops
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"  # fork shares the manifest's memory
+    stage_dir: Path | None = None  # folder on a disk of each node: packs are copied there ahead of use; null: no copies
+    stage_gib: float = 500.0  # what all copies in it may take up
 
     def __post_init__(self) -> None:
         require_positive(
@@ -50,6 +53,7 @@ class StreamConfig:
             align_voxels=self.align_voxels,
             prefetch_batches=self.prefetch_batches,
             timeout_s=self.timeout_s,
+            stage_gib=self.stage_gib,
             max_spacing_ratio=self.max_spacing_ratio,
             region_voxels=self.region_voxels or 1,
             target_spacing_mm=self.target_spacing_mm or 1,

@@ -96,7 +96,7 @@ class ValidationConfig:
 class RunConfig:
     """What pretraining and fine-tuning share. A step is an optimizer step on `global_batch` crops."""
 
-    store: Path  # folder that `mimscale ingest` made
+    store: Path  # folder that `mimscale ingest` made, or the URL of a copy of it (s3://bucket/store)
     run_dir: Path  # folder of this run; an existing run in it continues
     steps: int  # optimizer steps of the whole run
     global_batch: int  # crops a step, over all ranks and micro-batches
@@ -169,6 +169,8 @@ FREE_KEYS = frozenset(
         "stream.timeout_s",
         "stream.max_spacing_ratio",
         "stream.max_bad_samples",
+        "stream.stage_dir",
+        "stream.stage_gib",
         "checkpoint.",
         "meter.",
         "validation.",
