@@ -264,8 +264,9 @@ def files_below(folder: Path) -> Iterator[tuple[Path, int]]:
     """Every file below a folder with its size, sorted by path; none where there is no folder."""
     url = url_of(folder)
     if url is None:
-        folder = local_path(folder)
-        yield from ((path, path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file())
+        there = local_path(folder)
+        found_here = (path for path in sorted(there.rglob("*")) if path.is_file())
+        yield from ((folder / path.relative_to(there), path.stat().st_size) for path in found_here)
         return
     with _remote_errors(url):
         system = _file_system(url)
