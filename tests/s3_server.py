@@ -1,5 +1,6 @@
 """A real S3 server on this machine (moto's), in threads of the test, with faults on demand."""
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -19,12 +20,13 @@ class S3Server:
     """Answers as S3 does. A fault is spent on the next GET requests whose path holds `of`."""
 
     def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self._faults: list[tuple[str, str]] = []
         self.gets: list[tuple[str, str]] = []  # path and range of every GET
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

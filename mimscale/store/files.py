@@ -22,8 +22,11 @@ REMOTE_SCHEMES = ("s3", "gs", "az", "abfs", "memory")
 # Chunks of an object nearer than this are read at once: 20 ms a request at 50 MB/s of one connection.
 REMOTE_GAP_BYTES = 1024 * 1024
 CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 30
+READ_TIMEOUT_S = 20
 ATTEMPTS = 4  # of a request that ends in a 5xx, "slow down" or a timeout
+# s3fs tries again what broke off under way, and does so at two levels: a silent server gets 2 x 2 x ATTEMPTS requests,
+# which end before `stream.timeout_s`; its own 5 x 5 would not.
+S3FS_ATTEMPTS = 2
 LOOK_FOR_COPY_EVERY_S = 1.0
 
 
@@ -288,9 +291,12 @@ def _file_system(url: str) -> Any:
             "retries": {"mode": "standard", "max_attempts": ATTEMPTS},
         }
     try:
-        return fsspec.filesystem(scheme, **options)
+        system = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise ConfigError(f"{url}: {error}; install what reads it: pip install 'mimscale[remote]'") from None
+    if scheme == "s3":
+        system.retries = S3FS_ATTEMPTS
+    return system
 
 
 @contextmanager
