@@ -317,7 +317,7 @@ class ShardReader:
         from zarr.storage import ZipStore
 
         if url_of(target.path) is not None:
-            raise target.broken(f"codec {self._info.codec} is read by zarr-python, from files alone; copy the store here")
+            raise target.broken(f"codec {self._info.codec} needs zarr-python, which reads files: copy the store")
         box = (slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))
         try:
             with ZipStore(local_path(target.path), mode="r") as files:

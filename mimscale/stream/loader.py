@@ -228,14 +228,18 @@ class _Parts(IterableDataset[list[Batch] | _Failure]):
     def __iter__(self) -> Iterator[list[Batch] | _Failure]:
         worker = get_worker_info()
         number, step = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
-        now = {} if worker is None else {"now": partial(self.reading.__setitem__, worker.id)}
+        told = partial(self.reading.__setitem__, worker.id) if worker is not None else _nobody
         try:
-            reader = self._open(shared_memory=worker is not None, refused=self.refused, **now)
+            reader = self._open(shared_memory=worker is not None, refused=self.refused, now=told)
             while (part := self._part(number)) is not None:
                 yield reader.read_together(part)
                 number += step
         except DataError as error:
             yield _Failure(str(error))
+
+
+def _nobody(volume: int) -> None:
+    """Nobody asks what the trainer itself reads."""
 
 
 class _Batches:
