@@ -37,8 +37,8 @@ def draw(
 ) -> tuple[int, list[Triple]]:
     """Call `number`: which of the volumes of `shapes`, and the first voxel of each crop that is read from it.
 
-    Crops of a region: the region lies on the chunk grid and is a chunk larger than a crop; the offset of a crop is below
-    a chunk edge. Each crop alone is then as likely to lie anywhere as with `random`.
+    Crops of a region: the region lies on the chunk grid and is a chunk larger than a crop; the offset of a crop is
+    below a chunk edge. Each crop alone is then as likely to lie anywhere as with `random`.
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=number << 64))
     volume = int(random.integers(len(shapes)))
