@@ -191,10 +191,10 @@ def _mr() -> list[Kind]:
 
 
 def _store(place: Path, modality: str, volumes: list[Kind]) -> Path:
-    """A store of preset `fast` made by `mimscale ingest`: three shifted copies of a CT, or each MR once."""
+    """A store of preset `fast` made by `mimscale ingest`: four volumes, shifted copies of each kind."""
     sources = place / "sources"
     sources.mkdir(parents=True)
-    paths = [path for kind in volumes for path in write_files(kind, sources, 3 // len(volumes), ".nii")]
+    paths = [path for kind in volumes for path in write_files(kind, sources, 4 // len(volumes), ".nii")]
     tree = {"sources": paths, "out": str(place / "store"), "modality": modality, "codec": "fast", "workers": 1}
     summary = ingest(build_config(IngestConfig, {**tree, "val_fraction": 0.0, "parts": 1}, "benchmark"))
     assert summary["stored"] == len(paths), summary

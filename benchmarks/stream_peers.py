@@ -1,6 +1,7 @@
 """Contenders of the stream benchmark that need other packages or files of their own."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,16 +222,20 @@ class TorchIO:
         paths = [self._folder / f"{row.id}.nii.gz" for row in self._crops.rows]
         subjects = torchio.SubjectsDataset([torchio.Subject(image=torchio.ScalarImage(path)) for path in paths])
         sampler = torchio.UniformSampler(self._crops.size)
-        length = SAMPLES_A_VOLUME * len(paths)
-        self._queue = torchio.Queue(subjects, length, SAMPLES_A_VOLUME, sampler, num_workers=0)
+        # A queue of one volume: it hands out samples once it is full, and how many volumes it holds changes no rate.
+        self._queue = torchio.Queue(subjects, SAMPLES_A_VOLUME, SAMPLES_A_VOLUME, sampler, num_workers=0)
+        self._samples = self._endless(torchio)
+
+    def _endless(self, torchio: Any) -> Iterator[Any]:
+        while True:
+            yield from torchio.SubjectsLoader(self._queue, batch_size=1, num_workers=0)
 
     def read(self, number: int) -> int:
-        import torchio
-
-        # A whole pass over the subjects: the queue loads all of them at once and then hands out their samples.
-        crops = sum(1 for _ in torchio.SubjectsLoader(self._queue, batch_size=1, num_workers=0))
-        self.voxels_decoded += sum(int(np.prod(row.shape)) for row in self._crops.rows)
-        return crops
+        for _ in range(SAMPLES_A_VOLUME):
+            next(self._samples)
+        self.voxels_decoded += int(np.prod(self._crops.rows[0].shape))
+        return SAMPLES_A_VOLUME
 
     def close(self) -> None:
+        self._samples.close()
         del self._queue

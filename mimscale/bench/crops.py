@@ -37,13 +37,14 @@ def draw(
 ) -> tuple[int, list[Triple]]:
     """Call `number`: which of the volumes of `shapes`, and the first voxel of each crop that is read from it.
 
-    Crops of a region: the region lies on the chunk grid and is a chunk larger than a crop; a crop lies anywhere in it.
+    Crops of a region: the region lies on the chunk grid and is a chunk larger than a crop; the offset of a crop is below
+    a chunk edge. Each crop alone is then as likely to lie anywhere as with `random`.
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=number << 64))
     volume = int(random.integers(len(shapes)))
     last = np.maximum(np.array(shapes[volume]) - crop, 0)
     if mode.crops > 1 and not mode.repeated:
-        corner = random.integers(last // chunk + 1) * chunk
+        corner = random.integers(last + 1) // chunk * chunk
         origins = corner + random.integers(np.minimum(last - corner, chunk - 1) + 1, size=(mode.crops, 3))
     else:
         step = mode.align_voxels or chunk

@@ -32,6 +32,7 @@ OWN, CEILING = "mimscale", "ceiling: Blosc alone"
 GPU_CROPS_PER_S = {"A100": 1873, "H100": 5195}
 _GPU_CROP_VOXELS = (96, 96, 96)
 _MOST_CALLS = 400
+_NO_DATA_BYTES = 1000  # a crop: what a process reads anyway, of /proc for one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +117,7 @@ def with_ratios(rows: list[dict[str, Any]], crop_voxels: Sequence[int]) -> list[
         ceiling, own = rate.get((CEILING, row["mode"])), rate.get((OWN, row["mode"]))
         row["of_ceiling"] = round(row["crops_per_s"] / ceiling, 3) if ceiling and row["name"] == OWN else None
         row["times"] = round(own / row["crops_per_s"], 2) if own and row["name"] != OWN else None
-        row["cores_for"] = (
-            {gpu: math.ceil(needed / row["crops_per_s"]) for gpu, needed in GPU_CROPS_PER_S.items()}
-            if tuple(crop_voxels) == _GPU_CROP_VOXELS
-            else None
-        )
+        row["cores_for"] = _cores_for(row["crops_per_s"], crop_voxels)
     return rows
 
 
@@ -148,18 +145,9 @@ def costs_of_modes(job: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of `measure_entries`, fastest first."""
-    columns = [
-        "contender",
-        "mode",
-        "crops/s",
-        "spread",
-        "CPU ms/crop",
-        "MB/crop",
-        "decoded",
-        "of ceiling",
-    ]
-    gpus = list(GPU_CROPS_PER_S) if any(row["cores_for"] for row in rows) else []
+    """A table of `measure_entries` with `with_ratios`, fastest first."""
+    gpus = list(rows[0]["cores_for"] or ())
+    stored = any(row["storage_bytes"] > _NO_DATA_BYTES for row in rows)
     cells = [
         [
             row["name"],
@@ -167,7 +155,8 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['crops_per_s']:.0f}" if row["crops_per_s"] >= 10 else f"{row['crops_per_s']:.1f}",
             f"{row['spread_percent']:.0f} %",
             f"{row['cpu_ms_per_crop']:.2f}",
-            f"{row['file_bytes'] / 1e6:.2f}" if row["file_bytes"] > 1000 else "-",
+            f"{row['file_bytes'] / 1e6:.2f}" if row["file_bytes"] > _NO_DATA_BYTES else "-",
+            *([f"{row['storage_bytes'] / 1e6:.2f}"] if stored else []),
             f"{row['amplification']:.2f}x",
             "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
             "" if row["times"] is None else f"{row['times']:.2f}x",
@@ -175,7 +164,9 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in sorted(rows, key=lambda row: -row["crops_per_s"])
     ]
-    return measure.table([*columns, "mimscale is", *(f"cores for one {gpu}" for gpu in gpus)], cells)
+    columns = ["contender", "mode", "crops/s", "spread", "CPU ms/crop", "MB/crop"]
+    columns += [*(["MB/crop from storage"] if stored else []), "decoded", "of ceiling", "mimscale is"]
+    return measure.table([*columns, *(f"cores for one {gpu}" for gpu in gpus)], cells)
 
 
 def costs_as_markdown(costs: dict[str, dict[str, float]]) -> str:
@@ -199,7 +190,8 @@ def measure_loader(config_tree: dict[str, Any], cores: Sequence[int], seconds: f
     """The whole loader in the recipe's mode: no worker, then 1, 2 ... workers on as many cores.
 
     Returns:
-        for each: workers, crops_per_s, consumer_cpu, and `of_linear`: of that many times the reader in one process.
+        for each: workers, crops_per_s, cpu_ms_per_crop, consumer_cpu; `of_linear`: of that many times the rate without
+        workers; and `cores_for` a GPU, by the processor time of all processes.
     """
     rows = []
     for workers in range(len(cores) + 1):
@@ -209,23 +201,33 @@ def measure_loader(config_tree: dict[str, Any], cores: Sequence[int], seconds: f
     alone = rows[0]["crops_per_s"]
     for row in rows:
         row["of_linear"] = round(row["crops_per_s"] / (max(row["workers"], 1) * alone), 3)
+        row["cores_for"] = _cores_for(1e3 / row["cpu_ms_per_crop"], config_tree["crop_voxels"])
     return rows
+
+
+def _cores_for(crops_per_s: float, crop_voxels: Sequence[int]) -> dict[str, int] | None:
+    """GPU -> cores that keep it busy; None for crops of another size than the GPUs' rates are known for."""
+    if tuple(crop_voxels) != _GPU_CROP_VOXELS:
+        return None
+    return {gpu: math.ceil(needed / crops_per_s) for gpu, needed in GPU_CROPS_PER_S.items()}
 
 
 def loader_as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table of `measure_loader`."""
+    gpus = list(rows[0]["cores_for"] or ())
     cells = [
         [
             row["workers"] or "none: the trainer reads",
             f"{row['crops_per_s']:.0f}",
             f"{100 * row['of_linear']:.0f} %",
+            f"{row['cpu_ms_per_crop']:.2f}",
             f"{100 * row['consumer_cpu']:.0f} %",
+            *(str(row["cores_for"][gpu]) for gpu in gpus),
         ]
         for row in rows
     ]
-    return measure.table(
-        ["workers, each with a core", "crops/s", "of n x no worker", "CPU of the trainer's side"], cells
-    )
+    columns = ["workers, each with a core", "crops/s", "of n x no worker", "CPU ms/crop", "trainer's CPU"]
+    return measure.table([*columns, *(f"cores for one {gpu}" for gpu in gpus)], cells)
 
 
 def main(argv: list[str]) -> int:

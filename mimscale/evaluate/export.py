@@ -19,6 +19,7 @@ from mimscale.config import load_config, split_arguments, verb_parser
 from mimscale.console import print_json, say
 from mimscale.errors import CheckpointError, ConfigError, DataError
 from mimscale.store import layout
+from mimscale.store.files import open_stream
 
 USAGE = "expected STORE VOLUME out.nii.gz, STORE part-00000 out_dir, or RUN_DIR out_dir"
 
@@ -109,7 +110,7 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
     try:
         with durable.explained(DataError, out, "free some space, or choose another folder"):
             temporary.mkdir(parents=True)
-            with zipfile.ZipFile(pack) as archive:
+            with open_stream(pack) as stream, zipfile.ZipFile(stream) as archive:
                 archive.extractall(temporary)
             durable.rename_folder(temporary, out)
     except zipfile.BadZipFile as error:

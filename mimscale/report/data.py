@@ -9,7 +9,7 @@ from typing import Any
 
 from mimscale.errors import DataError
 from mimscale.ingest.merge import journal_path
-from mimscale.store import layout
+from mimscale.store import files, layout
 from mimscale.store.manifest import VolumeRow, load_manifest
 
 # `mimscale cohort` writes it beside imagesTr/ and labelsTr/.
@@ -86,12 +86,12 @@ def read_journal(store: Path) -> dict[str, Path]:
 def read_receipts(store: Path) -> Iterator[dict[str, Any]]:
     """What became of every source of a store: the lines of all receipts, duplicates of other parts marked as such."""
     duplicates: set[str] = set()
-    if layout.duplicates_path(store).exists():
-        lines = layout.duplicates_path(store).read_text().splitlines()
+    if files.exists(layout.duplicates_path(store)):
+        lines = files.read_bytes(layout.duplicates_path(store)).decode().splitlines()
         duplicates = {json.loads(line)["id"] for line in lines}
     for part in range(layout.read_info(store).num_parts):
         path = layout.receipt_path(store, part)
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in files.read_bytes(path).decode().splitlines() if files.exists(path) else []:
             entry = json.loads(line)
             entry.pop("row", None)
             if entry["outcome"] == "stored" and entry["id"] in duplicates:

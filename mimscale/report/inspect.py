@@ -10,7 +10,7 @@ from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.report.store_summary import describe_store, list_volumes
-from mimscale.store import layout
+from mimscale.store import files, layout
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest, row_tree
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     folder = Path(words[0])
     if len(words) == 2:
         return _show_volume(folder, words[1], arguments.png, as_json=arguments.json)
-    if layout.info_path(folder).exists():
+    if files.exists(layout.info_path(folder)):
         if arguments.verify:
             return _verify_store(folder, arguments.workers, as_json=arguments.json)
         return _show_store(folder, arguments.png, arguments.volumes, as_json=arguments.json)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimscale.report.data import read_receipts
+from mimscale.store.files import files_below
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import Manifest, load_manifest
 
@@ -51,7 +52,7 @@ def describe_store(store: Path) -> dict[str, Any]:
         "raw_bytes": raw_bytes,
         "stored_bytes": stored_bytes,
         "compression": round(raw_bytes / stored_bytes, 3) if stored_bytes else None,
-        "disk_bytes": sum(path.stat().st_size for path in store.rglob("*") if path.is_file()),
+        "disk_bytes": sum(size for _, size in files_below(store)),
     }
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mimscale import durable
 from mimscale.errors import DataError
-from mimscale.store import layout, shard
+from mimscale.store import files, layout, shard
 from mimscale.store.manifest import CHUNK_MAPS_KEY, Manifest, VolumeRow
 
 _SCHEMA = pa.schema(
@@ -108,10 +108,9 @@ def why_damaged(store: Path, manifest: Manifest) -> str | None:
     if path is None or manifest.chunk_maps is None:
         return None
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(files.read_bytes(path)).hexdigest()
     except OSError as error:
-        return f"cannot be read ({error.strerror}); {_WAY_OUT}"
+        return f"cannot be read ({error.strerror or error}); {_WAY_OUT}"
     return None if found == manifest.chunk_maps["sha256"] else f"has another sha256 than the manifest says; {_WAY_OUT}"
 
 
@@ -122,7 +121,11 @@ class ChunkMaps:
         """Map the file into memory; see `load_chunk_maps`."""
         self.chunk_voxels = chunk_voxels
         self._path = path
-        self._batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        if files.url_of(path) is None:
+            source = pa.memory_map(str(files.local_path(path)))
+        else:
+            source = pa.BufferReader(files.read_bytes(path))
+        self._batch = pa.ipc.open_file(source).get_batch(0)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a loader process maps the file itself
         return ChunkMaps, (self._path, self.chunk_voxels)
@@ -158,7 +161,7 @@ def load_chunk_maps(store: Path, manifest: Manifest) -> ChunkMaps:
             "crops; ingest the sources again, or use stream.origins=foreground"
         )
     with durable.explained(DataError, path, _WAY_OUT):
-        size = path.stat().st_size
+        size = files.size_bytes(path)
     if size != said["bytes"]:
         raise DataError(f"{path}: has {size} bytes instead of {said['bytes']}; {_WAY_OUT}")
     try:

@@ -17,6 +17,7 @@ from typing import Any
 from mimscale import durable
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
+from mimscale.store import files
 from mimscale.store.intensity import IntensityContract
 
 FORMAT_VERSION = 2
@@ -114,8 +115,8 @@ def read_info(store: Path) -> StoreInfo:
         DataError: not a store, a store of another format version, or a damaged `store.json`.
     """
     path = info_path(store)
-    with durable.explained(DataError, path, "give the folder that `mimscale ingest ... out=STORE` wrote"):
-        text = path.read_bytes()
+    with durable.explained(DataError, path, "give the folder or URL of what `mimscale ingest ... out=STORE` wrote"):
+        text = files.read_bytes(path)
     try:
         tree = json.loads(text)
         version = tree["format_version"]

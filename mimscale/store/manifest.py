@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mimscale import durable
 from mimscale.errors import DataError
-from mimscale.store import layout
+from mimscale.store import files, layout
 from mimscale.store.intensity import ChannelStats
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -132,6 +132,7 @@ SCHEMA = pa.schema(
 
 
 _MAPS = ("tags", "acquisition")
+_SHARD_FIELDS = ("part", "offset_bytes", "length_bytes", "sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,7 @@ class SampleRow:
 
     id: str
     shape: tuple[int, int, int, int]
+    spacing_mm: tuple[float, float, float]
     dtype: str
     part: int
     offset_bytes: int
@@ -179,7 +181,8 @@ class Manifest:
         tree = self._samples._tree(index)
         stats = tuple(ChannelStats(**channel) for channel in tree.pop("stats"))
         overlays, shape = _overlay_rows(tree.pop("overlays")), tuple(tree.pop("shape"))
-        return SampleRow(**tree, shape=shape, stats=stats, overlays=overlays)
+        spacing_mm = tuple(tree.pop("spacing_mm"))
+        return SampleRow(**tree, shape=shape, spacing_mm=spacing_mm, stats=stats, overlays=overlays)
 
     @cached_property
     def _samples(self) -> "Manifest":
@@ -252,6 +255,19 @@ class Manifest:
         parts = np.full(len(self), -1, dtype=np.int64)
         parts[rows] = entries.field("part").to_numpy(zero_copy_only=False)
         return parts
+
+    def shards(
+        self, overlay: str | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bytes_]]:
+        """Part, offset, length and sha256 (32 bytes) of the shards of all volumes, or of those that have an overlay."""
+        if overlay is None:
+            columns = [self._combined(name) for name in _SHARD_FIELDS]
+        else:
+            entries = self._overlay(overlay)[1]
+            columns = [entries.field(name) for name in _SHARD_FIELDS]
+        part, offset, length = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in columns[:3])
+        digests = np.array([bytes.fromhex(text) for text in columns[3].to_pylist()], dtype="S32")
+        return part, offset, length, digests
 
     def class_voxels(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Voxels of class 0, 1, ... in overlay `name`, summed over these rows."""
@@ -352,7 +368,12 @@ def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest
     with durable.explained(
         DataError, path, "the ingest of this store has not ended; run the same ingest command again"
     ):
-        file = pa.OSFile(str(path))
+        # An object is read whole: one request, and most of it is asked for anyway.
+        file = (
+            pa.OSFile(str(files.local_path(path)))
+            if files.url_of(path) is None
+            else pa.BufferReader(files.read_bytes(path))
+        )
     try:
         with file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             if not parquet.schema_arrow.equals(SCHEMA):

@@ -7,7 +7,6 @@ after a fork, by one thread at a time.
 """
 
 import math
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store import layout, shard
+from mimscale.store.files import Files, OpenFile, local_path, url_of
 from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
 # Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
@@ -67,14 +67,13 @@ class ShardReader:
     """
 
     def __init__(
-        self, store: Path, manifest: Manifest, *, max_open_files: int = 64, max_cached_indices: int = 4096
+        self, store: Path, manifest: Manifest, files: Files | None = None, *, max_cached_indices: int = 4096
     ) -> None:
         self.manifest = manifest  # for callers that hold nothing but the reader
         self._store = store
         self._info = layout.read_info(store)
-        self._max_open_files = max_open_files
         self._max_cached_indices = max_cached_indices
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files = Files() if files is None else files
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
@@ -83,12 +82,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the open packs; the reader opens them again when asked."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
+        self._files.close()
 
     def read(
         self,
@@ -199,7 +193,8 @@ class ShardReader:
             return []
         bad = []
         with self._explained(target):
-            file, index = self._open(target.path), self._index(target)
+            file = self._files.open(target.path)
+            index = self._index(target, file)
             numbers = np.flatnonzero(index[:, 0] != shard.EMPTY)
             for number, data in self._encoded_chunks(target, file, numbers, index):
                 try:
@@ -231,7 +226,8 @@ class ShardReader:
     def _read_chunks(self, target: _Shard, boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]]) -> None:
         """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
         edge = self._info.chunk_voxels
-        file, index = self._open(target.path), self._index(target)
+        file = self._files.open(target.path)
+        index = self._index(target, file)
         scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
         pieces = _pieces(boxes, scratch, shard.chunk_grid(target.shape, edge))
         numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
@@ -252,7 +248,7 @@ class ShardReader:
         self.voxels_decoded += len(numbers) * scratch.size
 
     def _encoded_chunks(
-        self, target: _Shard, file: int, numbers: NDArray[np.int64], index: NDArray[np.uint64]
+        self, target: _Shard, file: OpenFile, numbers: NDArray[np.int64], index: NDArray[np.uint64]
     ) -> Iterator[tuple[int, memoryview]]:
         """Read the chunks `numbers` [n], sorted by where they lie; each is valid until the next."""
         if not len(numbers):
@@ -260,15 +256,13 @@ class ShardReader:
         ranges = index[numbers].astype(np.int64)
         order = np.argsort(ranges[:, 0])
         starts, stops = ranges[order, 0], ranges[order].sum(axis=1)
-        gap_bytes = self._request_s * _BYTES_PER_S
+        gap_bytes = self._request_s * _BYTES_PER_S if file.gap_bytes is None else file.gap_bytes
         breaks = np.flatnonzero(starts[1:] - stops[:-1] > gap_bytes) + 1
         chunks = list(zip(numbers[order].tolist(), starts.tolist(), stops.tolist(), strict=True))
         edges = [0, *breaks.tolist(), len(chunks)]
         runs = [run for first, last in pairwise(edges) for run in _cut_run(chunks[first:last])]
-        if len(runs) > 1 and self._request_s > _ADVISE_FROM_S:
-            for run in runs:
-                position, length = target.offset_bytes + run[0][1], run[-1][2] - run[0][1]
-                os.posix_fadvise(file, position, length, os.POSIX_FADV_WILLNEED)
+        if len(runs) > 1 and (self._request_s > _ADVISE_FROM_S or file.gap_bytes is not None):
+            file.will_read([(target.offset_bytes + run[0][1], run[-1][2] - run[0][1]) for run in runs])
         for run in runs:
             base = run[0][1]
             data = self._pread(target, file, base, run[-1][2] - base)
@@ -279,7 +273,7 @@ class ShardReader:
         grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
         return tuple(map(int, np.unravel_index(number, grid)))
 
-    def _index(self, target: _Shard) -> NDArray[np.uint64]:
+    def _index(self, target: _Shard, file: OpenFile) -> NDArray[np.uint64]:
         key = (target.path, target.offset_bytes)
         index = self._indices.get(key)
         if index is None:
@@ -288,7 +282,7 @@ class ShardReader:
             if data_bytes < 0:
                 raise target.broken(f"its shard has {target.length_bytes} bytes, its index alone needs {size}")
             try:
-                index = shard.parse_index(self._pread(target, self._open(target.path), data_bytes, size), data_bytes)
+                index = shard.parse_index(self._pread(target, file, data_bytes, size), data_bytes)
             except ValueError as error:
                 raise target.broken(str(error)) from None
             self._indices[key] = index
@@ -298,19 +292,16 @@ class ShardReader:
             self._indices.move_to_end(key)
         return index
 
-    def _pread(self, target: _Shard, file: int, offset: int, length: int) -> memoryview:
+    def _pread(self, target: _Shard, file: OpenFile, offset: int, length: int) -> memoryview:
         """Bytes of a shard, `offset` counted from its start; valid until the next call."""
         if len(self._buffer) < length:
             self._buffer = memoryview(bytearray(length))
         data = self._buffer[:length]
         position = target.offset_bytes + offset
         began = time.perf_counter()
-        done = os.preadv(file, [data], position)
-        while done < length:
-            count = os.preadv(file, [data[done:]], position + done)
-            if not count:
-                raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
-            done += count
+        done = file.read_into(position, data)
+        if done < length:
+            raise target.broken(f"truncated: ends at byte {position + done}, {length - done} bytes early")
         request_s = time.perf_counter() - began - length / _BYTES_PER_S
         self._request_s *= _STEP if request_s > self._request_s else 1 / _STEP
         self._request_s = min(max(self._request_s, _SMALLEST_REQUEST_S), _LARGEST_REQUEST_S)
@@ -320,25 +311,16 @@ class ShardReader:
     def _explained(self, target: _Shard) -> AbstractContextManager[None]:
         return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
 
-    def _open(self, path: Path) -> int:
-        file = self._files.get(path)
-        if file is None:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[path] = file
-            if len(self._files) > self._max_open_files:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(path)
-        return file
-
     def _read_with_zarr(self, target: _Shard, low: list[int], high: list[int], view: NDArray[Any]) -> None:
         """Any codec chain that zarr-python knows, several times slower."""
         import zarr
         from zarr.storage import ZipStore
 
+        if url_of(target.path) is not None:
+            raise target.broken(f"codec {self._info.codec} needs zarr-python, which reads files: copy the store")
         box = (slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))
         try:
-            with ZipStore(target.path, mode="r") as files:
+            with ZipStore(local_path(target.path), mode="r") as files:
                 array = zarr.open_array(store=files, path=f"{target.volume_id}/0", mode="r")
                 voxels = np.asarray(array[box])
         except Exception as error:  # whatever a codec raises, the volume cannot be read

@@ -13,7 +13,7 @@ import numpy as np
 
 from mimscale import console
 from mimscale.errors import DataError
-from mimscale.store import layout
+from mimscale.store import files, layout
 from mimscale.store.chunk_maps import chunk_maps_of, why_damaged
 from mimscale.store.manifest import SAMPLE_COLUMNS, Manifest, SampleRow, load_manifest
 from mimscale.store.reader import ShardReader
@@ -83,8 +83,8 @@ def _strangers(store: Path, info: layout.StoreInfo, expected: set[Path]) -> list
     """Files among the packs of which the manifest knows nothing."""
     bad = []
     gone = {*info.removed_parts, *info.rewritten_parts}
-    for path in sorted(path for folder in ("packs", "overlays") for path in (store / folder).rglob("*")):
-        if not path.is_file() or path in expected:
+    for path, _ in sorted(entry for folder in ("packs", "overlays") for entry in files.files_below(store / folder)):
+        if path in expected:
             continue
         name = re.fullmatch(r"part-(\d{5,})\.zarr\.zip", path.name)
         folders = {store / "packs", *(store / "overlays" / overlay for overlay in info.overlays)}
@@ -98,7 +98,7 @@ def _strangers(store: Path, info: layout.StoreInfo, expected: set[Path]) -> list
 
 def _check_pack(store: Path, pack: _Pack) -> list[Bad]:
     bad: list[Bad] = []
-    if not pack.path.exists():
+    if not files.exists(pack.path):
         reason = "the pack is missing; restore it, or remove its receipt and run the same ingest command again"
         lost = pack.rows.column("id").tolist()
         return [Bad(volume=volume_id, path=str(pack.path), reason=reason) for volume_id in lost]
@@ -126,7 +126,7 @@ def _damaged_shard(reader: ShardReader, row: SampleRow, pack: _Pack, sha256: str
 
 def _sha256_of_range(path: Path, offset_bytes: int, length_bytes: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with files.open_stream(path) as file:
         file.seek(offset_bytes)
         while length_bytes:
             piece = file.read(min(_PIECE_BYTES, length_bytes))
@@ -141,7 +141,7 @@ def _damaged_directory(path: Path, checked: set[str]) -> list[Bad]:
     """The zip's own directory, every `zarr.json`, which other tools read, and shards of volumes not `checked` yet."""
     bad = []
     try:
-        with zipfile.ZipFile(path) as pack:
+        with files.open_stream(path) as stream, zipfile.ZipFile(stream) as pack:
             for entry in pack.infolist():
                 volume = entry.filename.partition("/")[0] if "/" in entry.filename else ""
                 try:

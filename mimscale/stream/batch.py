@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimscale.errors import DataError
+from mimscale.store.files import Files
 from mimscale.store.intensity import normalisation
-from mimscale.store.layout import read_info
+from mimscale.store.layout import overlay_path, pack_path, read_info
 from mimscale.store.manifest import Manifest, SampleRow
 from mimscale.store.reader import ShardReader
+from mimscale.store.stage import Stage
 from mimscale.stream.crops import CropSpace, ReadBoxes, Samples
 
 MOST_ATTEMPTS = 8  # substitutes tried for one sample before the store counts as broken
@@ -59,6 +61,7 @@ class Batch:
     label: Tensor | None  # [B, Z, Y, X] uint8 on the grid of `volume`; 255 = ignore
     sample_ids: Tensor  # [B] int64, global index in the plan
     seeds: list[int]  # B seeds that belong to the samples, for masks and augmentation
+    spacing_mm: list[tuple[float, float, float]]  # B spacings along Z, Y, X, of the resampled crop where `grid` is
     normalisation: Tensor  # [B, C, 4] float32: clip_low, clip_high, shift, scale
     inside: Tensor  # [B, 3, 2] int32: start, stop of the part of `volume` that lies in the stored volume
     volume_ids: list[str]  # B, what was really read
@@ -70,6 +73,8 @@ class Batch:
     bad: tuple[BadSample, ...] = ()  # what could not be read and was replaced
     voxels_decoded: float = 0.0  # to make this batch; what several batches share counts in equal parts
     bytes_read: float = 0.0
+    stage_hits: float = 0.0  # arrays read from a copy on this node; shared like the bytes
+    stage_misses: float = 0.0  # and from the store, although there is a stage
 
     @property
     def substituted(self) -> int:
@@ -155,6 +160,7 @@ class SampleReader:
         overlay: str | None = None,
         *,
         shared_memory: bool = False,
+        stage: Stage | None = None,
         refused: Mapping[int, str] | None = None,
         now: Callable[[int], None] = lambda volume: None,
     ) -> None:
@@ -167,6 +173,7 @@ class SampleReader:
             plan: which crops belong to which sample.
             overlay: name of the label overlay to read, or None.
             shared_memory: decode straight into memory that another process can map.
+            stage: where copies of packs may lie, or None.
             refused: volumes of the plan that count as unreadable, and why.
             now: told of each volume before it is read, and of -1 when nothing is.
         """
@@ -174,7 +181,9 @@ class SampleReader:
         self._store, self._manifest, self._indices = store, manifest, indices
         self._plan, self._overlay, self._shared_memory = plan, overlay, shared_memory
         self._intensity = read_info(store).intensity
-        self._reader = ShardReader(store, manifest)
+        self._stage = stage
+        self._files = Files(stage)
+        self._reader = ShardReader(store, manifest, self._files)
         self._closed_voxels = self._closed_bytes = 0  # counted by readers that were closed
 
     def read(
@@ -193,7 +202,7 @@ class SampleReader:
         Raises:
             DataError: the substitutes cannot be read either, or a volume has no such overlay.
         """
-        voxels, num_bytes = self._voxels_decoded, self._bytes_read
+        before = self._counts()
         drafts = [self._draft(what) for what in micro_batches]
         of_volume: dict[int, list[tuple[_Draft, int]]] = defaultdict(list)
         for draft in drafts:
@@ -206,11 +215,8 @@ class SampleReader:
                 for draft, place in places:
                     self._read_or_replace(draft, place)
         self._now(-1)
-        part = 1 / len(drafts)
-        return [
-            self._batch(draft, (self._voxels_decoded - voxels) * part, (self._bytes_read - num_bytes) * part)
-            for draft in drafts
-        ]
+        counts = {name: (count - before[name]) / len(drafts) for name, count in self._counts().items()}
+        return [self._batch(draft, counts) for draft in drafts]
 
     def _draft(self, what: MicroBatch) -> _Draft:
         samples = self._plan.samples(what.sample_ids)
@@ -227,7 +233,7 @@ class SampleReader:
         label = self._empty((len(crops), *size), np.dtype(np.uint8), filled) if self._overlay else None
         return _Draft(what, crops, samples.seed, volume, label)
 
-    def _batch(self, draft: _Draft, voxels_decoded: float, bytes_read: float) -> Batch:
+    def _batch(self, draft: _Draft, counts: dict[str, float]) -> Batch:
         boxes = self._boxes(draft.crops)
         resampled = self._plan.crops.target_spacing_mm is not None
         counted = draft.what.counted
@@ -236,6 +242,7 @@ class SampleReader:
             label=None if draft.label is None else draft.label.tensor,
             sample_ids=torch.from_numpy(np.array(draft.what.sample_ids, dtype=np.int64)),
             seeds=[int(seed) for seed in draft.seeds],
+            spacing_mm=[self._plan.crops.target_spacing_mm or crop.row.spacing_mm for crop in draft.crops],
             normalisation=torch.from_numpy(
                 np.stack([normalisation(self._intensity, crop.row.stats) for crop in draft.crops])
             ),
@@ -246,8 +253,7 @@ class SampleReader:
             crop_voxels=_triple(self._plan.crops.crop_voxels) if resampled else None,
             batch_index=draft.what.batch_index,
             bad=tuple(draft.bad),
-            voxels_decoded=voxels_decoded,
-            bytes_read=bytes_read,
+            **counts,
         )
 
     def _boxes(self, crops: Sequence[_Crop]) -> ReadBoxes:
@@ -261,7 +267,7 @@ class SampleReader:
         try:
             self._read_crops(places)
         except (DataError, OSError):
-            self._reopen()
+            self._reopen(places[0][0].crops[places[0][1]].row)
             return False
         return True
 
@@ -308,7 +314,7 @@ class SampleReader:
             except (DataError, OSError) as error:
                 if last:
                     return str(error)
-                self._reopen()
+                self._reopen(draft.crops[place].row)
             else:
                 return None
         raise AssertionError("the loop returns")
@@ -331,20 +337,25 @@ class SampleReader:
         if labels:
             self._reader.read_crops(row, starts, size, self._overlay, labels)
 
-    def _reopen(self) -> None:
+    def _reopen(self, row: SampleRow) -> None:
         """Start with fresh files: a stale descriptor or a shard index read in a bad moment must not fail again."""
         self._closed_voxels += self._reader.voxels_decoded
         self._closed_bytes += self._reader.bytes_read
         self._reader.close()
-        self._reader = ShardReader(self._store, self._manifest)
+        if self._stage is not None:  # a copy that cannot be read must not hide a good pack
+            self._stage.discard(pack_path(self._store, row.part))
+            if self._overlay is not None:
+                self._stage.discard(overlay_path(self._store, self._overlay, row.overlays[self._overlay].part))
+        self._reader = ShardReader(self._store, self._manifest, self._files)
 
-    @property
-    def _voxels_decoded(self) -> int:
-        return self._closed_voxels + self._reader.voxels_decoded
-
-    @property
-    def _bytes_read(self) -> int:
-        return self._closed_bytes + self._reader.bytes_read
+    def _counts(self) -> dict[str, int]:
+        """What was done so far, by the names that a batch has for it."""
+        return {
+            "voxels_decoded": self._closed_voxels + self._reader.voxels_decoded,
+            "bytes_read": self._closed_bytes + self._reader.bytes_read,
+            "stage_hits": self._files.hits,
+            "stage_misses": self._files.misses if self._stage is not None else 0,
+        }
 
     def _row(self, volume: int | np.int64) -> SampleRow:
         row = self._manifest.sample_row(int(self._indices[volume]))

@@ -1,6 +1,8 @@
 """What a recipe may say about the stream. No torch here: the login node reads it."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mimscale.config import require_positive
@@ -41,6 +43,8 @@ class StreamConfig:
     timeout_s: float = 600.0  # a worker that is silent for longer is an error
     max_bad_samples: int = 10  # unreadable samples a rank replaces before the run stops
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"  # fork shares the manifest's memory
+    stage_dir: Path | None = None  # folder on a disk of each node: packs are copied there ahead of use; null: no copies
+    stage_gib: float = 500.0  # what all copies in it may take up
 
     def __post_init__(self) -> None:
         require_positive(
@@ -49,6 +53,7 @@ class StreamConfig:
             align_voxels=self.align_voxels,
             prefetch_batches=self.prefetch_batches,
             timeout_s=self.timeout_s,
+            stage_gib=self.stage_gib,
             max_spacing_ratio=self.max_spacing_ratio,
             region_voxels=self.region_voxels or 1,
             target_spacing_mm=self.target_spacing_mm or 1,
@@ -60,3 +65,43 @@ class StreamConfig:
             raise ValueError(
                 f"stream.pos_neg={self.pos_neg}: must be two numbers, the first above 0, the second not below"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training samples; nothing by default. A `*_prob` is the share of the samples that change.
+
+    Flips and quarter turns come first, then one affine map, then intensities in the order of the fields.
+    """
+
+    flip_prob: tuple[float, float, float] = (0.0, 0.0, 0.0)  # along Z, Y, X; X swaps left and right
+    rot90_prob: float = 0.0  # one, two or three quarter turns in the plane of Y and X, whose crop edges must be equal
+    affine_prob: float = 0.0  # turn, scale and shift, linear between voxels
+    rotate_deg: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest angle about Z, Y, X, to either side
+    zoom: tuple[float, float] = (1.0, 1.0)  # smallest and largest magnification; log-uniform between
+    translate_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift along Z, Y, X, to either side
+    scale_prob: float = 0.0
+    scale_by: float = 0.1  # intensities become (1 + s) times as large, s uniform in [-scale_by, scale_by]
+    shift_prob: float = 0.0
+    shift_by: float = 0.1  # in normalised units, uniform in [-shift_by, shift_by]
+    gamma_prob: float = 0.0
+    gamma: tuple[float, float] = (0.7, 1.5)  # exponent, log-uniform, on intensities brought to [0, 1] crop by crop
+    noise_prob: float = 0.0
+    noise_std: float = 0.1  # in normalised units; each sample's standard deviation is uniform in [0, noise_std]
+
+    def __post_init__(self) -> None:
+        for name in ("rot90_prob", "affine_prob", "scale_prob", "shift_prob", "gamma_prob", "noise_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name}={getattr(self, name)}: must be between 0 and 1")
+        if not all(0 <= share <= 1 for share in self.flip_prob):
+            raise ValueError(f"augment.flip_prob={self.flip_prob}: must be three numbers between 0 and 1")
+        for name in ("rotate_deg", "translate_voxels"):
+            if not all(0 <= largest < math.inf for largest in getattr(self, name)):
+                raise ValueError(f"augment.{name}={getattr(self, name)}: must be three finite numbers, none below 0")
+        for name in ("scale_by", "shift_by", "noise_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"augment.{name}={getattr(self, name)}: must be finite and not below 0")
+        for name in ("zoom", "gamma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"augment.{name}={(low, high)}: must be two numbers above 0, the smaller first")

@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mimscale import console
 from mimscale.errors import ConfigError, DataError
 from mimscale.store.manifest import Manifest
+from mimscale.store.stage import Stage
 from mimscale.stream.batch import BadSample, Batch, MicroBatch, Plan, SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
+from mimscale.stream.staging import Copier
 from mimscale.world import World, die_with_parent
 
 __all__ = ["BadSample", "Batch", "StreamLoader", "fixed_batches"]
@@ -68,6 +70,8 @@ class StreamLoader:
         overlay: str | None = None,
         start_batch: int = 0,
         pin_memory: bool | None = None,
+        stage: Stage | None = None,
+        copier: Copier | None = None,
     ) -> None:
         """Prepare; workers start at the first `next`.
 
@@ -83,6 +87,8 @@ class StreamLoader:
             overlay: name of the label overlay to read, or None.
             start_batch: number of global batches that are done.
             pin_memory: hand out page-locked tensors; by default where there is a CUDA device.
+            stage: where copies of packs may lie, or None.
+            copier: the process that makes them, where this rank is the one to run it.
 
         Raises:
             ConfigError: micro_batch x accumulation x ranks is not the global batch.
@@ -94,8 +100,11 @@ class StreamLoader:
                 "change one of them"
             )
         part = partial(_training_part, plan, world, accumulation, start_batch)
-        dataset = _Parts(store, manifest, indices, plan, overlay, part)
+        dataset = _Parts(store, manifest, indices, plan, overlay, part, stage)
         self._plan = plan
+        self._is_staged = stage is not None
+        self._stage_hits = self._stage_misses = self._staged_bytes = 0.0
+        self._copier = copier
         self._batches = _Batches(dataset, config, pin_memory, accumulation, plan.batches_a_group)
 
     def __iter__(self) -> Self:
@@ -107,7 +116,25 @@ class StreamLoader:
         Raises:
             DataError: more than `max_bad_samples` samples could not be read, or a worker died or hangs.
         """
-        return next(self._batches)
+        batch = next(self._batches)
+        self._stage_hits += batch.stage_hits
+        self._stage_misses += batch.stage_misses
+        if self._copier is not None:
+            self._copier.reached(batch.batch_index)
+        return batch
+
+    def take_counts(self) -> dict[str, float]:
+        """What this rank did with a stage since the last call; the same names on every rank, none without a stage."""
+        if not self._is_staged:
+            return {}
+        staged_bytes = 0.0 if self._copier is None else float(self._copier.copied_bytes)
+        counts = {
+            "stage_hits": self._stage_hits,
+            "stage_misses": self._stage_misses,
+            "staged_bytes": staged_bytes - self._staged_bytes,
+        }
+        self._stage_hits, self._stage_misses, self._staged_bytes = 0.0, 0.0, staged_bytes
+        return counts
 
     @property
     def bad_samples(self) -> list[BadSample]:
@@ -119,8 +146,10 @@ class StreamLoader:
         return self._plan.position(batches_done)
 
     def close(self) -> None:
-        """End the workers. Safe to call twice."""
+        """End the workers and the copier. Safe to call twice."""
         self._batches.close()
+        if self._copier is not None:
+            self._copier.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +169,7 @@ def fixed_batches(
     config: StreamConfig,
     overlay: str | None = None,
     pin_memory: bool | None = None,
+    stage: Stage | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's part of a fixed set of crops: the union over ranks is the same for any number of ranks.
 
@@ -150,7 +180,7 @@ def fixed_batches(
         DataError: as `StreamLoader`.
     """
     part = partial(_fixed_part, plan.rank_samples(world.rank, world.size, batch))
-    batches = _Batches(_Parts(store, manifest, indices, plan, overlay, part), config, pin_memory)
+    batches = _Batches(_Parts(store, manifest, indices, plan, overlay, part, stage), config, pin_memory)
     try:
         yield from batches
     finally:
@@ -182,8 +212,9 @@ class _Parts(IterableDataset[list[Batch] | _Failure]):
         plan: Plan,
         overlay: str | None,
         part: Callable[[int], Part | None],
+        stage: Stage | None,
     ) -> None:
-        self._open = partial(SampleReader, store, manifest, indices, plan, overlay)
+        self._open = partial(SampleReader, store, manifest, indices, plan, overlay, stage=stage)
         self._part = part
         self.first = 0  # number of the first part to read
         self.refused: dict[int, str] = {}  # volumes that killed workers, and how
@@ -197,14 +228,18 @@ class _Parts(IterableDataset[list[Batch] | _Failure]):
     def __iter__(self) -> Iterator[list[Batch] | _Failure]:
         worker = get_worker_info()
         number, step = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
-        now = {} if worker is None else {"now": partial(self.reading.__setitem__, worker.id)}
+        told = partial(self.reading.__setitem__, worker.id) if worker is not None else _nobody
         try:
-            reader = self._open(shared_memory=worker is not None, refused=self.refused, **now)
+            reader = self._open(shared_memory=worker is not None, refused=self.refused, now=told)
             while (part := self._part(number)) is not None:
                 yield reader.read_together(part)
                 number += step
         except DataError as error:
             yield _Failure(str(error))
+
+
+def _nobody(volume: int) -> None:
+    """Nobody asks what the trainer itself reads."""
 
 
 class _Batches:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
 from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
-from mimscale.stream.config import StreamConfig
+from mimscale.stream.config import AugmentConfig, StreamConfig
 from mimscale.train.run_dir import RunDir
 
 
@@ -96,7 +96,7 @@ class ValidationConfig:
 class RunConfig:
     """What pretraining and fine-tuning share. A step is an optimizer step on `global_batch` crops."""
 
-    store: Path  # folder that `mimscale ingest` made
+    store: Path  # folder that `mimscale ingest` made, or the URL of a copy of it (s3://bucket/store)
     run_dir: Path  # folder of this run; an existing run in it continues
     steps: int  # optimizer steps of the whole run
     global_batch: int  # crops a step, over all ranks and micro-batches
@@ -110,6 +110,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -122,6 +123,11 @@ class RunConfig:
         if any(crop % patch for crop, patch in zip(self.crop_voxels, self.patch_voxels, strict=True)):
             raise ValueError(
                 f"crop_voxels={self.crop_voxels} is no multiple of patch_voxels={self.patch_voxels}; change one of them"
+            )
+        if self.augment.rot90_prob and self.crop_voxels[1] != self.crop_voxels[2]:
+            raise ValueError(
+                f"augment.rot90_prob={self.augment.rot90_prob}: a quarter turn needs equal crop edges along Y and X, "
+                f"crop_voxels={self.crop_voxels}; change one of them"
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch={self.global_batch} is no multiple of micro_batch={self.micro_batch}")
@@ -163,6 +169,8 @@ FREE_KEYS = frozenset(
         "stream.timeout_s",
         "stream.max_spacing_ratio",
         "stream.max_bad_samples",
+        "stream.stage_dir",
+        "stream.stage_gib",
         "checkpoint.",
         "meter.",
         "validation.",

@@ -11,6 +11,7 @@ from mimscale.console import say
 from mimscale.errors import DataError
 from mimscale.models.transfer import load_encoder, load_weights
 from mimscale.models.unetr import Unetr
+from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import labels, normalise
 from mimscale.train.build import build_unetr
@@ -69,8 +70,9 @@ class Segmentation:
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """[] Dice and cross-entropy."""
-        image, _ = normalise(batch)
-        return dice_cross_entropy(forward(image), labels(batch))
+        image, label, _ = augment_batch(batch, labels(batch), *normalise(batch), self._config.augment)
+        assert label is not None
+        return dice_cross_entropy(forward(image), label)
 
     def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
         """Overlaps of each class and loss, over the crops that count."""

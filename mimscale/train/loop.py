@@ -55,11 +55,12 @@ def train(
     save_due: Callable[[int], bool],
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
+    take_counts: Callable[[], dict[str, float]] = dict,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
-    and nobody waits for it.
+    and nobody waits for it. `take_counts` says what this rank counted in a step, by the same names on every rank.
     """
     pending = _Pending(meter, ranks.world.size)
     for step in range(first_step, steps):
@@ -84,16 +85,17 @@ def train(
                 volume_ids += batch.volume_ids
             stopping = pending.finish()
         meter.record_samples(step + 1, sample_ids)
+        counts = {"substituted": float(substituted), **take_counts()}
         sums = {
             "loss": loss_sum,
             "stop": float(stop_wanted()),
-            "substituted": float(substituted),
+            **counts,
             "samples": float(len(sample_ids)),
             "voxels_decoded": voxels_decoded,
             "bytes_read": bytes_read,
             **meter.take_spans(),
         }
-        pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), volume_ids)
+        pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), tuple(counts), volume_ids)
 
         done = step + 1
         if validation_due(done):
@@ -121,12 +123,14 @@ class _Pending:
     def __init__(self, meter: Meter, world_size: int) -> None:
         self._meter = meter
         self._world_size = world_size
-        self._under_way: tuple[int, float, float, Any, list[str]] | None = None
+        self._under_way: tuple[int, float, float, Any, tuple[str, ...], list[str]] | None = None
         self._stop_seen = False
 
-    def begin(self, step: int, rate: float, grad_norm: float, sums: Any, volume_ids: list[str]) -> None:
-        """Remember what to read later."""
-        self._under_way = (step, rate, grad_norm, sums, volume_ids)
+    def begin(
+        self, step: int, rate: float, grad_norm: float, sums: Any, counts: tuple[str, ...], volume_ids: list[str]
+    ) -> None:
+        """Remember what to read later; `counts` names the sums that are logged as sums and not as means."""
+        self._under_way = (step, rate, grad_norm, sums, counts, volume_ids)
 
     def finish(self) -> bool:
         """Read, check and log the sums under way; True once any rank asked to stop.
@@ -135,7 +139,7 @@ class _Pending:
             DataError: the loss is not finite; this rank's volumes of that step are named.
         """
         if self._under_way is not None:
-            step, rate, grad_norm, sums, volume_ids = self._under_way
+            step, rate, grad_norm, sums, counts, volume_ids = self._under_way
             self._under_way = None
             shared = sums.wait()
             means = {name: value / self._world_size for name, value in shared.items()}
@@ -148,7 +152,7 @@ class _Pending:
                 )
             self._stop_seen = self._stop_seen or shared["stop"] > 0
             values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
-            values |= {"lr": rate, "grad_norm": grad_norm, "substituted": shared["substituted"]}
+            values |= {"lr": rate, "grad_norm": grad_norm, **{name: shared[name] for name in counts}}
             values |= {
                 f"{name}_per_crop": shared[name] / shared["samples"] for name in ("voxels_decoded", "bytes_read")
             }

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +22,15 @@ from mimscale.config import config_tree, config_yaml
 from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, LostRankError, MimscaleError
 from mimscale.models.transfer import save_weights
-from mimscale.store.layout import StoreInfo, read_info, stored_overlay
+from mimscale.store.layout import StoreInfo, overlay_path, pack_path, read_info, stored_overlay
 from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
+from mimscale.store.stage import STAGE_COLUMNS, Stage, packs_of
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 from mimscale.stream.select import parse_attribute, parse_filter, refuse_mixed_spacings
+from mimscale.stream.staging import Copier, upcoming_packs
 from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
@@ -126,8 +129,35 @@ class TrainingData:
         labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
         return labelled
 
+    @cached_property
+    def stage(self) -> Stage | None:
+        """Where copies of packs may lie on this node, when the config has a place for them.
+
+        Raises:
+            DataError: the folder cannot be made or written.
+        """
+        stream = self.config.stream
+        if stream.stage_dir is None:
+            return None
+        packs = packs_of(self.config.store, load_manifest(self.config.store, STAGE_COLUMNS), self.overlay)
+        return Stage(stream.stage_dir, int(stream.stage_gib * 2**30), packs)
+
+    def _paths_of(self, volume: int) -> list[Path]:
+        """The packs that a training volume lies in."""
+        row = self.manifest.sample_row(int(self.train[volume]))
+        paths = [pack_path(self.config.store, row.part)]
+        if self.overlay is not None:
+            paths.append(overlay_path(self.config.store, self.overlay, row.overlays[self.overlay].part))
+        return paths
+
     def loader(self, world: World, start_batch: int) -> StreamLoader:
-        """Micro-batches of this rank from global batch `start_batch` on."""
+        """Micro-batches of this rank from global batch `start_batch` on; on local rank 0 also the node's copier."""
+        copier = None
+        if self.stage is not None and world.local_rank == 0:
+            micro_batches = accumulation(self.config, world.size)
+            upcoming = upcoming_packs(self.plan, world, micro_batches, self._paths_of)
+            copier = Copier(self.stage, upcoming, self.plan.batches_per_epoch, start_batch)
+            copier.start()
         return StreamLoader(
             store=self.config.store,
             manifest=self.manifest,
@@ -139,6 +169,8 @@ class TrainingData:
             accumulation=accumulation(self.config, world.size),
             overlay=self.overlay,
             start_batch=start_batch,
+            stage=self.stage,
+            copier=copier,
         )
 
     def contract(self, step: int, precision: str) -> dict[str, Any]:
@@ -174,6 +206,7 @@ class TrainingData:
             batch=config.micro_batch,
             config=config.stream,
             overlay=self.overlay,
+            stage=self.stage,
         )
 
 
@@ -333,6 +366,7 @@ def _train(
         save_due=checkpoints.due,
         validate=validate,
         validation_due=validation_due,
+        take_counts=loader.take_counts,
     )
     finished = done >= config.steps
     outcome = Outcome(

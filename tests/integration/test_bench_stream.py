@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from store_samples import make_store
 
@@ -61,6 +62,16 @@ def test_crops_of_a_region_touch_no_more_chunks_than_the_region_has():
         _, origins = draw(MODES["region_4"], [(320, 320, 320)], (96, 96, 96), 32, seed=0, number=number)
         assert len(origins) == 4
         assert len(chunks_of(origins, (96, 96, 96), 32)) <= 64
+
+
+def test_a_crop_of_a_region_lies_anywhere_with_the_same_probability():
+    shapes, crop, counts = [(16, 16, 61)], (16, 16, 16), np.zeros(46)
+    for number in range(4000):
+        for origin in draw(MODES["region_4"], shapes, crop, 16, seed=0, number=number)[1]:
+            counts[origin[2]] += 1
+    # Four crops a call are not independent of each other: their block of 16 is drawn once.
+    assert counts.min() / counts.mean() > 0.6
+    assert counts.max() / counts.mean() < 1.5
 
 
 def test_four_crops_of_a_region_share_most_of_their_voxels():

@@ -156,3 +156,24 @@ def test_recomputed_activations_change_no_loss(store, straight, tmp_path):
     ended = run_ranks(pretrain_words(store, run.path, "engine.zero_stage=2", "model.checkpoint_activations=true"))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     assert losses(run) == losses(straight[2])
+
+
+def test_an_augmented_run_resumes_to_the_same_bits_and_differs_from_a_plain_one(store, straight, tmp_path):
+    augmented = (
+        "augment={flip_prob: [0.5, 0.5, 0.5], affine_prob: 0.7, rotate_deg: [15, 10, 10], zoom: [0.8, 1.25], "
+        "scale_prob: 0.5, shift_prob: 0.5, gamma_prob: 0.5, noise_prob: 0.5}"
+    )
+    runs = []
+    for name, signal_step in (("straight", -1), ("stopped", 9)):
+        run = RunDir(tmp_path / name)
+        words = pretrain_words(store, run.path, augmented)
+        if signal_step > 0:
+            stopped = run_ranks(words, signal_rank=0, signal_step=signal_step)
+            assert [rank.code for rank in stopped] == [75, 75], stopped[0].err
+        ended = run_ranks(words)
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+        runs.append(run)
+    assert losses(runs[0]) == losses(runs[1])
+    assert losses(runs[0]) != losses(straight[1])
+    weights = [run.checkpoints / "step_00000020" / "weights.safetensors" for run in runs]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -51,21 +51,24 @@ def test_a_node_that_dies_ends_the_job_which_continues_when_there_are_nodes(
 
 
 @pytest.mark.soak
-def test_a_killed_slurmd_alone_costs_at_most_the_steps_since_the_last_save(
+def test_a_killed_slurmd_of_the_first_node_costs_at_most_the_steps_since_the_last_save(
     undisturbed: Site, cluster: DevCluster, site: Site
 ) -> None:
-    job_id = train_to_step(site, SAVE_EVERY + 5)
-    reached = site.newest_step()
-    cluster.kill("node2")  # its ranks live on, and nobody is left to end them
+    steps = 20 * STEPS  # it must not finish before the cluster misses the node
+    job_id = site.submit("run", f"checkpoint.every_steps={SAVE_EVERY}", steps=steps)
+    site.wait_for_step(job_id, SAVE_EVERY + 5)
+    cluster.kill("node1")  # rank 0 and the batch script live on, and nobody is left to end them
     cluster.wait_for(
-        "the job to end or to be requeued",
-        lambda: site.is_finished() or "Restarts=0" not in cluster.show(job_id),
-        timeout_s=ENDS_WITHIN_S,
+        "the job to be requeued", lambda: "Restarts=0" not in cluster.show(job_id), timeout_s=ENDS_WITHIN_S
     )
+    reached = site.newest_step()
     cluster.up()
-    site.wait_until_finished()
-    assert all(attempt.first_step >= reached - SAVE_EVERY for attempt in site.attempts()[1:])
-    assert site.losses() == undisturbed.losses()
+    cluster.wait_for("it to go on", lambda: site.newest_step() > reached + SAVE_EVERY)
+    assert site.attempts()[-1].first_step >= reached - SAVE_EVERY
+    assert cluster.mimscale("cancel", "run", cwd=site.folder).returncode == 0
+    cluster.wait_for("the job to save and stop", site.is_settled)
+    assert site.logged_steps() == list(range(1, site.newest_step() + 1))
+    assert all(site.losses()[step] == loss for step, loss in undisturbed.losses().items() if step in site.losses())
 
 
 @pytest.mark.soak

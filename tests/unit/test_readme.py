@@ -63,7 +63,10 @@ def test_every_recipe_that_the_readme_names_is_packaged():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_key_and_value_that_the_readme_gives_is_one_that_the_verb_takes(words, capsys):
+def test_every_key_and_value_that_the_readme_gives_is_one_that_the_verb_takes(words, capsys, tmp_path, monkeypatch):
+    for name, profile in (("mysite.yaml", "example.yaml"), ("cpu.yaml", "devcluster.yaml")):
+        (tmp_path / name).write_text((ROOT / "slurm" / "profiles" / profile).read_text())
+    monkeypatch.chdir(tmp_path)
     _, verb, *rest = (word for word in words if word not in ("--wait", "--dry-run"))
     if verb in ("ingest", "pretrain", "finetune", "evaluate"):
         assert main([verb, *rest, "--check"]) == 0, capsys.readouterr().err

@@ -10,6 +10,7 @@ from store_samples import make_store, opened
 
 from mimscale.errors import DataError
 from mimscale.store import layout, shard
+from mimscale.store.files import Files
 from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.writer import PackWriter
@@ -86,12 +87,13 @@ def test_only_chunks_that_the_box_touches_are_read(store):
 
 def test_few_open_files_are_enough_for_many_packs(store):
     manifest = load_manifest(store)
-    reader = ShardReader(store, manifest, max_open_files=1, max_cached_indices=1)
+    files = Files(max_open_files=1)
+    reader = ShardReader(store, manifest, files, max_cached_indices=1)
     for _ in range(2):
         for index in range(len(manifest)):
             for overlay in (None, "label"):
                 reader.read_volume(manifest.row(index), overlay)
-    assert len(reader._files) == 1
+    assert len(files._open) == 1
     assert len(reader._indices) == 1
 
 

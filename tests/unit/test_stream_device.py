@@ -16,6 +16,7 @@ def a_batch(volume: torch.Tensor, rows: list[list[list[float]]], inside: list[li
         label=None,
         sample_ids=torch.arange(len(volume)),
         seeds=list(range(len(volume))),
+        spacing_mm=[(1.0, 1.0, 1.0)],
         normalisation=torch.tensor(rows),
         inside=torch.tensor(inside, dtype=torch.int32),
         volume_ids=["a"] * len(volume),
