@@ -165,6 +165,8 @@ def load_chunk_maps(store: Path, manifest: Manifest) -> ChunkMaps:
     if size != said["bytes"]:
         raise DataError(f"{path}: has {size} bytes instead of {said['bytes']}; {_WAY_OUT}")
     try:
-        return ChunkMaps(path, layout.read_info(store).chunk_voxels)
+        maps = ChunkMaps(path, layout.read_info(store).chunk_voxels)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); {_WAY_OUT}") from None
+    assert len(maps) == len(manifest), "maps go by the rows of a whole manifest"
+    return maps

@@ -75,7 +75,10 @@ def children() -> set[int]:
 
 
 def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("torch_")}
+    """What stands in /dev/shm, but for what another living program, of another test run, uses at this moment."""
+    names = [name for name in os.listdir("/dev/shm") if name.startswith("torch_")]
+    makers = {name: int(name.split("_")[1]) for name in names}  # torch_<pid>_...
+    return {name for name, pid in makers.items() if pid == os.getpid() or not Path(f"/proc/{pid}").exists()}
 
 
 def flip_a_bit(store: Path, manifest: Manifest, index: int) -> None:

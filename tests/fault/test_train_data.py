@@ -1,5 +1,6 @@
 """Training when the data change between two jobs of a run, or cannot be read."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from rank_pool import run_ranks
 from stream_stores import damage, write_store
 from tiny_runs import SHAPES, pretrain_words
 
-from mimscale.store.manifest import load_manifest
+from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.train.run_dir import RunDir
 
 pytestmark = pytest.mark.two_process
@@ -99,3 +100,45 @@ def test_replaced_samples_stand_in_the_metrics_and_too_many_stop_the_run_with_ex
     assert all(line["voxels_decoded_per_crop"] >= 16 * 24 * 32 for line in metrics)
     assert all(line["bytes_read_per_crop"] > 0 for line in metrics)
     assert len(load_manifest(store)) == 8
+
+
+def test_training_at_a_target_spacing_from_regions_with_weights_and_labels(tmp_path):
+    bare = write_store(tmp_path / "store", SHAPES)
+    rows = [
+        dataclasses.replace(
+            bare.row(number),
+            spacing_mm=(1.0 + number % 3, 1.0, 1.2),
+            tags={"site": "AB"[number % 2]},
+            split="val" if number == 7 else "train",
+        )
+        for number in range(len(SHAPES))
+    ]
+    write_manifest(tmp_path / "store", rows)
+    stream = [
+        "stream.workers=2",
+        "stream.crops_per_volume=2",
+        "stream.weights.by=tags['site']",
+        "stream.weights.values={A: 1, B: 0.7}",
+        "stream.filter=shape[1] >= 40",
+    ]
+    words = pretrain_words(
+        tmp_path / "store", tmp_path / "pretrain", "steps=3", "validation.every_steps=3", "global_batch=4", *stream
+    )
+    words += ["stream.target_spacing_mm=[1.5, 1.1, 1.2]", "stream.region_voxels=[20, 28, 36]"]
+    (ended,) = run_ranks(words, size=1)
+    assert ended.code == 0, ended.err
+    metrics = RunDir(tmp_path / "pretrain").read_metrics()
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3]
+    assert any("val_loss" in line for line in metrics)
+
+    words = ["finetune", "demo/finetune", f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'finetune'}", *stream]
+    words += ["steps=2", "global_batch=4", "micro_batch=2", "crop_voxels=[16, 16, 16]", "patch_voxels=[8, 8, 8]"]
+    words += [
+        "model={dim: 24, depth: 4, heads: 2}",
+        "unetr={feature_size: 4, num_classes: 3}",
+        "validation.every_steps=2",
+    ]
+    words += ["stream.target_spacing_mm=[1.5, 1.1, 1.2]", "stream.region_voxels=[20, 20, 20]"]
+    (ended,) = run_ranks(words, size=1)
+    assert ended.code == 0, ended.err
+    assert any("val_dice" in line for line in RunDir(tmp_path / "finetune").read_metrics())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
-from mimscale.stream.config import StreamConfig
+from mimscale.stream.config import StreamConfig, WeightsConfig
 from mimscale.stream.crops import CropSpace, Volumes, read_volumes
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 
@@ -158,6 +158,31 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert plan.batch_seed(5) == 13685421910822957639
     assert plan.substitutes(np.array([0, 1000]), 1).volume.tolist() == [3, 7]
     assert plan.plan_hash == "a09914567438dc29"
+
+
+def test_the_order_of_a_seed_with_weights_and_regions_never_changes() -> None:
+    shapes = 40 + np.arange(30).reshape(10, 3) % 23
+    plan = SamplePlan(
+        seed=3,
+        volumes=Volumes(
+            shapes=shapes,
+            foreground_boxes=np.stack([shapes * 0, shapes], axis=-1),
+            kinds=np.array(list("aabbbccccc")),
+        ),
+        crop_voxels=(32, 32, 32),
+        config=StreamConfig(
+            crops_per_volume=2,
+            region_voxels=(36, 40, 34),
+            align_voxels=4,
+            weights=WeightsConfig(by="modality", values={"a": 1.0, "b": 0.5, "c": 0.4}),
+        ),
+        global_batch=4,
+    )
+    samples = plan.samples(np.array([0, 1, 4, 5, 13, 1000]))
+    assert plan.batches_per_epoch == 3  # 2 + 2 + 2 volumes of the three kinds, two crops each
+    assert samples.volume.tolist() == [8, 3, 2, 0, 6, 4]
+    assert samples.origin.tolist() == [[4, 4, 5], [15, 6, 9], [13, 8, 4], [4, 9, 1], [15, 9, 18], [19, 20, 2]]
+    assert plan.plan_hash == "24084c803b991e0b"
 
 
 def test_origins_lie_in_the_volume_on_the_grid_and_reach_both_borders() -> None:
