@@ -66,6 +66,7 @@ def test_every_recipe_that_the_readme_names_is_packaged():
 def test_every_key_and_value_that_the_readme_gives_is_one_that_the_verb_takes(words, capsys, tmp_path, monkeypatch):
     for name, profile in (("mysite.yaml", "example.yaml"), ("cpu.yaml", "devcluster.yaml")):
         (tmp_path / name).write_text((ROOT / "slurm" / "profiles" / profile).read_text())
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     monkeypatch.chdir(tmp_path)
     _, verb, *rest = (word for word in words if word not in ("--wait", "--dry-run"))
     if verb in ("ingest", "pretrain", "finetune", "evaluate"):
