@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.run import ingest
+from mimscale.store import shard
 from mimscale.store.manifest import Manifest, VolumeRow, load_manifest
 from mimscale.store.reader import ShardReader
 
@@ -67,3 +68,10 @@ def opened(store: Path) -> tuple[Manifest, ShardReader]:
 def rows_of(store: Path) -> list[VolumeRow]:
     manifest = load_manifest(store)
     return [manifest.row(index) for index in range(len(manifest))]
+
+
+def shard_index(pack: Path, row: VolumeRow, chunk_voxels: int) -> NDArray[np.uint64]:
+    """Offset in its shard and length of every chunk of a volume: [chunks, 2]."""
+    size = shard.index_bytes(row.shape, chunk_voxels)
+    end = row.offset_bytes + row.length_bytes
+    return shard.parse_index(pack.read_bytes()[end - size : end], row.length_bytes - size)

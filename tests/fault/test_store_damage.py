@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from store_samples import config_of, make_store, opened, rows_of
+from store_samples import config_of, make_store, opened, rows_of, shard_index
 
 from mimscale.errors import DataError
 from mimscale.ingest.pool import process_pool
@@ -114,8 +114,7 @@ def test_verify_sees_a_flipped_bit_outside_of_every_shard(store):
 def test_every_bad_chunk_is_named_not_just_the_first(store):
     row = load_manifest(store).row(1)
     path = layout.pack_path(store, row.part)
-    index = opened(store)[1]._index(opened(store)[1]._volume_shard(row))
-    for offset, _ in index[[0, 2]].tolist():
+    for offset, _ in shard_index(path, row, layout.read_info(store).chunk_voxels)[[0, 2]].tolist():
         flip(path, row.offset_bytes + offset + 9)
     assert [bad.volume for bad in verify(store) if "chunk" in bad.reason] == [row.id, row.id]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from store_samples import shard_index
 from stream_stores import voxels_of, write_store
 
 from mimscale.store import layout, shard
@@ -137,10 +138,8 @@ def test_without_regions_nothing_is_held_for_later(store: Path) -> None:
 def damage_one_chunk(store: Path, manifest: Manifest, index: int, number: int) -> None:
     row = manifest.row(index)
     path = layout.pack_path(store, row.part)
+    offset = int(shard_index(path, row, CHUNK)[number, 0])
     data = bytearray(path.read_bytes())
-    size = shard.index_bytes(row.shape, CHUNK)
-    end = row.offset_bytes + row.length_bytes
-    offset = int(shard.parse_index(bytes(data[end - size : end]), row.length_bytes - size)[number, 0])
     data[row.offset_bytes + offset + 20] ^= 1
     path.write_bytes(data)
 
