@@ -66,27 +66,29 @@ def write_chunk_maps(store: Path, rows: Sequence[VolumeRow]) -> dict[bytes, byte
     """
     if not all(row.occupied_chunks for row in rows):
         return {}
-    trees = [
-        {
-            "id": row.id,
-            "occupied": base64.b64decode(row.occupied_chunks),
-            "labelled": [
-                {"overlay": name, "class": int(number), "chunks": base64.b64decode(chunks)}
-                for name, overlay in sorted(row.overlays.items())
-                for number, chunks in sorted(overlay.class_chunks.items(), key=lambda item: int(item[0]))
-            ],
-        }
-        for row in rows
+    # One batch, so that a row is found by its number; made value by value, so that not all of them are Python objects.
+    columns = [
+        pa.array((row.id for row in rows), pa.string(), size=len(rows)),
+        pa.array((base64.b64decode(row.occupied_chunks) for row in rows), pa.large_binary(), size=len(rows)),
+        pa.array((_labelled_tree(row) for row in rows), _SCHEMA.field("labelled").type, size=len(rows)),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as file:
-        file.write_table(pa.Table.from_pylist(trees, _SCHEMA), max_chunksize=max(1, len(trees)))
+        file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
     data = sink.getvalue()
     sha256 = hashlib.sha256(data).hexdigest()
     path = layout.chunk_maps_path(store, sha256)
     with durable.explained(DataError, path, "free some space and run the same command again; finished parts are kept"):
         durable.write_bytes(path, data)
     return {CHUNK_MAPS_KEY: json.dumps({"sha256": sha256, "bytes": data.size}).encode()}
+
+
+def _labelled_tree(row: VolumeRow) -> list[dict[str, Any]]:
+    return [
+        {"overlay": name, "class": int(number), "chunks": base64.b64decode(chunks)}
+        for name, overlay in sorted(row.overlays.items())
+        for number, chunks in sorted(overlay.class_chunks.items(), key=lambda item: int(item[0]))
+    ]
 
 
 def remove_other_chunk_maps(store: Path, kept: dict[bytes, bytes]) -> None:

@@ -155,8 +155,7 @@ def test_placing_crops_opens_no_pack(store: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a pack was read")
 
-    monkeypatch.setattr(ShardReader, "read", refuse)
-    monkeypatch.setattr(ShardReader, "_open", refuse)
+    monkeypatch.setattr(ShardReader, "__init__", refuse)
     a_plan(store, origins="occupied").samples(np.arange(50))
     a_plan(store, overlay="label", origins="labelled").samples(np.arange(50))
 
