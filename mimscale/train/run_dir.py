@@ -198,7 +198,8 @@ class RunDir:
         Raises:
             ConfigError: the run in the directory was made with another config; every differing key is named.
         """
-        if self.config.exists():
+        # A run that has saved nothing has nothing to protect: it failed, and its config is being put right.
+        if self.config.exists() and any(self.checkpoints.glob("step_*")):
             differing = [
                 line
                 for line in differing_keys(self.read_config_tree(), tree)

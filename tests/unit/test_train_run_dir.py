@@ -27,9 +27,17 @@ def test_a_run_continues_with_other_steps_and_checkpoint_settings(tmp_path):
     assert run.read_config_tree()["steps"] == 20
 
 
+def test_the_config_of_a_run_that_has_saved_nothing_may_be_put_right(tmp_path):
+    run = RunDir(tmp_path / "run")
+    opened(run, TREE)
+    opened(run, TREE | {"seed": 2, "model": {"dim": 16}})
+    assert run.read_config_tree()["model"] == {"dim": 16}
+
+
 def test_a_run_of_another_model_or_order_is_refused_with_the_differing_keys(tmp_path):
     run = RunDir(tmp_path / "run")
     opened(run, TREE)
+    (run.checkpoints / "step_00000005").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
         opened(run, TREE | {"seed": 2, "model": {"dim": 16}})
     assert "model.dim: 8 -> 16" in str(caught.value)
