@@ -5,6 +5,7 @@ ended stands in `outcome.json`: `launch.supervise` (this machine) or `launch.req
 """
 
 import argparse
+import contextlib
 import getpass
 import os
 import shlex
@@ -31,8 +32,9 @@ from launch.slurm_commands import LostSubmissionError
 from launch.snapshot import snapshot_code
 from mimscale import console, durable
 from mimscale.config import tree_hash
-from mimscale.errors import ConfigError, LaunchError
+from mimscale.errors import CheckpointError, ConfigError, LaunchError
 from mimscale.store.layout import info_path, read_info
+from mimscale.train.checkpoint import read_manifest, refuse_other_ranks, tags
 from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
 from mimscale.train.run_dir import Outcome, RunDir
@@ -70,6 +72,7 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
         if fresh:  # here and once: a job that is started again must not move its own progress aside
             plan.run.move_aside()
         with durable.explained(LaunchError, plan.run.path, "choose another run_dir or free space"):
+            _refuse_other_ranks(plan.run, plan.world_size, plan.trains.engine.zero_stage)
             plan.run.open(plan.tree, plan.text, free_keys=FREE_KEYS)
     elif JOB_VERBS[plan.verb].folder_key == "run_dir":
         plan.run.read_config_tree()  # refuses a folder that is no run directory
@@ -107,6 +110,17 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {name: _plain(value) for name, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _refuse_other_ranks(run: RunDir, world_size: int, zero_stage: int) -> None:
+    """Say before the queue what loading the newest checkpoint would say after it. Broken ones are the job's affair."""
+    for tag in tags(run):
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(tag)
+            break
+    else:
+        return
+    refuse_other_ranks(tag, manifest, world_size, zero_stage)
 
 
 def _ranks_text(ranks: dict[int, int]) -> str:

@@ -128,6 +128,16 @@ def newest(run: RunDir) -> Path | None:
     return None
 
 
+def refuse_other_ranks(tag: Path, manifest: dict[str, Any], world_size: int, zero_stage: int) -> None:
+    """Raise CheckpointError unless a run of this size and stage can load a checkpoint."""
+    saved_by = (manifest["world_size"], manifest["zero_stage"])
+    if saved_by != (world_size, zero_stage):
+        raise CheckpointError(
+            f"{tag}: saved by {saved_by[0]} rank(s) at ZeRO stage {saved_by[1]}, this run has {world_size} at stage "
+            f"{zero_stage}; continue on {saved_by[0]} rank(s) at stage {saved_by[1]}, or begin a new run"
+        )
+
+
 class Checkpoints:
     """Saves and restores one run. Every method but `due` is a collective.
 
@@ -170,13 +180,7 @@ class Checkpoints:
             return Restored(step=0, position=None)
         tag = Path(name)
         manifest = read_manifest(tag)
-        saved_by = (manifest["world_size"], manifest["zero_stage"])
-        here = (self._ranks.world.size, self._engine.zero_stage)
-        if saved_by != here:
-            raise CheckpointError(
-                f"{tag}: saved by {saved_by[0]} rank(s) at ZeRO stage {saved_by[1]}, this run has {here[0]} at stage "
-                f"{here[1]}; continue on {saved_by[0]} rank(s) at stage {saved_by[1]}, or begin a new run"
-            )
+        refuse_other_ranks(tag, manifest, self._ranks.world.size, self._engine.zero_stage)
         self._engine.load(tag)
         self._newest_step = manifest["step"]
         return Restored(step=manifest["step"], position=manifest["position"])

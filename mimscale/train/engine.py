@@ -22,6 +22,7 @@ from mimscale import durable
 from mimscale.errors import LaunchError
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.environment import remove_stale_build_locks
 from mimscale.train.optim import learning_rate, parameter_groups
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
@@ -69,6 +70,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     if os.access(sys.prefix, os.W_OK):
         # DeepSpeed builds an op on first use. Environments that share the default cache rebuild it in turns.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        remove_stale_build_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if kind == "cuda":
         torch.cuda.set_device(world.local_rank)

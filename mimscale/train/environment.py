@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mimscale.console import say
+
+STALE_BUILD_S = 600.0  # DeepSpeed's op is built in one to two minutes
 PACKAGES = ("mimscale", "torch", "deepspeed", "monai", "zarr", "numcodecs", "numpy", "submitit", "pydantic")
 # Only what is named here is written: tokens and passwords have any name.
 RECORDED = ("CUDA_VISIBLE_DEVICES", "MASTER_PORT", "OMP_", "DS_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "MIMSCALE_")
@@ -69,3 +72,19 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def remove_stale_build_locks(extensions: Path) -> None:
+    """Remove the locks of builds that were killed: torch waits for such a lock for ever, and without a word.
+
+    Args:
+        extensions: what TORCH_EXTENSIONS_DIR names; a folder for each C++ extension, with `lock` while it is built.
+    """
+    for lock in extensions.glob("*/lock"):
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+            if age_s > STALE_BUILD_S:
+                lock.unlink()
+                say(f"{lock}: removed, a build that began {age_s / 60:.0f} minutes ago was killed")
+        except FileNotFoundError:
+            pass  # its build has just ended, or another rank was here first

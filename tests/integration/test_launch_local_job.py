@@ -13,6 +13,7 @@ from launch_fake_verb import Place, wait_until
 from processes import is_alive
 
 from launch.folder import job_folders
+from mimscale.train.checkpoint import MANIFEST, MANIFEST_VERSION, tag_name
 from mimscale.train.run_dir import Outcome
 
 
@@ -167,6 +168,22 @@ def test_what_the_run_directory_does_not_allow_is_refused_before_anything_starts
     assert len(job_folders(place.run.logs)) == 1
     assert place.submit("--wait", "--fresh", "seed=9").returncode == 0
     assert len(list(tmp_path.glob("run*"))) == 2
+
+
+def test_a_run_saved_by_another_number_of_ranks_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    assert place.submit("--wait").returncode == 0
+    for step, ranks in ((100, 2), (200, 4)):
+        tag = place.run.checkpoints / tag_name(step)
+        tag.mkdir(parents=True)
+        tree = {"manifest_version": MANIFEST_VERSION, "step": step, "world_size": ranks, "zero_stage": 1}
+        (tag / MANIFEST).write_text(json.dumps(tree))
+    refused = place.submit("--wait")
+    assert refused.returncode == 4
+    assert "step_00000200: saved by 4 rank(s)" in refused.stderr
+    assert len(job_folders(place.run.logs)) == 1
+    (place.run.checkpoints / tag_name(200) / MANIFEST).write_text("{")  # the job itself goes back to the one before
+    assert place.submit("--wait").returncode == 0
 
 
 def test_a_folder_that_is_no_store_is_refused_before_anything_starts(tmp_path: Path) -> None:

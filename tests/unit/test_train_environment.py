@@ -1,7 +1,9 @@
+import os
 import subprocess
+import time
 
 from launch.snapshot import snapshot_code
-from mimscale.train.environment import git_commit, recorded_variables
+from mimscale.train.environment import STALE_BUILD_S, git_commit, recorded_variables, remove_stale_build_locks
 
 
 def test_secrets_are_not_recorded():
@@ -34,3 +36,14 @@ def test_the_same_code_is_copied_once_and_completely(tmp_path):
     assert [path.name for path in (tmp_path / "code").iterdir()] == [first.name]
     for name in ("mimscale/cli.py", "mimscale/recipes/demo/pretrain.yaml", "launch/profiles/local.yaml"):
         assert (first / name).is_file()
+
+
+def test_only_the_lock_of_a_build_that_was_killed_is_removed(tmp_path, capsys):
+    for name, age_s in (("killed", STALE_BUILD_S + 60), ("going_on", 30)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age_s,) * 2)
+    remove_stale_build_locks(tmp_path)
+    remove_stale_build_locks(tmp_path / "nowhere")
+    assert [lock.parent.name for lock in tmp_path.glob("*/lock")] == ["going_on"]
+    assert "killed/lock: removed" in capsys.readouterr().err
