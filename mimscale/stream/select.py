@@ -32,6 +32,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: pc.greater_equal,
 }
 _MOST_CHARACTERS = 2_000
+_LARGEST_NUMBER = 1e300
 _ALLOWED = (
     "a filter is made of columns, numbers, quoted text, == != < <= > >=, in, not in, and, or, not and parentheses"
 )
@@ -202,16 +203,21 @@ class _Parser:
             case ast.Constant(value=str(constant)):
                 return _constant("text", constant)
             case ast.Constant(value=int(constant) | float(constant)):
-                return _constant("number", float(constant))
+                return self._number(constant)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(constant) | float(constant))) if not (
                 isinstance(constant, bool)
             ):
-                return _constant("number", -float(constant))
+                return self._number(-constant)
             case ast.Name(id=name):
                 return self._column(name, None)
             case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=place)):
                 return self._column(name, place)
         raise self._error(f"{ast.unparse(node)}: {_ALLOWED}")
+
+    def _number(self, value: float) -> _Operand:
+        if abs(value) > _LARGEST_NUMBER:
+            raise self._error(f"numbers may be up to {_LARGEST_NUMBER:g}")
+        return _constant("number", float(value))
 
     def _column(self, name: str, place: Any) -> _Operand:
         if name not in SCHEMA.names:

@@ -57,6 +57,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         ("fill_value > -2000", [0, 1, 2, 3]),
         ("3 <= spacing_mm[0]", [2, 3]),
         ("resampled == False", [0, 1, 2]),
+        ("resampled < True", [0, 1, 2]),
+        ("shape[3] != -1 and spacing_mm[1] >= 1.0", [0, 1, 2, 3]),
     ],
 )
 def test_a_filter_selects_what_python_would(manifest: Manifest, text: str, expected: list[int]) -> None:
@@ -93,6 +95,8 @@ def test_a_filter_selects_what_python_would(manifest: Manifest, text: str, expec
         ("\0", "null"),
         ("(" * 400 + "resampled" + ")" * 400, "too many nested parentheses|cannot be read"),
         ("x" * 3000, "has more than 2000 characters"),
+        ("shape[0] < " + "9" * 1000, r"numbers may be up to 1e\+300"),
+        ("shape[0] < -1e400", r"numbers may be up to 1e\+300"),
     ],
 )
 def test_what_is_no_filter_is_refused_in_words(text: str, problem: str) -> None:
