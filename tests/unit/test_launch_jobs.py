@@ -11,7 +11,7 @@ import pytest
 from launch import jobs
 from launch.folder import JobFolder, JobRecord, claim_folder, job_folders, refuse_while_alive
 from launch.jobs import RunVerb, free_port, job_environment
-from launch.plan import make_plan
+from launch.plan import Plan, make_plan
 from launch.profile import Profile
 from launch.submit import main
 from launch.supervise import RankEnd, verdict
@@ -231,3 +231,21 @@ def test_a_mistake_in_the_config_is_refused_with_the_exit_code_of_the_verb(
     (tmp_path / "recipe.yaml").write_text("stepps: 3\n")
     assert main(["pretrain", "recipe.yaml", "--dry-run"]) == 2
     assert "stepps" in capsys.readouterr().err
+
+
+def test_fresh_data_reaches_the_verb_that_has_an_order_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def remember(plan: Plan, **_: object) -> None:
+        plans.append(plan)
+        raise LaunchError("far enough")
+
+    monkeypatch.setattr("launch.submit.prepare", remember)
+    words = ["demo/pretrain", f"store={tmp_path}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(LaunchError, match="far enough"):
+        main(["pretrain", *words, "--profile", "debug", "--fresh-data"])
+    with pytest.raises(LaunchError, match="far enough"):
+        main(["pretrain", *words, "--profile", "debug"])
+    assert [plan.words for plan in plans] == [("--fresh-data",), ()]
+    with pytest.raises(ConfigError, match="--fresh-data: ingest has no order of data"):
+        main(["ingest", "demo/ingest", "sources=/none", f"out={tmp_path / 'store'}", "--fresh-data"])
