@@ -70,7 +70,7 @@ CONDITIONS = {
     "slow": "1 ms a request and 2 000 requests a second in every process's file access, files opened anew each round",
 }
 SLOW = {"SLOW_LATENCY_US": "1000", "SLOW_IOPS": "2000"}
-CALLS_ONCE, MOST_CALLS = 16, 400
+CALLS_ONCE, MOST_CALLS = 16, 2000
 LOADER_STREAMS: dict[str, dict[str, Any]] = {
     "random origins": {"align_voxels": 1},
     "16-aligned origins": {"align_voxels": 16},
@@ -80,7 +80,7 @@ LOADER_STREAMS: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     parser = measure.results_arguments("Benchmark of the stream.")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a round; the loader takes three")
     parser.add_argument("--crops", type=int, nargs="+", default=[96, 128], help="edges; the first is the main one")
     parser.add_argument(
         "--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="of the main crop"
@@ -140,7 +140,7 @@ def _run(folder: Path, arguments: Any) -> dict[str, Any]:
         for name, stream in LOADER_STREAMS.items():
             print(f"{kind} loader, {name} ...", file=sys.stderr)
             tree = _training(store, arguments.crops[0], stream)
-            results["loader"][f"{kind}, {name}"] = measure_loader(tree, cores, 10 * arguments.seconds)
+            results["loader"][f"{kind}, {name}"] = measure_loader(tree, cores, 3 * arguments.seconds)
     return results
 
 

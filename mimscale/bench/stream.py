@@ -31,7 +31,7 @@ OWN, CEILING = "mimscale", "ceiling: Blosc alone"
 # A ViT-B MAE at 96^3 / 16^3 / 75 %, crops a second: at 40 % and 35 % of what the GPUs can compute in bf16.
 GPU_CROPS_PER_S = {"A100": 1873, "H100": 5195}
 _GPU_CROP_VOXELS = (96, 96, 96)
-_MOST_CALLS = 400
+_MOST_CALLS = 2000
 _WORTH_A_COLUMN_BYTES = 200_000  # a crop: less is a library that was loaded late
 _NO_DATA_BYTES = 1000  # a crop: what a process reads anyway, of /proc for one
 
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
     parser = verb_parser("bench", "How fast crops come out of a store, against what limits it and stock zarr-python.")
     parser.add_argument("--volumes", type=int, default=4, help="training volumes to read from")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each contender")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a round; ten of them for the loader")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a round; six of them for the loader")
     parser.add_argument("--cold", action="store_true", help="empty the page cache of the store before each round")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     arguments = parser.parse_intermixed_args(argv)
@@ -304,7 +304,7 @@ def bench_store(config: PretrainConfig, arguments: argparse.Namespace) -> dict[s
         "cold": arguments.cold,
         "contenders": table,
         "modes": costs_of_modes(job, table),
-        "loader": measure_loader(tree, cores, 10 * arguments.seconds),
+        "loader": measure_loader(tree, cores, 6 * arguments.seconds),
     }
 
 
