@@ -114,15 +114,20 @@ class Runner:
             env=environment,
         )
 
-    def round(self, calls: int, *, cold: bool) -> Round:
-        """Do `calls` calls; cold: with nothing of the store and the folder in the page cache.
+    def round(self, calls: int, *, reopen: bool = False, drop: bool = False) -> Round:
+        """Do `calls` calls.
+
+        Args:
+            calls: how many.
+            reopen: close all files before, and open them anew.
+            drop: besides, empty the page cache of the store and the folder.
 
         Raises:
             DataError: the contender ended or was silent for too long; its own words are on stderr.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        order = {"first": self._next_call, "calls": calls, "cold": cold}
+        order = {"first": self._next_call, "calls": calls, "reopen": reopen or drop, "drop": drop}
         self._next_call += calls
         watch = threading.Timer(_SILENT_S, self._process.kill)
         watch.start()
@@ -179,9 +184,10 @@ def serve(argument: str) -> None:
     folders = [Path(name) for name in (job.store, job.folder) if name]
     for line in sys.stdin:
         order = json.loads(line)
-        if order["cold"]:
+        if order["reopen"]:
             contender.close()
-            drop_from_page_cache(folders)
+            if order["drop"]:
+                drop_from_page_cache(folders)
             contender.open()
         print(json.dumps(asdict(_timed(contender, order["first"], order["calls"]))), file=results, flush=True)
     contender.close()

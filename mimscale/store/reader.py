@@ -27,10 +27,10 @@ from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
 # Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
 # a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader
-# measures it, and begins as on a parallel file system.
+# measures it, and begins low: many requests tell more, and soon.
 _BYTES_PER_S = 1e9  # of one stream of a parallel file system: what a byte costs besides the request
-_SMALLEST_REQUEST_S, _FIRST_GUESS_S, _LARGEST_REQUEST_S = 4e-6, 250e-6, 1e-3
-_STEP = 1.1  # up or down at each request: a running median, which a rare hiccup of a server does not move
+_SMALLEST_REQUEST_S, _FIRST_GUESS_S, _LARGEST_REQUEST_S = 4e-6, 30e-6, 1e-3
+_STEP = 1.2  # up or down at each request: a running median, which a rare hiccup of a server does not move
 _LARGEST_READ_BYTES = 4 * 1024 * 1024
 _ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
 
