@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -331,6 +332,9 @@ class _Batches:
         # DataLoader's handler raises between any two lines of the trainer when a worker dies; `_receive` is clearer.
         if threading.current_thread() is threading.main_thread() and previous is not None:
             signal.signal(signal.SIGCHLD, previous)
+        # A trainer that leaves without closing would wait for its workers for ever when it ends: multiprocessing
+        # then asks them to end by a TERM, which they ignore. This runs before.
+        weakref.finalize(self, _kill_workers, os.getpid(), _processes(iterator))
         return iterator
 
     def _unpinned_or_pinned(self) -> Iterator[list[Batch] | _Failure]:
@@ -420,6 +424,14 @@ def _start_worker(from_main_thread: bool, worker_id: int) -> None:
         die_with_parent(signal.SIGKILL)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _kill_workers(owner_pid: int, workers: list[Any]) -> None:
+    if os.getpid() != owner_pid:
+        return  # in a worker, which holds a copy of its parent's memory
+    for worker in workers:
+        worker.kill()
+        worker.join(timeout=1.0)
 
 
 def _loader_iterator(iterator: Iterator[Any]) -> Any:

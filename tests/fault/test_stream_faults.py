@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import re
@@ -358,7 +359,7 @@ def is_running(pid: int) -> bool:
 def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Path, number: signal.Signals) -> None:
     before = shared_memory()
     trainer = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(store)],
+        [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(SCRIPT), str(store)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -372,7 +373,11 @@ def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Pa
     else:
         trainer.send_signal(number)
     try:
-        trainer.wait(timeout=20)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            trainer.wait(timeout=60)
+        if trainer.poll() is None:
+            trainer.send_signal(signal.SIGABRT)  # faulthandler prints where it hangs
+            pytest.fail(f"hangs after {number.name}: {trainer.communicate(timeout=20)[1]}")
         deadline = time.monotonic() + 15
         while any(map(is_running, workers)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -381,7 +386,7 @@ def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Pa
     finally:
         for worker in filter(is_running, workers):
             os.kill(worker, signal.SIGKILL)
-        _, text = trainer.communicate()
+        _, text = trainer.communicate(timeout=20)
     assert "_worker_loop" not in text, "a worker printed a traceback of its own"
     began = time.monotonic()
     assert len(take(a_loader(store), 2)) == 2, "the next run cannot start"
@@ -394,3 +399,11 @@ def test_a_loader_may_be_used_outside_of_the_main_thread(store: Path) -> None:
     thread.start()
     thread.join(timeout=60)
     assert len(got) == 2
+
+
+def test_a_trainer_that_ends_without_closing_its_loader_does_not_wait_for_workers_that_ignore_term(store: Path) -> None:
+    script = textwrap.dedent(SCRIPT).replace("print(children, flush=True)", "sys.exit(7)")
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(store)], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 7, ended.stderr
