@@ -130,8 +130,7 @@ def _copy_ahead(
                 reached = done.value
                 keep = frozenset(other for other, last in needed.items() if last >= reached)
                 added = stage.add(path, keep)
-                if added is Added.COPIED:
-                    copied_bytes.value += (stage.copy_of(path) or stage.folder).stat().st_size
+                copied_bytes.value = stage.copied_bytes
                 if added is Added.UNREADABLE:
                     given_up.add(path)
                     say(f"{path}: not copied to {stage.folder}: {added.value}; see `mimscale inspect STORE --verify`")
