@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ class Copier:
 
     def start(self) -> None:
         """Start copying. Call it before anything that a fork cannot have."""
-        self._process.start()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any fork beside threads. The copier takes no lock that a thread could have held.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            self._process.start()
 
     def reached(self, batch_index: int) -> None:
         """The trainer consumes global batch `batch_index`."""
