@@ -73,6 +73,7 @@ class Stage:
         """
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self.copied_bytes = 0  # by this process, of complete copies
         self.packs = {pack.path: pack for pack in packs}
         way_out = "choose another stream.stage_dir, or leave it out to read the store itself"
         with durable.explained(DataError, folder, way_out):
@@ -140,6 +141,7 @@ class Stage:
                 os.fsync(file.fileno())
             draft.replace(self.folder / pack.name)
             durable.fsync_folder(self.folder)
+            self.copied_bytes += size
         finally:
             draft.unlink(missing_ok=True)
         return Added.COPIED
@@ -260,11 +262,12 @@ def _matches(file: int, pack: Pack) -> bool:
 
 
 def _is_dead_draft(name: str) -> bool:
-    """A draft whose copier was killed: its process is gone."""
+    """A draft, of a copy or of a lock, whose process was killed: its id, and for copies its start, end the name."""
     if not name.startswith(durable.TEMPORARY_PREFIX):
         return False
-    *_, pid, start_ticks = name.split(".")
-    if not (pid.isdigit() and start_ticks.isdigit()):
+    *_, second_last, last = name.split(".")
+    pid, start_ticks = (second_last, last) if second_last.isdigit() else (last, None)
+    if not pid.isdigit():
         return False
     process = Process.of(int(pid))
-    return not process.is_alive() or process.start_ticks != int(start_ticks)
+    return not process.is_alive() or (start_ticks is not None and start_ticks != str(process.start_ticks))

@@ -9,7 +9,9 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ class Copier:
         context = multiprocessing.get_context("fork")
         self._done = context.RawValue(ctypes.c_int64, start_batch)
         self._copied_bytes = context.RawValue(ctypes.c_int64, 0)
+        in_main_thread = threading.current_thread() is threading.main_thread()
         self._process = context.Process(
             target=_copy_ahead,
-            args=(stage, upcoming, horizon, self._done, self._copied_bytes, os.getpid()),
+            args=(stage, upcoming, horizon, self._done, self._copied_bytes, os.getpid(), in_main_thread),
             daemon=True,
         )
         self._folder = stage.folder
@@ -51,7 +54,10 @@ class Copier:
 
     def start(self) -> None:
         """Start copying. Call it before anything that a fork cannot have."""
-        self._process.start()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any fork beside threads. The copier takes no lock that a thread could have held.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            self._process.start()
 
     def reached(self, batch_index: int) -> None:
         """The trainer consumes global batch `batch_index`."""
@@ -98,11 +104,20 @@ def upcoming_packs(
 
 
 def _copy_ahead(
-    stage: Stage, upcoming: Callable[[int], list[Path]], horizon: int, done: Any, copied_bytes: Any, parent: int
+    stage: Stage,
+    upcoming: Callable[[int], list[Path]],
+    horizon: int,
+    done: Any,
+    copied_bytes: Any,
+    parent: int,
+    from_main_thread: bool,
 ) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the trainer decides, as for its loader workers
-    die_with_parent(signal.SIGKILL)
+    # But not this one: a trainer that crashes ends its children by it, and waits for them.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if from_main_thread:  # the kernel takes the end of the thread that forked for the end of the parent
+        die_with_parent(signal.SIGKILL)
     needed: dict[Path, int] = {}  # the last global batch ahead that reads a pack
     given_up: set[Path] = set()
     is_full = False
@@ -116,10 +131,10 @@ def _copy_ahead(
         for path in upcoming(batch_index):
             needed[path] = batch_index
             while path not in given_up and os.getppid() == parent and needed[path] >= done.value:
-                keep = frozenset(other for other, last in needed.items() if last >= done.value)
+                reached = done.value
+                keep = frozenset(other for other, last in needed.items() if last >= reached)
                 added = stage.add(path, keep)
-                if added is Added.COPIED:
-                    copied_bytes.value += (stage.copy_of(path) or stage.folder).stat().st_size
+                copied_bytes.value = stage.copied_bytes
                 if added is Added.UNREADABLE:
                     given_up.add(path)
                     say(f"{path}: not copied to {stage.folder}: {added.value}; see `mimscale inspect STORE --verify`")
@@ -128,11 +143,11 @@ def _copy_ahead(
                 if not is_full:
                     is_full = True
                     say(f"{stage.folder}: no room for more copies yet; the rest is read from the store")
-                _wait_for_progress(done, parent)
+                _wait_for_progress(done, reached, parent)
         batch_index += 1
 
 
-def _wait_for_progress(done: Any, parent: int) -> None:
-    before, deadline_s = done.value, time.monotonic() + RETRY_EVERY_S
-    while done.value == before and time.monotonic() < deadline_s and os.getppid() == parent:
+def _wait_for_progress(done: Any, reached: int, parent: int) -> None:
+    deadline_s = time.monotonic() + RETRY_EVERY_S
+    while done.value == reached and time.monotonic() < deadline_s and os.getppid() == parent:
         time.sleep(LOOK_EVERY_S)

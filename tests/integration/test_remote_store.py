@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from s3_server import S3Server, upload, use_server
 from small_segmentation import make_finetune_run, make_store
+from store_samples import make_store as ingested
 from stream_stores import write_store
 
 from mimscale.cli import main
 from mimscale.config import build_config, config_tree, config_yaml, parse_yaml
 from mimscale.errors import ConfigError, DataError
 from mimscale.store import files
+from mimscale.store.chunk_maps import load_chunk_maps
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.stage import STAGE_COLUMNS, Added, Stage, packs_of
 from mimscale.store.verify import verify
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.loader import StreamLoader
@@ -208,3 +211,29 @@ def test_a_scheme_without_its_library_says_what_to_install(monkeypatch):
 
 def _no_library(scheme, **options):
     raise ImportError(f"Install {scheme}fs to access it")
+
+
+def test_packs_of_a_bucket_are_staged_on_the_node(on_s3, local, tmp_path):
+    stage = Stage(tmp_path / "stage", 2**30, packs_of(on_s3, load_manifest(on_s3, STAGE_COLUMNS), "label"))
+    for path in stage.packs:
+        assert stage.add(path) is Added.COPIED
+        assert stage.copy_of(path).read_bytes() == (local / Path(*path.parts[4:])).read_bytes()
+    # The copies are those of the content: a run on the folder finds them too.
+    same = Stage(tmp_path / "stage", 2**30, packs_of(local, load_manifest(local, STAGE_COLUMNS), "label"))
+    assert all(same.copy_of(path) for path in same.packs)
+
+
+def test_chunk_maps_of_a_bucket_are_those_of_the_folder(server, tmp_path):
+    local = ingested(tmp_path, count=2, chunk_voxels=16)
+    place = upload(server, local, "stores/mapped")
+    manifest = load_manifest(place)
+    ours, theirs = load_chunk_maps(place, manifest), load_chunk_maps(local, load_manifest(local))
+    found = 0
+    for index in range(len(manifest)):
+        shape = manifest.row(index).shape[1:]
+        assert np.array_equal(ours.occupied(index, shape), theirs.occupied(index, shape))
+        found += len(ours.occupied(index, shape))
+        labelled = ours.labelled(index, "label", shape), theirs.labelled(index, "label", shape)
+        assert all(np.array_equal(one, other) for one, other in zip(*labelled, strict=True))
+    assert found
+    assert verify(place) == []
