@@ -92,7 +92,8 @@ def judge(everyone: list[RankFacts], counted: int, config: RunConfig, needed_byt
                 f"{node}: {facts.local_size} ranks, but each sees {facts.devices} GPU(s); ask for GPUs by node "
                 "(slurm.gpus_per_node or slurm.gres) and as many as processes_per_node"
             )
-        if facts.store_problem:
+        # A store that no node can read is no fault of a node: opening it says so, and the run's outcome does.
+        if facts.store_problem and any(not other.store_problem for other in everyone):
             problems.append(f"{node}: store={config.store} cannot be read there ({facts.store_problem}); mount it")
         if not facts.sees_run_dir:
             problems.append(
@@ -100,11 +101,15 @@ def judge(everyone: list[RankFacts], counted: int, config: RunConfig, needed_byt
             )
         if facts.free_bytes < needed_bytes:
             problems.append(
-                f"{node}: {facts.free_bytes / 1e9:.2f} GB free at run_dir={config.run_dir}, a checkpoint takes about "
-                f"{needed_bytes / 1e9:.2f} GB; free space or choose another run_dir"
+                f"{node}: the disk is full: {_size(facts.free_bytes)} free at run_dir={config.run_dir}, a checkpoint "
+                f"takes about {_size(needed_bytes)}; free space or choose another run_dir"
             )
     if problems:
         raise LaunchError("not started:\n  " + "\n  ".join(dict.fromkeys(problems)))
+
+
+def _size(count_bytes: int) -> str:
+    return f"{count_bytes / 1e9:.2f} GB" if count_bytes >= 1e8 else f"{count_bytes / 1e6:.3f} MB"
 
 
 def _touch(mark: Path) -> None:

@@ -140,13 +140,14 @@ def test_a_copier_killed_half_way_leaves_nothing_under_a_final_name_and_the_next
 
 
 SCRIPT = """
-    import os, sys, time
+    import os, signal, sys, time
     from pathlib import Path
     from mimscale.store import layout
     from mimscale.store.manifest import load_manifest
     from mimscale.store.stage import STAGE_COLUMNS, Stage, packs_of
     from mimscale.stream.staging import Copier
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     store, folder = Path(sys.argv[1]), Path(sys.argv[2])
     stage = Stage(folder, 2**30, packs_of(store, load_manifest(store, STAGE_COLUMNS)))
     copier = Copier(stage, lambda batch: [layout.pack_path(store, 0)], 1, 0)

@@ -325,6 +325,7 @@ def test_a_stopped_worker_does_not_outlive_close(store: Path) -> None:
 
 
 SCRIPT = """
+    import signal
     import sys
     from pathlib import Path
     import numpy as np
@@ -334,6 +335,7 @@ SCRIPT = """
     from mimscale.stream.plan import SamplePlan
     from mimscale.world import World
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     store = Path(sys.argv[1])
     manifest = load_manifest(store)
     indices = np.arange(len(manifest))

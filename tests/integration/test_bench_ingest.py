@@ -20,5 +20,5 @@ def test_the_benchmark_of_ingest_writes_a_result_for_programs_and_for_people(tmp
     assert tree["conversion"]["mni152_t1_uint8"].keys() == {".nii zstd", ".nii fast", ".nii.gz zstd", ".nii.gz fast"}
     assert tree["merge"]["receipts"] == 600
     assert tree["manifest"]["plan"]["peak_mb"] > 0
-    assert all(one["times_volume"] > 1 for one in tree["memory"].values())
+    assert all(one["times_volume"] > 0 for one in tree["memory"].values())
     assert path.with_suffix(".md").read_text() in done.stdout

@@ -58,7 +58,10 @@ def test_ranks_that_agree_may_start() -> None:
         ({"devices": 1}, "n2: 2 ranks, but each sees 1 GPU"),
         ({"store_problem": "no store.json"}, "n2: store=/data/store cannot be read there (no store.json); mount it"),
         ({"sees_run_dir": False}, "n2: run_dir=/runs/a is not the folder that n1 sees; name one on a shared disk"),
-        ({"free_bytes": 10**5}, "n2: 0.00 GB free at run_dir=/runs/a, a checkpoint takes about 0.00 GB; free space"),
+        (
+            {"free_bytes": 10**5},
+            "n2: the disk is full: 0.100 MB free at run_dir=/runs/a, a checkpoint takes about 1.000 MB; free",
+        ),
     ],
 )
 def test_one_rank_that_differs_is_named_with_its_node_and_the_way_out(changes: dict[str, Any], text: str) -> None:
