@@ -208,6 +208,7 @@ class Site:
         self.folder = folder
         self.cluster = cluster
         self.job_id = ""  # of the first submission
+        self.accounts: list[str] = []  # what sacct said of it: JobID|State|ExitCode
         write_store(folder / "store", SHAPES)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         self.profile()

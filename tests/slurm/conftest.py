@@ -43,4 +43,12 @@ def undisturbed(machine: DevCluster, tmp_path_factory: pytest.TempPathFactory) -
     site.job_id = site.submit(steps=STEPS)
     machine.wait_for_state(site.job_id, "COMPLETED", "FAILED")
     site.wait_until_finished()
+
+    def accounted() -> list[str]:  # slurmdbd hears of the end a moment later
+        words = ("sacct", "-n", "-P", f"--jobs={site.job_id}", "--format=JobID,State,ExitCode")
+        lines = machine.command(*words).splitlines()
+        return lines if lines and all("COMPLETED" in line for line in lines) else []
+
+    # Now: the next test may bring up a cluster of another setup, with accounts of its own.
+    site.accounts = machine.wait_for("sacct to know the end", accounted, timeout_s=30)
     return site

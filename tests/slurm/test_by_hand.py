@@ -61,6 +61,7 @@ def by_hand(cluster: DevCluster, folder: Path, *options: str, words: tuple[str, 
     return cluster.command("sbatch", *base, variables, *options, str(TRAIN), *words)
 
 
+@pytest.mark.soak
 def test_the_batch_script_trains_on_two_nodes_and_a_signal_sends_it_back_to_the_queue(
     cluster: DevCluster, site: Site
 ) -> None:

@@ -13,18 +13,12 @@ def status_of(site: Site, name: str = "run") -> dict[str, object]:
     return status
 
 
-def test_a_run_on_two_nodes_finishes_and_slurm_says_so(undisturbed: Site, cluster: DevCluster) -> None:
+def test_a_run_on_two_nodes_finishes_and_slurm_says_so(undisturbed: Site) -> None:
     job_id = undisturbed.job_id
     assert undisturbed.logged_steps() == list(range(1, STEPS + 1))
     assert len(list(undisturbed.run().samples.iterdir())) == 4
-
-    def accounted() -> list[str]:  # slurmdbd hears of the end a moment later
-        lines = cluster.command("sacct", "-n", "-P", f"--jobs={job_id}", "--format=JobID,State,ExitCode").splitlines()
-        return lines if all("COMPLETED" in line for line in lines) else []
-
-    lines = cluster.wait_for("sacct to know the end", accounted, timeout_s=30)
-    assert f"{job_id}|COMPLETED|0:0" in lines
-    assert f"{job_id}.0|COMPLETED|0:0" in lines
+    assert f"{job_id}|COMPLETED|0:0" in undisturbed.accounts
+    assert f"{job_id}.0|COMPLETED|0:0" in undisturbed.accounts
     status = status_of(undisturbed)
     assert (status["state"], status["step"], status["last_checkpoint"]) == ("finished", STEPS, STEPS)
 
