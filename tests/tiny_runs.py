@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from mimscale.train.run_dir import RunDir
+
 SHAPES = [(40, 36, 44)] * 8
 
 
@@ -26,3 +28,8 @@ def pretrain_words(store: Path, run_dir: Path, *more: str) -> list[str]:
         "engine.bucket_elements=2000",  # so that a step's gradients travel in several buckets
         *more,
     ]
+
+
+def run_of(words: list[str]) -> RunDir:
+    """The run directory that a command line names."""
+    return RunDir(Path(next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rank_pool import run_ranks
 from stream_stores import damage, write_store
-from tiny_runs import SHAPES, pretrain_words
+from tiny_runs import SHAPES, pretrain_words, run_of
 
 from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.train.run_dir import RunDir
@@ -29,10 +29,6 @@ def finished(store, tmp_path_factory) -> list[str]:
     (ended,) = run_ranks(words, size=1)
     assert ended.code == 0, ended.err
     return words
-
-
-def run_of(words: list[str]) -> RunDir:
-    return RunDir(Path(next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))))
 
 
 def samples_of(run: RunDir) -> dict[int, list[int]]:

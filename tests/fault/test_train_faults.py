@@ -7,7 +7,7 @@ import pytest
 from disks import small_disk
 from rank_pool import run_ranks
 from stream_stores import write_store
-from tiny_runs import SHAPES, pretrain_words
+from tiny_runs import SHAPES, pretrain_words, run_of
 
 from mimscale.train import checkpoint
 from mimscale.train.run_dir import RunDir
@@ -29,10 +29,6 @@ def finished(store, tmp_path_factory) -> list[str]:
     (ended,) = run_ranks(words, size=1)
     assert ended.code == 0, ended.err
     return words
-
-
-def run_of(words: list[str]) -> RunDir:
-    return RunDir(Path(next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))))
 
 
 def test_a_run_of_another_model_is_refused_with_exit_code_2(finished):
