@@ -87,8 +87,9 @@ class DevCluster:
         return done
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The variables of a shell that uses this cluster."""
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), **more}
+        """The variables of a shell that uses this cluster, in the Python environment of the tests."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf"), **more}
 
     def command(self, *words: str) -> str:
         """What one of Slurm's commands prints."""
