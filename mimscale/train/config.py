@@ -67,11 +67,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. All jobs of a run directory are one W&B run."""
+
+    project: str  # where the run appears
+    entity: str | None = None  # team or user; null: the default of who is logged in
+    name: str | None = None  # of the run; null: the name of run_dir
+    mode: Literal["offline", "online"] = "offline"  # offline: sent later by `wandb sync`; compute nodes see no internet
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeterConfig:
     """What a run writes about itself."""
 
     log_every_steps: int = 1  # steps between two lines of metrics.jsonl
     tensorboard: bool = True  # also write TensorBoard events
+    wandb: WandbConfig | None = None  # also draw the run in Weights & Biases (extra `wandb`)
     record_samples: bool = False  # write every sample id a step and rank to samples/
 
     def __post_init__(self) -> None:

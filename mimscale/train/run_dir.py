@@ -102,6 +102,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """What Weights & Biases writes, and the id under which a run continues."""
+        return self.path / "wandb"
+
+    @property
     def samples(self) -> Path:
         """Sample ids a rank and step, when `meter.record_samples` asks for them."""
         return self.path / "samples"
