@@ -49,7 +49,7 @@ def load_config(cls: type[T], recipe: str | None, overrides: Sequence[str] = ())
     origin = "command line" if recipe is None else recipe
     tree = {} if recipe is None else parse_yaml(recipe_text(recipe), origin)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return build_config(cls, tree, origin)
 
 
@@ -133,7 +133,12 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in a plain tree.
+
+    Raises:
+        ConfigError: it is no override, or a value stands where a key below it is meant.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=1e-4")
