@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -94,8 +94,12 @@ def _at(loc: Sequence[Any]) -> str:
 def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:
     """Field names of the config that stands at a key path; none where several kinds of value may stand."""
     for parent in parents:
-        kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
-        cls = next((choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)), None)
+        if get_origin(cls) is dict:
+            kind = get_args(cls)[1]
+        else:
+            kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
+        choices = (kind, *get_args(kind)) if get_origin(kind) is not dict else (kind,)
+        cls = next((one for one in choices if dataclasses.is_dataclass(one) or get_origin(one) is dict), None)
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 

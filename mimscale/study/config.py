@@ -74,23 +74,32 @@ class ExperimentConfig:
     """A question: arms that are compared, under one or more settings."""
 
     question: str
+    claim: str = ""  # what the paper says about it
+    paper_value: float | None = None  # the number that the paper gives; null where it is not at hand
     arms: tuple[str, ...]
     reference_arm: str | None = None  # the one that others are compared with; null: the first
-    settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})  # name -> keys that it changes
+    # name -> keys that it changes; null takes away one of the recipe that is extended
+    settings: dict[str, dict[str, Any] | None] = field(default_factory=lambda: {"": {}})
     reference_setting: str | None = None  # null: the first
+    pool_settings: bool = False  # settings are folds: an arm's scores are those of all of them together
     config: dict[str, Any] = field(default_factory=dict)  # keys that hold in every setting
     pretrain_seeds: tuple[int, ...] | None = None  # null: the study's
     finetune_seeds: tuple[int, ...] | None = None  # null: the study's
 
     def __post_init__(self) -> None:
-        if not self.arms or not self.settings:
+        if not self.arms or not self.points:
             raise ValueError("arms and settings: there must be at least one of each")
         if self.reference_arm is not None and self.reference_arm not in self.arms:
             raise ValueError(f"reference_arm={self.reference_arm}: must be one of arms={list(self.arms)}")
-        if self.reference_setting is not None and self.reference_setting not in self.settings:
-            raise ValueError(f"reference_setting={self.reference_setting}: must be one of {list(self.settings)}")
-        for keys in (self.config, *self.settings.values()):
+        if self.reference_setting is not None and self.reference_setting not in self.points:
+            raise ValueError(f"reference_setting={self.reference_setting}: must be one of {list(self.points)}")
+        for keys in (self.config, *self.points.values()):
             _check_stages(keys)
+
+    @property
+    def points(self) -> dict[str, dict[str, Any]]:
+        """The settings that are there."""
+        return {name: keys for name, keys in self.settings.items() if keys is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +152,6 @@ class StudyConfig:
     # Why pretraining may read volumes that others are validated or tested on, in words; null: it may not
     pretrain_on_validation: str | None = None
     caveat: str = ""  # what the numbers do not say; stands first in the report
-    sources: dict[str, Any] = field(default_factory=dict)  # of a published study: where, and its values or null
 
     def __post_init__(self) -> None:
         require_positive("study", workers=self.workers, processes=self.processes)

@@ -119,7 +119,7 @@ def expand(config: StudyConfig) -> Graph:
         if config.only and name not in config.only:
             continue
         for setting, arm_name, pretrain_seed, finetune_seed in _points(config, experiment):
-            keys = {**experiment.config, **experiment.settings[setting]}
+            keys = {**experiment.config, **experiment.points[setting]}
             arm = config.arms[arm_name]
             label = " ".join(filter(None, (arm_name, _setting_label(name, setting))))
             pretrain = None
@@ -160,7 +160,7 @@ def _points(config: StudyConfig, experiment: ExperimentConfig) -> Iterator[tuple
     finetune_seeds = experiment.finetune_seeds or config.finetune_seeds
     for place, pretrain_seed in enumerate(pretrain_seeds):
         for finetune_seed in finetune_seeds:
-            for setting in experiment.settings:
+            for setting in experiment.points:
                 for arm in experiment.arms:
                     if config.arms[arm].pretrain is not None:
                         yield setting, arm, pretrain_seed, finetune_seed

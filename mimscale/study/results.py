@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mimscale.report.facts import RunFacts, read_run
-from mimscale.study.config import StudyConfig
+from mimscale.study.config import ExperimentConfig, StudyConfig
 from mimscale.study.graph import Graph, Trial
 from mimscale.study.statistics import (
     Floats,
@@ -151,7 +151,8 @@ class Group:
                 continue
             where = pretrain.index(result.trial.pretrain_seed), finetune.index(result.trial.finetune_seed)
             dice = result.case_dice
-            table[where] = [dice.get(case, np.nan) for case in cases]
+            # Of folds several runs have these seeds, each with cases of its own.
+            table[where] = [dice.get(case, before) for case, before in zip(cases, table[where], strict=True)]
         return table
 
 
@@ -181,10 +182,13 @@ def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collec
             runs[node_id] = read_run(graph.folder(study_dir, graph.nodes[node_id]))
         return runs[node_id]
 
-    keys = dict.fromkeys((trial.experiment, trial.setting, trial.arm) for trial in graph.trials)
+    def place(trial: Trial) -> tuple[str, str, str]:
+        pooled = config.experiments[trial.experiment].pool_settings
+        return trial.experiment, "" if pooled else trial.setting, trial.arm
+
     groups = []
-    for experiment, setting, arm in keys:
-        trials = [t for t in graph.trials if (t.experiment, t.setting, t.arm) == (experiment, setting, arm)]
+    for experiment, setting, arm in dict.fromkeys(map(place, graph.trials)):
+        trials = [trial for trial in graph.trials if place(trial) == (experiment, setting, arm)]
         results = [
             Result(
                 trial=trial,
@@ -245,11 +249,16 @@ def _cases(group: Group) -> list[str]:
     return [case for result in group.results for case in result.case_dice]
 
 
+def reference_setting(recipe: ExperimentConfig) -> str:
+    """The setting that others are compared with."""
+    return "" if recipe.pool_settings else recipe.reference_setting or next(iter(recipe.points))
+
+
 def comparisons(config: StudyConfig, experiment: str, groups: Sequence[Group]) -> list[Comparison]:
     """Every arm against the reference arm of its setting, and every setting against the reference setting."""
     by_place: Mapping[tuple[str, str], Group] = {(group.setting, group.arm): group for group in groups}
     recipe = config.experiments[experiment]
-    arm, setting = recipe.reference_arm or recipe.arms[0], recipe.reference_setting or next(iter(recipe.settings))
+    arm, setting = recipe.reference_arm or recipe.arms[0], reference_setting(recipe)
     found = []
     for group in groups:
         target = target_dice(config, [other for other in groups if other.setting == group.setting])

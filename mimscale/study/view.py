@@ -12,10 +12,19 @@ from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.study.checks import VolumeUse, used_rows
-from mimscale.study.config import StudyConfig
+from mimscale.study.config import ExperimentConfig, StudyConfig
 from mimscale.study.graph import Graph
 from mimscale.study.nodes import resolve, tested_on, use_of
-from mimscale.study.results import Comparison, Group, Result, comparisons, compute_s, read_groups, target_dice
+from mimscale.study.results import (
+    Comparison,
+    Group,
+    Result,
+    comparisons,
+    compute_s,
+    read_groups,
+    reference_setting,
+    target_dice,
+)
 from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
 from mimscale.train.run_dir import RunDir
 
@@ -73,9 +82,8 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
 def _section(config: StudyConfig, experiment: str, groups: list[Group]) -> Section:
     recipe = config.experiments[experiment]
     found = comparisons(config, experiment, groups)
-    targets = {s: target_dice(config, [g for g in groups if g.setting == s]) for s in recipe.settings}
-    several = len(recipe.settings) > 1
-    first = recipe.reference_setting or next(iter(recipe.settings))
+    settings = list(dict.fromkeys(group.setting for group in groups))
+    targets = {s: target_dice(config, [g for g in groups if g.setting == s]) for s in settings}
     points = {
         arm: [
             Point(setting=g.setting, mean=s.mean, std=s.std)
@@ -93,14 +101,21 @@ def _section(config: StudyConfig, experiment: str, groups: list[Group]) -> Secti
     ]
     return Section(
         name=experiment,
-        question=recipe.question,
+        question=_question(recipe),
         answers=[_answer(config, one) for one in found] or ["One arm under one setting: there is nothing to compare."],
         tables=tables,
         curves=curves,
-        target=targets[first],
-        points={arm: line for arm, line in points.items() if line} if several else {},
-        settings=list(recipe.settings),
+        target=targets[reference_setting(recipe)],
+        points={arm: line for arm, line in points.items() if line} if len(settings) > 1 else {},
+        settings=settings,
     )
+
+
+def _question(recipe: ExperimentConfig) -> str:
+    if not recipe.claim:
+        return recipe.question
+    value = "" if recipe.paper_value is None else f" ({recipe.paper_value:g})"
+    return f"{recipe.question} The paper: {recipe.claim}{value}."
 
 
 def _score_table(groups: Sequence[Group]) -> Table:
