@@ -327,7 +327,7 @@ def _show(study: Study, view: Any, report: Path | None) -> None:
     ]
     console.print_table(study.config.title, ["node", "what", "state", "reason"], rows)
     console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
-    for table in view.tables:
+    for table in view.tables if any(state.name == "done" for state in study.states.values()) else []:
         console.print_table(table.title, table.columns, table.rows)
     if report is not None:
         console.say(f"report: {report}")

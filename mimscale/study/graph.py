@@ -25,6 +25,7 @@ class Node:
     label: str  # for people
     config: dict[str, Any]
     parents: tuple[str, ...]
+    needs: str = ""  # what a user must have for it, in words
 
     @property
     def folder_id(self) -> str:
@@ -72,7 +73,9 @@ class _Builder:
     nodes: dict[str, Node] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
 
-    def add(self, verb: Verb, label: str, config: dict[str, Any], parents: tuple[str, ...] = ()) -> str:
+    def add(
+        self, verb: Verb, label: str, config: dict[str, Any], parents: tuple[str, ...] = (), needs: str = ""
+    ) -> str:
         used = [name for name in _references(config) if name not in self.nodes]
         for name in used:
             self.add_data(name, label)
@@ -80,7 +83,7 @@ class _Builder:
         parents = (*parents, *(p for p in dict.fromkeys(_references(tree)) if p not in parents))
         node_id = f"{verb}-{tree_hash({'verb': verb, 'config': tree, 'parents': list(parents)})}"
         if node_id not in self.nodes:
-            self.nodes[node_id] = Node(id=node_id, verb=verb, label=label, config=tree, parents=parents)
+            self.nodes[node_id] = Node(id=node_id, verb=verb, label=label, config=tree, parents=parents, needs=needs)
         return node_id
 
     def add_data(self, name: str, user: str) -> None:
@@ -95,7 +98,8 @@ class _Builder:
             return
         assert data.verb is not None, "the config has a path or a verb"
         self.data[name] = ""  # while it is made: a circle ends in a message
-        self.data[name] = self.add(data.verb, f"{data.verb} {name}", merged(_recipe(data.recipe), data.config))
+        tree = merged(_recipe(data.recipe), data.config)
+        self.data[name] = self.add(data.verb, f"{data.verb} {name}", tree, needs=data.needs)
 
     def _place(self, name: str) -> str:
         if name in self.nodes:

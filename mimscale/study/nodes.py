@@ -31,7 +31,10 @@ def resolve(graph: Graph, study_dir: Path, node: Node) -> Any:
     Raises:
         ConfigError: naming every mistake.
     """
-    config = build_config(VERB_CONFIGS[node.verb], graph.config_of(study_dir, node), node.label)
+    try:
+        config = build_config(VERB_CONFIGS[node.verb], graph.config_of(study_dir, node), node.label)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  needs {node.needs}" if node.needs else str(error)) from None
     if isinstance(config, RunConfig):
         check_run(config)
     return config
