@@ -163,6 +163,7 @@ class Comparison:
     ours: Group
     theirs: Group
     dice: Interval
+    target: float | None  # validation Dice; None where the arm that sets it has no run
     steps: Ratio  # how many times sooner ours reaches the target
     seconds: Ratio  # the same with what pretraining took
 
@@ -205,11 +206,17 @@ def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collec
     return groups
 
 
-def target_dice(config: StudyConfig, groups: Sequence[Group]) -> float | None:
-    """The validation Dice that is to be reached in these groups; None while the arm that sets it has no run."""
+def target_dice(config: StudyConfig, groups: Sequence[Group], place: Group) -> float | None:
+    """The validation Dice that a group is to reach; None while the arm that sets it has no run.
+
+    It is what that arm ends at under the same setting, or, where it has no part in the experiment, in the first
+    experiment in which it has.
+    """
     if config.target.dice is not None:
         return config.target.dice
-    return next((group.last_validation.mean for group in groups if group.arm == config.target.arm), None)
+    by_target = [group for group in groups if group.arm == config.target.arm]
+    own = [g for g in by_target if (g.experiment, g.setting) == (place.experiment, place.setting)]
+    return next((group.last_validation.mean for group in (*own, *by_target)), None)
 
 
 def compare(config: StudyConfig, ours: Group, theirs: Group, target: float | None) -> Comparison:
@@ -236,6 +243,7 @@ def compare(config: StudyConfig, ours: Group, theirs: Group, target: float | Non
         ours=ours,
         theirs=theirs,
         dice=interval,
+        target=target,
         steps=none
         if target is None
         else time_ratio(median_time(theirs.times(target)), median_time(ours.times(target))),
@@ -254,17 +262,22 @@ def reference_setting(recipe: ExperimentConfig) -> str:
     return "" if recipe.pool_settings else recipe.reference_setting or next(iter(recipe.points))
 
 
-def comparisons(config: StudyConfig, experiment: str, groups: Sequence[Group]) -> list[Comparison]:
-    """Every arm against the reference arm of its setting, and every setting against the reference setting."""
+def comparisons(config: StudyConfig, experiment: str, everything: Sequence[Group]) -> list[Comparison]:
+    """Every arm against the reference arm of its setting, and every setting against the reference setting.
+
+    Args:
+        config: of the study.
+        experiment: whose groups are compared.
+        everything: the groups of all experiments.
+    """
+    groups = [group for group in everything if group.experiment == experiment]
     by_place: Mapping[tuple[str, str], Group] = {(group.setting, group.arm): group for group in groups}
     recipe = config.experiments[experiment]
     arm, setting = recipe.reference_arm or recipe.arms[0], reference_setting(recipe)
     found = []
     for group in groups:
-        target = target_dice(config, [other for other in groups if other.setting == group.setting])
-        if group.arm != arm:
-            found.append(compare(config, group, by_place[group.setting, arm], target))
-        if group.setting != setting:
-            target = target_dice(config, [other for other in groups if other.setting == setting])
-            found.append(compare(config, group, by_place[setting, group.arm], target))
+        others = [(group.setting, arm)] if group.arm != arm else []
+        others += [(setting, group.arm)] if group.setting != setting else []
+        for place in others:
+            found.append(compare(config, group, by_place[place], target_dice(config, everything, by_place[place])))
     return found

@@ -55,7 +55,7 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
     groups = read_groups(config, graph, study_dir, done)
     sections, shown = [], []
     for experiment in dict.fromkeys(group.experiment for group in groups):
-        section = _section(config, experiment, [group for group in groups if group.experiment == experiment])
+        section = _section(config, experiment, groups)
         sections.append(section)
         shown += section.tables[:2]
     results = list({r.trial.finetune: r for group in groups for r in group.results}.values())
@@ -79,11 +79,12 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
     )
 
 
-def _section(config: StudyConfig, experiment: str, groups: list[Group]) -> Section:
+def _section(config: StudyConfig, experiment: str, everything: list[Group]) -> Section:
     recipe = config.experiments[experiment]
-    found = comparisons(config, experiment, groups)
+    groups = [group for group in everything if group.experiment == experiment]
+    found = comparisons(config, experiment, everything)
     settings = list(dict.fromkeys(group.setting for group in groups))
-    targets = {s: target_dice(config, [g for g in groups if g.setting == s]) for s in settings}
+    targets = {group.setting: target_dice(config, everything, group) for group in groups}
     points = {
         arm: [
             Point(setting=g.setting, mean=s.mean, std=s.std)
@@ -102,7 +103,7 @@ def _section(config: StudyConfig, experiment: str, groups: list[Group]) -> Secti
     return Section(
         name=experiment,
         question=_question(recipe),
-        answers=[_answer(config, one) for one in found] or ["One arm under one setting: there is nothing to compare."],
+        answers=[_answer(one) for one in found] or ["One arm under one setting: there is nothing to compare."],
         tables=tables,
         curves=curves,
         target=targets[reference_setting(recipe)],
@@ -234,7 +235,7 @@ def _class_table(groups: Sequence[Group]) -> Table:
     return Table(title="Each class", columns=["class", "arm", "Dice", "HD95, mm", "NSD"], rows=rows, text_columns=2)
 
 
-def _answer(config: StudyConfig, one: Comparison) -> str:
+def _answer(one: Comparison) -> str:
     interval = one.dice
     if interval.difference is None:
         return f"{one.ours.name} against {one.theirs.name}: not measured yet."
@@ -246,8 +247,8 @@ def _answer(config: StudyConfig, one: Comparison) -> str:
     text = f"{one.ours.name} against {one.theirs.name}: Dice {_signed(interval.difference)} {_range(interval)}, {said}"
     if one.steps.value is not None:
         text += f"; the target is reached {_ratio(one.steps)} times as fast, {_ratio(one.seconds)} with pretraining"
-    else:
-        text += "; neither reaches the target" if config.target else ""
+    elif one.target is not None:
+        text += "; neither reaches the target"
     return text + "."
 
 
