@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "bench": ("mimscale.bench.stream:main", "bench stream: how fast crops come out of a store, and what limits it"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
+    "study": ("launch.study:main", "an experiment of many runs, here or on Slurm, and its tables and curves"),
     "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
     "status": ("launch.status:main", "what submitted runs are doing"),
     "logs": ("launch.steer:logs_main", "what a submitted run prints"),

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -49,7 +49,7 @@ def load_config(cls: type[T], recipe: str | None, overrides: Sequence[str] = ())
     origin = "command line" if recipe is None else recipe
     tree = {} if recipe is None else parse_yaml(recipe_text(recipe), origin)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return build_config(cls, tree, origin)
 
 
@@ -94,8 +94,12 @@ def _at(loc: Sequence[Any]) -> str:
 def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:
     """Field names of the config that stands at a key path; none where several kinds of value may stand."""
     for parent in parents:
-        kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
-        cls = next((choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)), None)
+        if get_origin(cls) is dict:
+            kind = get_args(cls)[1]
+        else:
+            kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
+        choices = (kind, *get_args(kind)) if get_origin(kind) is not dict else (kind,)
+        cls = next((one for one in choices if dataclasses.is_dataclass(one) or get_origin(one) is dict), None)
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
@@ -133,7 +137,12 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in a plain tree.
+
+    Raises:
+        ConfigError: it is no override, or a value stands where a key below it is meant.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=1e-4")

@@ -135,7 +135,7 @@ def make_store(folder: Path, split="val", labelled=tuple(SOURCES)):
                     length_bytes=place.length_bytes,
                     fill_value=fill,
                     sha256=place.sha256,
-                    voxels_sha256="0",
+                    voxels_sha256=volume_id,
                     source_sha256=hashlib.sha256(volume_id.encode()).hexdigest(),
                     source_orientation=axis_codes(affine),
                     source_affine=tuple(affine.ravel().tolist()),

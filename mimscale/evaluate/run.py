@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.store.layout import read_info
     from mimscale.store.manifest import load_manifest
     from mimscale.stream.select import parse_filter
+    from mimscale.stream.subjects import in_split
     from mimscale.train.config import FinetuneConfig, load_run_config
     from mimscale.train.run_dir import RunDir
 
@@ -68,6 +69,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if run_config.modality is not None:
         wanted["modality"] = run_config.modality
     selected = manifest.equal(**wanted)
+    if run_config.stream.fold is not None and store == run_config.store:
+        wanted["stream.fold"] = run_config.stream.fold
+        selected = in_split(manifest, config.split, run_config.stream)
+        if run_config.modality is not None:
+            selected &= manifest.equal(modality=run_config.modality)
     if run_config.stream.filter is not None:
         wanted["stream.filter"] = run_config.stream.filter
         selected &= parse_filter(run_config.stream.filter).select(manifest)

@@ -68,7 +68,7 @@ def loss_chart(runs: Sequence[RunFacts], path: Path) -> None:
                 linestyle=":",
                 label=f"{run.name}, validation",
             )
-    _finish(axes, "optimizer step", "loss")
+    finish_axes(axes, "optimizer step", "loss")
     save_figure(figure, path)
 
 
@@ -87,7 +87,7 @@ def dice_chart(runs: Sequence[RunFacts], path: Path) -> None:
             label=run.name,
         )
     axes.set_ylim(0, 1)
-    _finish(axes, "optimizer step", "Dice on validation crops")
+    finish_axes(axes, "optimizer step", "Dice on validation crops")
     save_figure(figure, path)
 
 
@@ -113,8 +113,8 @@ def throughput_chart(runs: Sequence[RunFacts], path: Path) -> None:
         )
     speed.set_ylim(bottom=0)
     wait.set_ylim(0, 100)
-    _finish(speed, "", "samples/s")
-    _finish(wait, "optimizer step", "data wait, %", legend=False)
+    finish_axes(speed, "", "samples/s")
+    finish_axes(wait, "optimizer step", "data wait, %", legend=False)
     save_figure(figure, path)
 
 
@@ -126,7 +126,8 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
-def _finish(axes: "Axes", x_label: str, y_label: str, *, legend: bool = True) -> None:
+def finish_axes(axes: "Axes", x_label: str, y_label: str, *, legend: bool = True) -> None:
+    """Labels, grid and legend of all our charts."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x_label, color=INK)

@@ -58,8 +58,9 @@ def render(view: dict[str, Any]) -> str:
     """The HTML page."""
     from jinja2 import Environment, StrictUndefined
 
-    template = (resources.files("mimscale.report") / "page.html").read_text()
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(view)
+    template, style = ((resources.files("mimscale.report") / name).read_text() for name in ("page.html", "style.css"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(view | {"style": style})
 
 
 def _subtitle(pretrain: Sequence[RunFacts], finetune: Sequence[RunFacts]) -> str:
@@ -117,7 +118,7 @@ def _pretrain_view(runs: Sequence[RunFacts], origins: dict[str, str | None], fol
                 "name": run.name,
                 "path": run.run.path,
                 "reconstruction": _reconstruction(run.scores) if run.scores else None,
-                "pictures": _reconstruction_pictures(run, origins, folder),
+                "pictures": reconstruction_pictures(run, origins, folder),
             }
             for run in runs
         ],
@@ -150,7 +151,8 @@ def _reconstruction(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+def reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+    """Draw the reconstructions of a run into `folder`: {"file", "volume", "caption"} each."""
     import numpy as np
 
     if not run.scores:
@@ -195,7 +197,7 @@ def _finetune_view(runs: Sequence[RunFacts], origins: dict[str, str | None], fol
                 "name": run.name,
                 "path": run.run.path,
                 "segmentation": _segmentation(run.scores, origins) if run.scores else None,
-                "pictures": _segmentation_pictures(run, origins, folder),
+                "pictures": segmentation_pictures(run, origins, folder),
             }
             for run in runs
         ],
@@ -284,7 +286,8 @@ def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dic
     }
 
 
-def _segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+def segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+    """Draw truth and prediction of a run's scored volumes into `folder`: {"file", "volume", "caption"} each."""
     pictures = []
     for case in run.scores["cases"] if run.scores else []:
         if case.get("slices") is None:

@@ -31,6 +31,7 @@ from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 from mimscale.stream.select import parse_attribute, parse_filter, refuse_mixed_spacings
 from mimscale.stream.staging import Copier, upcoming_packs
+from mimscale.stream.subjects import first_subjects, in_split
 from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
@@ -98,9 +99,11 @@ class TrainingData:
         filtered = None if stream.filter is None else parse_filter(stream.filter)
         by = None if stream.weights is None else parse_attribute(stream.weights.by, "stream.weights.by")
         columns = {"spacing_mm"}.union(*(part.columns for part in (filtered, by) if part is not None))
+        if stream.fold is not None or stream.train_fraction < 1:
+            columns = columns | {"subject"}
         self.manifest: Manifest = load_manifest(config.store, sorted(columns.union(TRAINING_COLUMNS)))
         self._kept = np.ones(len(self.manifest), bool) if filtered is None else filtered.select(self.manifest)
-        self.train: NDArray[np.int64] = self._selected("train")
+        self.train: NDArray[np.int64] = first_subjects(self.manifest, self._selected("train"), stream.train_fraction)
         self.validation = self._selected("val")[: config.validation.max_volumes]
         if not len(self.train):
             raise DataError(
@@ -123,7 +126,8 @@ class TrainingData:
     def _selected(self, split: str) -> NDArray[np.int64]:
         """Volumes of a split that the config asks for, and that have the overlay, when there is one."""
         wanted = {} if self.config.modality is None else {"modality": self.config.modality}
-        indices: NDArray[np.int64] = np.flatnonzero(self._kept & self.manifest.equal(split=split, **wanted))
+        in_its_split = in_split(self.manifest, split, self.config.stream)
+        indices: NDArray[np.int64] = np.flatnonzero(self._kept & in_its_split & self.manifest.equal(**wanted))
         if self.overlay is None:
             return indices
         labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]

@@ -19,6 +19,13 @@ VERBS = {
     "evaluate --check": ["evaluate", *RUN, "--check"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
+    "study --dry-run": [
+        "study",
+        "studies/paper_btcv",
+        "run_dir=/none/study",
+        "data.btcv.config.sources=/none",
+        "--dry-run",
+    ],
     "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
 }
 PROGRAM = """
