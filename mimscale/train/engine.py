@@ -112,6 +112,8 @@ class Engine:
         groups = parameter_groups(model, config.optim, config.model.depth)
         self._lr_scales = [group["lr_scale"] for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
+        if self.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._leave_out_stage_0)
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
@@ -189,10 +191,13 @@ class Engine:
             # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             self._stage_0_norm = float(nn.utils.get_total_norm(gradients))
-            if not math.isfinite(self._stage_0_norm):
-                for parameter in self.module.parameters():
-                    parameter.grad = None  # AdamW leaves weights and moments of such parameters alone
         self._deepspeed.step()
+
+    def _leave_out_stage_0(self, *_: Any) -> None:
+        """Just before an update at stage 0: without gradients AdamW leaves weights and moments alone."""
+        if not math.isfinite(self._stage_0_norm):
+            for parameter in self.module.parameters():
+                parameter.grad = None
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping; not finite where its update was left out."""

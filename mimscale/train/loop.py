@@ -58,14 +58,15 @@ def train(
     save_due: Callable[[int], bool],
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
+    alive: Callable[[int], None] = lambda step: None,
     take_counts: Callable[[], dict[str, float]] = dict,
     take_yardsticks: Callable[[], dict[str, Tensor | float]] = dict,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
-    and nobody waits for it. `take_counts` says what this rank counted in a step, by the same names on every rank,
-    `take_yardsticks` what its loss is to be compared with.
+    and nobody waits for it. `alive` is told of each step that is done; `take_counts` says what this rank counted in it,
+    by the same names on every rank, and `take_yardsticks` what its loss is to be compared with.
     """
     pending = _Pending(meter, health, ranks.world.size)
     for done in range(first_step + 1, steps + 1):
@@ -84,6 +85,7 @@ def train(
                 losses.append(loss.detach())
                 micro_batches.append(batch)
             stopping = pending.finish(done)
+        alive(done)
         grad_norm = engine.grad_norm()
         was_made = health.update_was_made(done, grad_norm, losses, micro_batches)
         sample_ids = [sample_id for batch in micro_batches for sample_id in batch.sample_ids.tolist()]

@@ -33,7 +33,7 @@ def time_metrics(times: Sequence[RankTimes]) -> dict[str, float]:
     """The spread over the ranks, for metrics.jsonl."""
     slowest = max(times, key=lambda rank: rank.own_s)
     return {
-        "rank_own_s_median": statistics.median(rank.own_s for rank in times),
+        "rank_own_s_median": statistics.median_low(rank.own_s for rank in times),
         "rank_own_s_max": slowest.own_s,
         "rank_data_wait_s_max": max(rank.data_wait_s for rank in times),
         "slowest_rank": float(slowest.rank),
@@ -43,7 +43,7 @@ def time_metrics(times: Sequence[RankTimes]) -> dict[str, float]:
 def slow_rank(times: Sequence[RankTimes], factor: float) -> str | None:
     """The slowest rank in words, when its own time is more than `factor` times the median; else None."""
     slowest = max(times, key=lambda rank: rank.own_s)
-    median_s = statistics.median(rank.own_s for rank in times)
+    median_s = statistics.median_low(rank.own_s for rank in times)
     lost_s = slowest.own_s - median_s
     if slowest.own_s <= factor * median_s or lost_s < LEAST_PART_OF_STEP * slowest.step_s:
         return None

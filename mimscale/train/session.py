@@ -44,6 +44,7 @@ from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.train.startup import Startup
 from mimscale.train.volume_facts import VolumeFacts
+from mimscale.train.watchdog import Watchdog
 from mimscale.world import StopRequest, World
 
 # When a batch script wants the run to save and leave, in seconds since 1970.
@@ -257,7 +258,8 @@ def run_session(
                 ranks.first_does(lambda: None)
             claimed = True
             stack.enter_context(run.registered(world.rank))
-            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack, fresh_data)
+            watchdog = stack.enter_context(Watchdog(run, config.health, world))
+            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack, watchdog, fresh_data)
     except Exception as error:
         failure = _as_failure(error, world, config)
         # Before the claim the directory may be another job's. After it, the first rank to fail says why.
@@ -313,6 +315,7 @@ def _train(
     stop: StopRequest,
     startup: Startup,
     stack: ExitStack,
+    watchdog: Watchdog,
     fresh_data: bool,
 ) -> tuple[Outcome, dict[str, Any]]:
     world = ranks.world
@@ -358,9 +361,15 @@ def _train(
         sums: dict[str, Tensor | float] = {}
         with engine.evaluating():
             for batch in OnDevice(data.validation_batches(world), ranks.device):
+                watchdog.alive()
                 for name, value in objective.validation_sums(engine, batch).items():
                     sums[name] = sums.get(name, 0.0) + value
         return objective.validation_metrics(ranks.total(sums))
+
+    def save(step: int) -> None:
+        watchdog.alive()
+        checkpoints.save(step, data.plan.position(step).to_dict())
+        watchdog.alive()
 
     def validation_due(step: int) -> bool:
         every = config.validation.every_steps
@@ -377,7 +386,8 @@ def _train(
         meter=meter,
         health=health,
         stop_wanted=stop_wanted,
-        save=lambda step: checkpoints.save(step, data.plan.position(step).to_dict()),
+        alive=watchdog.alive,
+        save=save,
         save_due=checkpoints.due,
         validate=validate,
         validation_due=validation_due,
