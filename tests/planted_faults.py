@@ -91,6 +91,19 @@ def nan_voxel(bad_rank: int, batch_index: int, rank: int) -> None:
         pretrain.normalise = normalise_with_nan
 
 
+def large_loss(bad_rank: int, batch_index: int, rank: int) -> None:
+    """The loss of a global batch is a thousand times as large."""
+    from mimscale.train.pretrain import MaskedReconstruction
+
+    loss_of = MaskedReconstruction.loss
+
+    def larger_loss(self: MaskedReconstruction, forward: Any, batch: Any) -> Any:
+        return loss_of(self, forward, batch) * (1000 if batch.batch_index == batch_index else 1)
+
+    if rank == bad_rank:
+        MaskedReconstruction.loss = larger_loss
+
+
 def infinite_loss(bad_rank: int, batch_index: int, rank: int) -> None:
     """The loss is infinite while its gradient is as usual, as with L1 and an infinite voxel in a hidden patch."""
     from mimscale.train.pretrain import MaskedReconstruction

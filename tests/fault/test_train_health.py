@@ -96,6 +96,27 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_neither_weights_nor_optim
     assert ["loss" in line for line in lines] == [True, True, False, True]
 
 
+@pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
+def test_a_rollback_brings_back_weights_and_optimizer_and_training_goes_on(stage, size, store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "steps=6", "checkpoint={every_steps: 1, keep: 9}")
+    words += [f"engine.zero_stage={stage}", "health={on_spike: rollback, spike_window: 4, spike_steps: 1}"]
+    ended = run_ranks(words, size=size, plant=partial(planted_faults.large_loss, 0, 4))
+    assert [rank.code for rank in ended] == [0] * size, ended[0].err
+    spike, back = HealthLog(run.health).read()
+    assert (spike["event"], spike["step"]) == ("spike", 5)
+    # A save reads the loss of its step first, so what a spike has done is never saved.
+    assert (back["event"], back["step"], back["to_step"], back["steps_undone"]) == ("rolled_back", 5, 4, 1)
+    weights = {
+        step: load_file(run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors") for step in (4, 5, 6)
+    }
+    assert all(torch.equal(weights[4][name], weights[5][name]) for name in weights[4])
+    assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[4])
+    assert all(map(torch.equal, optimizer_state(run, 4), optimizer_state(run, 5)))
+    assert not all(map(torch.equal, optimizer_state(run, 5), optimizer_state(run, 6)))
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(store, tmp_path):
     run = RunDir(tmp_path / "run")
     words = pretrain_words(store, run.path, "steps=4", "health.max_skipped=0")
