@@ -19,6 +19,7 @@ from mimscale.evaluate.config import EvaluateConfig
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks
 from mimscale.models.patches import patchify, unpatchify
+from mimscale.models.trivial import mean_voxel
 from mimscale.store.manifest import Manifest
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.device import normalise
@@ -125,10 +126,7 @@ def _reconstruct(
     )
     pictures = model.reconstruct(image, hidden)
     if run_config.mae.target == "raw":
-        shown = (valid & ~pictures.hidden).expand_as(image)
-        # Of each sample and channel: what a network that learned nothing but brightness would say.
-        mean = (image * shown).sum(dim=(2, 3, 4), keepdim=True) / shown.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
-        guess = mean.expand_as(image)
+        guess = mean_voxel(image, valid & ~pictures.hidden)
     else:
         patches = patchify(image, run_config.patch_voxels)
         guess = unpatchify(patches.mean(dim=2, keepdim=True).expand_as(patches), run_config.patch_voxels, model.grid)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mimscale.models.config import MaeConfig, VitConfig
 from mimscale.models.patches import hidden_voxels, patchify, unpatchify
 from mimscale.models.positions import add_positions, sincos_table
+from mimscale.models.trivial import mean_voxel
 from mimscale.models.vit import Block, Vit, init_linear
 
 # Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
@@ -28,6 +29,8 @@ class MaeOutput:
     loss: Tensor  # [] fp32, the mean of sample_loss
     sample_loss: Tensor  # [B] fp32, the mean over the voxels of a sample that count; 0 where none does
     prediction: Tensor  # [B, L, P], in units of the target
+    tokens: Tensor  # [B, K, D], the encoder's answer
+    mean_voxel_loss: Tensor  # [] fp32, what the loss would be if each hidden voxel were the mean of the visible ones
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,23 @@ class MaskedAutoencoder(nn.Module):
             ValueError: rows of `hidden` with different counts, or none hidden, or all hidden.
         """
         visible = visible_indices(hidden).to(image.device, non_blocking=True)  # [B, K]
-        prediction = self._predict(image, visible)  # [B, L, P]
-        weight = self._weight(image, hidden.to(image.device, non_blocking=True), valid)
-        target = self._target(patchify(image, self.patch_voxels).float())
-        error = prediction.float() - target
-        error = error.abs() if self.config.loss == "l1" else error.square()
-        # The mean of each sample first: cutting a global batch into other micro-batches changes nothing.
-        sample_loss = (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
-        return MaeOutput(loss=sample_loss.mean(), sample_loss=sample_loss, prediction=prediction)
+        prediction, tokens = self._predict(image, visible)  # [B, L, P], [B, K, D]
+        hidden = hidden.to(image.device, non_blocking=True)
+        valid = torch.ones_like(image[:, :1], dtype=torch.bool) if valid is None else valid
+        weight = counted_numbers(self.config, valid.expand_as(image), hidden, self.patch_voxels)
+        target = patch_target(self.config, image, self.patch_voxels)
+        sample_loss = sample_error(self.config, prediction.float(), target, weight)
+        with torch.no_grad():  # one pass over the voxels, beside a network's hundreds
+            guess = mean_voxel(image.float(), valid & ~hidden_voxels(hidden, self.patch_voxels, self.grid))
+            guess = patch_target(self.config, guess, self.patch_voxels)
+            mean_voxel_loss = sample_error(self.config, guess, target, weight).mean()
+        return MaeOutput(
+            loss=sample_loss.mean(),
+            sample_loss=sample_loss,
+            prediction=prediction,
+            tokens=tokens,
+            mean_voxel_loss=mean_voxel_loss,
+        )
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
@@ -104,7 +116,7 @@ class MaskedAutoencoder(nn.Module):
         predicts only the form.
         """
         visible = visible_indices(hidden).to(image.device)
-        prediction = self._predict(image, visible).float()
+        prediction = self._predict(image, visible)[0].float()
         if self.config.target == "patch_normalised":
             mean, deviation = _patch_statistics(patchify(image, self.patch_voxels).float())
             prediction = prediction * deviation + mean
@@ -118,7 +130,8 @@ class MaskedAutoencoder(nn.Module):
             hidden=hidden_mask,
         )
 
-    def _predict(self, image: Tensor, visible: Tensor) -> Tensor:
+    def _predict(self, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder says of all patches [B, L, P], and the encoder's tokens of the visible ones [B, K, D]."""
         tokens, _ = self.encoder(image, visible)
         shown = self.decoder_input(tokens)  # [B, K, E]
         B, _, E = shown.shape
@@ -128,21 +141,34 @@ class MaskedAutoencoder(nn.Module):
         for block in self.decoder_blocks:
             full = block(full)
         prediction: Tensor = self.head(self.decoder_norm(full))
-        return prediction
+        return prediction, tokens
 
-    def _target(self, patches: Tensor) -> Tensor:
-        if self.config.target == "raw":
-            return patches
-        mean, deviation = _patch_statistics(patches)
-        return (patches - mean) / deviation
 
-    def _weight(self, image: Tensor, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """1 for each number of each patch that counts: fp32 [B, L, P]."""
-        voxels = torch.ones_like(image[:, :1], dtype=torch.bool) if valid is None else valid
-        counted = patchify(voxels.expand_as(image), self.patch_voxels)  # [B, L, P]
-        if self.config.loss_on == "masked":
-            counted = counted & hidden[:, :, None]
-        return counted.float()
+def patch_target(config: MaeConfig, image: Tensor, patch_voxels: Sequence[int]) -> Tensor:
+    """What is to be said of an image: [B, C, Z, Y, X] -> fp32 [B, L, P], patch-normalised where the config says so."""
+    patches = patchify(image, patch_voxels).float()
+    if config.target == "raw":
+        return patches
+    mean, deviation = _patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def counted_numbers(config: MaeConfig, voxels: Tensor, hidden: Tensor, patch_voxels: Sequence[int]) -> Tensor:
+    """1 for each number of each patch that counts: bool [B, C, Z, Y, X] and hidden [B, L] -> fp32 [B, L, P]."""
+    counted = patchify(voxels, patch_voxels)
+    if config.loss_on == "masked":
+        counted = counted & hidden[:, :, None]
+    return counted.float()
+
+
+def sample_error(config: MaeConfig, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean error of each sample over the numbers that count; 0 where none does: three of [B, L, P] -> [B].
+
+    The mean of each sample first: cutting a global batch into other micro-batches changes nothing.
+    """
+    error = prediction - target
+    error = error.abs() if config.loss == "l1" else error.square()
+    return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
 
 
 def visible_indices(hidden: Tensor) -> Tensor:

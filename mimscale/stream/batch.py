@@ -70,6 +70,8 @@ class Batch:
     grid: Tensor | None = None  # [B, 3, 2] float64: centre of the crop's first voxel in `volume`, and the step
     crop_voxels: tuple[int, int, int] | None = None  # edges of the resampled crop; None where `grid` is
     batch_index: int = 0  # the global batch that these samples are a part of
+    modalities: tuple[str, ...] = ()  # B, where validation has asked for them
+    foreground_above: Tensor | None = None  # [B, C] float32, likewise: normalised intensity between air and body
     bad: tuple[BadSample, ...] = ()  # what could not be read and was replaced
     voxels_decoded: float = 0.0  # to make this batch; what several batches share counts in equal parts
     bytes_read: float = 0.0
@@ -233,7 +235,7 @@ class SampleReader:
         label = self._empty((len(crops), *size), np.dtype(np.uint8), filled) if self._overlay else None
         return _Draft(what, crops, samples.seed, volume, label)
 
-    def _batch(self, draft: _Draft, counts: dict[str, float]) -> Batch:
+    def _batch(self, draft: _Draft, counts: dict[str, Any]) -> Batch:
         boxes = self._boxes(draft.crops)
         resampled = self._plan.crops.target_spacing_mm is not None
         counted = draft.what.counted

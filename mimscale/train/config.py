@@ -104,6 +104,39 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What counts as ill, and what happens then."""
+
+    max_skipped: int = 10  # steps of a run whose update is left out because it is not finite; one more ends the run
+    on_spike: Literal["report", "rollback"] = "report"  # rollback: weights of the last checkpoint, data go on
+    spike_window: int = 128  # losses that the next one is compared with
+    spike_deviations: float = 8.0  # robust standard deviations above their median that a loss may lie
+    spike_steps: int = 3  # losses in a row above that make a spike
+    max_rollbacks: int = 3  # spikes of a run that are rolled back; one more ends the run
+    hang_timeout_s: float = 1200.0  # without a step for longer, the job ends with all stacks in logs/ and exit code 6
+    first_step_timeout_s: float = 3600.0  # the same for the time from the start of the process to its first step
+    compare_ranks_every_steps: int = 50  # steps between two comparisons of the ranks' times
+    slow_rank_factor: float = 1.5  # times the median of all ranks that a rank's own time may be
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name}={getattr(self, name)}: must be 0 (none) or above")
+        require_positive(
+            "health",
+            spike_deviations=self.spike_deviations,
+            spike_steps=self.spike_steps,
+            hang_timeout_s=self.hang_timeout_s,
+            first_step_timeout_s=self.first_step_timeout_s,
+            compare_ranks_every_steps=self.compare_ranks_every_steps,
+        )
+        if self.spike_window < 4:
+            raise ValueError(f"health.spike_window={self.spike_window}: a median of fewer than 4 losses says nothing")
+        if self.slow_rank_factor <= 1:
+            raise ValueError(f"health.slow_rank_factor={self.slow_rank_factor}: must be above 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What pretraining and fine-tuning share. A step is an optimizer step on `global_batch` crops."""
 
@@ -125,6 +158,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "crop_voxels", "patch_voxels"):
@@ -185,6 +219,7 @@ FREE_KEYS = frozenset(
         "checkpoint.",
         "meter.",
         "validation.",
+        "health.",
     }
 )
 

@@ -101,13 +101,19 @@ class Meter:
                     self._run.heartbeat, {"step": step, "steps": self._steps, "time_s": time.time(), **beat}
                 )
 
+    def log_skipped(self, step: int, values: dict[str, float]) -> None:
+        """Write a step whose update was left out: it has no loss."""
+        if self._world.is_first:
+            self._append(step, values)
+
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Write the validation after `step` steps."""
         if not self._world.is_first:
             return
         self.last_metrics |= values
         self._append(step, values)
-        say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        shown = {name: value for name, value in values.items() if "/" not in name}  # groups stand in the files
+        say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         with self._writing(self._run.metrics), self._run.metrics.open("a") as file:

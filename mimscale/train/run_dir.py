@@ -6,6 +6,7 @@
     pids/              one file a living rank                 jobs.jsonl      one object a submitted job
     lock.json          the one writer                         env.json        versions and settings of the newest job
     code/              copies of the code that jobs import    logs/, evaluate/, report/
+    health.jsonl       what was wrong, one object an event    diagnostics/    batches of steps that went wrong
 
 No torch here: `status`, `inspect` and `submit` read run directories on login nodes.
 """
@@ -65,6 +66,16 @@ class RunDir:
     def outcome(self) -> Path:
         """How the last job ended."""
         return self.path / "outcome.json"
+
+    @property
+    def health(self) -> Path:
+        """One JSON object an event; see `mimscale.train.health_log`."""
+        return self.path / "health.jsonl"
+
+    @property
+    def diagnostics(self) -> Path:
+        """Batches of steps that went wrong; see `mimscale.train.diagnostics`."""
+        return self.path / "diagnostics"
 
     @property
     def checkpoints(self) -> Path:
