@@ -104,6 +104,7 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
     if not number.isdigit() or int(number) >= info.num_parts:
         raise DataError(f"{store}: no pack {name!r}; there are part-00000 to part-{info.num_parts - 1:05d}")
     pack = layout.pack_path(store, int(number))
+    layout.refuse_link_out(store, pack)
     if out.exists():
         raise ConfigError(f"{out}: exists; give a folder that does not, so that nothing is overwritten")
     temporary = out.with_name(f"{durable.TEMPORARY_PREFIX}{out.name}")
@@ -111,6 +112,7 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
         with durable.explained(DataError, out, "free some space, or choose another folder"):
             temporary.mkdir(parents=True)
             with open_stream(pack) as stream, zipfile.ZipFile(stream) as archive:
+                _refuse_strange_entries(pack, archive)
                 archive.extractall(temporary)
             durable.rename_folder(temporary, out)
     except zipfile.BadZipFile as error:
@@ -118,6 +120,16 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [out]
+
+
+def _refuse_strange_entries(pack: Path, archive: zipfile.ZipFile) -> None:
+    """A pack's entries are plain files below it, not compressed: so none leads elsewhere or grows to a full disk."""
+    for entry in archive.infolist():
+        parts = entry.filename.split("/")
+        if not all(parts) or {".", ".."} & set(parts) or "\\" in entry.filename:
+            raise DataError(f"{pack}: its entry {entry.filename!r} leads elsewhere; mimscale wrote no such pack")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise DataError(f"{pack}: its entry {entry.filename!r} is compressed; mimscale wrote no such pack")
 
 
 def export_weights(run_dir: Path, out: Path, checkpoint: str = "newest") -> list[Path]:

@@ -141,7 +141,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
     try:
         contract = json.loads(contract_path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{contract_path}: not valid JSON ({error}); export the weights again") from None
     version = contract.get("contract_version") if isinstance(contract, dict) else None
     if version != CONTRACT_VERSION:
@@ -149,10 +149,35 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{contract_path}: contract version {version}, this mimscale reads version {CONTRACT_VERSION}; "
             "export the weights again with this version"
         )
+    if (problem := _why_no_contract(contract)) is not None:
+        raise CheckpointError(f"{contract_path}: {problem}; mimscale wrote no such contract, export the weights again")
     try:
         return safetensors.torch.load_file(weights), contract
     except SafetensorError as error:
         raise CheckpointError(f"{weights}: damaged ({error}); export the weights again") from None
+
+
+def _why_no_contract(contract: dict[str, Any]) -> str | None:
+    """What cannot be in a contract of ours: a file from elsewhere must not reach code that expects other types."""
+    for key, value in contract.items():
+        if key in ("crop_voxels", "patch_voxels"):
+            right = isinstance(value, list) and len(value) == 3 and all(_is_count(edge, 1) for edge in value)
+        elif key in ("channels", "step"):
+            right = _is_count(value, 1 if key == "channels" else 0)
+        elif key in ("model", "mae", "unetr", "intensity", "recipe"):
+            right = isinstance(value, dict) or (key == "intensity" and value is None)
+        elif key in ("class_names", "datasets"):
+            item = str if key == "class_names" else dict
+            right = value is None or (isinstance(value, list) and all(isinstance(entry, item) for entry in value))
+        else:
+            right = value is None or isinstance(value, str | int | float | list | dict)
+        if not right:
+            return f"{key}={value!r:.60} is of another type than it must be"
+    return None
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, strict: bool) -> None:

@@ -167,6 +167,11 @@ class Manifest:
         return int(self._table.num_rows)
 
     @property
+    def columns(self) -> list[str]:
+        """Names of the columns that were read."""
+        return list(self._table.column_names)
+
+    @property
     def chunk_maps(self) -> dict[str, Any] | None:
         """{"sha256", "bytes"} of the file of chunk maps that goes with this manifest, or None."""
         said = (self._table.schema.metadata or {}).get(CHUNK_MAPS_KEY)
@@ -384,7 +389,22 @@ def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest
             table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it and run the same ingest command again") from None
-    return Manifest(table.combine_chunks())
+    manifest = Manifest(table.combine_chunks())
+    _refuse_names_that_lead_elsewhere(manifest, path)
+    return manifest
+
+
+def _refuse_names_that_lead_elsewhere(manifest: Manifest, path: Path) -> None:
+    """What the manifest names becomes part of paths: of packs, of pictures and predictions."""
+    names = manifest.overlay_names() if "overlays" in manifest.columns else []
+    if "id" in manifest.columns:
+        ids = manifest.values("id")
+        names += ids.filter(pc.invert(pc.match_substring_regex(ids, r"^[A-Za-z0-9][0-9A-Za-z_.-]*$"))).to_pylist()
+    if manifest.chunk_maps is not None:
+        names.append(manifest.chunk_maps["sha256"])
+    for name in names:
+        if not layout.is_plain_name(name):
+            raise DataError(f"{path}: {name!r} is no name that may be part of a path; mimscale wrote no such manifest")
 
 
 def _table_tree(row: VolumeRow) -> dict[str, Any]:

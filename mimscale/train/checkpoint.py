@@ -233,6 +233,8 @@ class Checkpoints:
             else:
                 litter.unlink(missing_ok=True)
         tag = newest(self._run)
+        if tag is not None:
+            self._run.refuse_foreign(tag.rglob("*.pt"), CheckpointError)
         return str(tag) if tag else None
 
     def save(self, step: int, position: dict[str, Any]) -> None:
