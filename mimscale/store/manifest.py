@@ -167,11 +167,6 @@ class Manifest:
         return int(self._table.num_rows)
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the columns that were read."""
-        return list(self._table.column_names)
-
-    @property
     def chunk_maps(self) -> dict[str, Any] | None:
         """{"sha256", "bytes"} of the file of chunk maps that goes with this manifest, or None."""
         said = (self._table.schema.metadata or {}).get(CHUNK_MAPS_KEY)
@@ -389,20 +384,24 @@ def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest
             table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it and run the same ingest command again") from None
-    manifest = Manifest(table.combine_chunks())
-    _refuse_names_that_lead_elsewhere(manifest, path)
-    return manifest
+    table = table.combine_chunks()
+    _refuse_names_that_lead_elsewhere(table, path)
+    return Manifest(table)
 
 
-def _refuse_names_that_lead_elsewhere(manifest: Manifest, path: Path) -> None:
+def _refuse_names_that_lead_elsewhere(table: pa.Table, path: Path) -> None:
     """What the manifest names becomes part of paths: of packs, of pictures and predictions."""
-    names = manifest.overlay_names() if "overlays" in manifest.columns else []
-    if "id" in manifest.columns:
-        ids = manifest.values("id")
-        names += ids.filter(pc.invert(pc.match_substring_regex(ids, r"^[A-Za-z0-9][0-9A-Za-z_.-]*$"))).to_pylist()
-    if manifest.chunk_maps is not None:
-        names.append(manifest.chunk_maps["sha256"])
-    for name in names:
+    names: set[str] = set()
+    for batch in table.to_batches(max_chunksize=ROW_GROUP_ROWS):  # piece by piece, so that no column is copied whole
+        if "id" in batch.schema.names:
+            ids = batch.column("id")
+            strange = pc.invert(pc.match_substring_regex(ids, r"^[A-Za-z0-9][0-9A-Za-z_.-]*$"))
+            names.update(ids.filter(strange).to_pylist())
+        if "overlays" in batch.schema.names:
+            names.update(pc.unique(pc.list_flatten(batch.column("overlays")).field("name")).to_pylist())
+    if (said := Manifest(table).chunk_maps) is not None:
+        names.add(str(said["sha256"]))
+    for name in sorted(names):
         if not layout.is_plain_name(name):
             raise DataError(f"{path}: {name!r} is no name that may be part of a path; mimscale wrote no such manifest")
 
