@@ -5,7 +5,6 @@ A folder of weights holds `weights.safetensors` and `contract.json`; the contrac
 of tensors: another number of heads has the same shapes, would load without a complaint, and compute nonsense.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,9 @@ from torch import Tensor, nn
 from mimscale import console, durable
 from mimscale.config import config_tree, differing_keys
 from mimscale.errors import CheckpointError
+from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION, WEIGHTS_FILE, read_contract
 from mimscale.models.positions import resize_table
 from mimscale.models.vit import Vit
-
-WEIGHTS_FILE = "weights.safetensors"
-CONTRACT_FILE = "contract.json"
-CONTRACT_VERSION = 1
 
 ENCODER = "encoder."  # what every model here calls its Vit
 PROJECTION = "encoder.projection.weight"
@@ -139,45 +135,11 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONTRACT_FILE}, as a checkpoint "
                 "or `mimscale export RUN_DIR out/` writes them"
             )
-    try:
-        contract = json.loads(contract_path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{contract_path}: not valid JSON ({error}); export the weights again") from None
-    version = contract.get("contract_version") if isinstance(contract, dict) else None
-    if version != CONTRACT_VERSION:
-        raise CheckpointError(
-            f"{contract_path}: contract version {version}, this mimscale reads version {CONTRACT_VERSION}; "
-            "export the weights again with this version"
-        )
-    if (problem := _why_no_contract(contract)) is not None:
-        raise CheckpointError(f"{contract_path}: {problem}; mimscale wrote no such contract, export the weights again")
+    contract = read_contract(contract_path)
     try:
         return safetensors.torch.load_file(weights), contract
     except SafetensorError as error:
         raise CheckpointError(f"{weights}: damaged ({error}); export the weights again") from None
-
-
-def _why_no_contract(contract: dict[str, Any]) -> str | None:
-    """What cannot be in a contract of ours: a file from elsewhere must not reach code that expects other types."""
-    for key, value in contract.items():
-        if key in ("crop_voxels", "patch_voxels"):
-            right = isinstance(value, list) and len(value) == 3 and all(_is_count(edge, 1) for edge in value)
-        elif key in ("channels", "step"):
-            right = _is_count(value, 1 if key == "channels" else 0)
-        elif key in ("model", "mae", "unetr", "intensity", "recipe"):
-            right = isinstance(value, dict) or (key == "intensity" and value is None)
-        elif key in ("class_names", "datasets"):
-            item = str if key == "class_names" else dict
-            right = value is None or (isinstance(value, list) and all(isinstance(entry, item) for entry in value))
-        else:
-            right = value is None or isinstance(value, str | int | float | list | dict)
-        if not right:
-            return f"{key}={value!r:.60} is of another type than it must be"
-    return None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, strict: bool) -> None:

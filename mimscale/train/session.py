@@ -188,6 +188,7 @@ class TrainingData:
             precision=precision,
             overlay=self.overlay,
             datasets=self.manifest.datasets(self.train),
+            spacing_mm=np.median(self.manifest.column("spacing_mm")[self.train], axis=0).round(4).tolist(),
         )
 
     def validation_batches(self, world: World) -> Iterator[Batch]:
