@@ -62,10 +62,7 @@ def test_a_flipped_byte_is_found_named_and_exits_with_3(tmp_path, capsys):
     store = make_store(tmp_path / "data")
     manifest = load_manifest(store)
     row = manifest.row(manifest.index_of("bbbb"))
-    pack = layout.pack_path(store, 0)
-    data = bytearray(pack.read_bytes())
-    data[row.offset_bytes + 50] ^= 1
-    pack.write_bytes(data)
+    flip_bit(layout.pack_path(store, 0), row.offset_bytes + 50)
     assert main(["inspect", str(store), "--verify", "--json"]) == 3
     tree = json.loads(capsys.readouterr().out)
     assert tree["ok"] is False
