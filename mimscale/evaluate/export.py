@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
     ):
         raise ConfigError(f"{USAGE}, got {words}")
     if len(words) == 2:
-        written = _export_weights(config, *map(Path, words), to=arguments.to_monai, source=arguments.from_monai)
+        written = _export_weights(
+            config, *map(Path, words), to_monai=arguments.to_monai, from_monai=arguments.from_monai
+        )
     elif len(words) == 3 and words[1].startswith("part-"):
         written = export_pack(Path(words[0]), words[1], Path(words[2]))
     elif len(words) == 3:
@@ -71,12 +73,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _export_weights(config: ExportConfig, given: Path, out: Path, *, to: bool, source: bool) -> list[Path]:
+def _export_weights(config: ExportConfig, given: Path, out: Path, *, to_monai: bool, from_monai: bool) -> list[Path]:
     from mimscale.evaluate.export_weights import export_to_monai, export_weights, import_from_monai
 
-    if to:
+    if to_monai:
         return export_to_monai(given, out, config.checkpoint, axes=config.axes)
-    if not source:
+    if not from_monai:
         return export_weights(given, out, config.checkpoint)
     if config.heads is None or config.crop_voxels is None or config.patch_voxels is None:
         raise ConfigError(

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from mimscale import durable
@@ -134,13 +134,17 @@ def why_not_loadable(tag: Path, *, hashes: bool = True) -> str | None:
 
 
 def _why_not_as_saved(tag: Path, name: str, entry: dict[str, Any], *, hashes: bool) -> str | None:
-    file = tag / name
-    if not file.resolve().is_relative_to(tag.resolve()):
+    # By name and by lstat, without resolving: thousands of files on a parallel file system are looked at.
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
         return f"{name} points out of the checkpoint"
+    file = tag / path
+    if any((tag / folder).is_symlink() for folder in (path, *path.parents[:-1])):
+        return f"{name} is a link; a checkpoint holds its files itself"
     if not file.is_file():
         return f"{name} is missing"
-    if file.stat().st_size != entry["bytes"]:
-        return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"{name} has {size} bytes instead of {entry['bytes']}"
     if hashes and durable.sha256_of_file(file) != entry["sha256"]:
         return f"{name} has other bytes than were saved (sha256 differs)"
     return None

@@ -219,6 +219,15 @@ def test_a_job_does_not_start_from_a_folder_that_others_can_write_to(spoil, text
     assert not (job.path / "7_submitted.pkl").exists()
 
 
+def test_nothing_is_submitted_into_a_run_directory_that_others_can_write_to(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    writable_by_all(run)
+    assert main(["submit", "pretrain", "demo/pretrain", "store=/none", f"run_dir={run}"]) == LaunchError.exit_code
+    assert f"{run}: everybody may write to it" in capsys.readouterr().err
+    assert list(run.iterdir()) == []
+
+
 def test_the_supervisor_of_a_local_job_starts_no_rank_from_such_a_folder(job, capfd):
     writable_by_all(job.path)
     assert supervise.main([str(job.path), "false"]) == LaunchError.exit_code

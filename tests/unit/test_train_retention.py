@@ -6,9 +6,10 @@ import pytest
 from fakes import FileEngine, checkpoints_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stream_stores import write_store
 
 from mimscale.config import build_config
-from mimscale.errors import ConfigError
+from mimscale.errors import ConfigError, DataError
 from mimscale.train import checkpoint
 from mimscale.train.config import CheckpointConfig, PretrainConfig
 from mimscale.train.retention import higher_is_better, read_scores, why_kept
@@ -99,6 +100,15 @@ RECIPE = {
 def test_keys_that_could_not_do_what_they_say_are_refused(checkpoint_keys, validation, text):
     with pytest.raises(ConfigError, match=text):
         build_config(PretrainConfig, {**RECIPE, "checkpoint": checkpoint_keys, "validation": validation}, "recipe")
+
+
+def test_a_store_without_validation_volumes_has_no_best_checkpoint(tmp_path):
+    from mimscale.train.session import TrainingData
+
+    write_store(tmp_path / "store", [(20, 20, 20)])  # all for training
+    keys = {"store": str(tmp_path / "store"), "checkpoint": {"every_steps": 500, "keep_best": "val_loss"}}
+    with pytest.raises(DataError, match=r"no validation volume, so checkpoint\.keep_best=val_loss would keep nothing"):
+        TrainingData(build_config(PretrainConfig, RECIPE | keys, "recipe"), None)
 
 
 def test_scores_are_read_out_of_a_log_that_a_kill_cut_short(tmp_path):
