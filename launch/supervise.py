@@ -21,7 +21,7 @@ from types import FrameType
 
 from launch.folder import JobFolder, JobRecord
 from launch.jobs import JOB_SIGNALS, STACKS_SIGNAL
-from mimscale.errors import INTERRUPTED_EXIT_CODE, LostRankError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
 from mimscale.train.run_dir import Outcome, OutcomeName, RunDir
 from mimscale.world import Process
 
@@ -232,6 +232,12 @@ def main(argv: list[str]) -> int:
     """`python -m launch.supervise FOLDER COMMAND`: run the job in FOLDER, each rank by COMMAND."""
     folder, command = argv
     job = JobFolder(Path(folder))
+    try:  # Submitit's pickle of the task appears while the ranks start
+        job.run.refuse_foreign([job.path, job.run.code], LaunchError)
+    except LaunchError as error:
+        _say(str(error))
+        job.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=-1, message=str(error)))
+        return error.exit_code
     return Supervisor(job, job.read(), shlex.split(command)).run()
 
 

@@ -106,7 +106,7 @@ class IngestConfig:
             raise ValueError(f"crop_margin_mm={self.crop_margin_mm}: must be at least 0")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.overlay):
+        if not layout.is_plain_name(self.overlay):
             raise ValueError(f"overlay={self.overlay!r}: becomes a folder name; use letters, digits, '_', '-' and '.'")
         if self.overlay != layout.stored_overlay(self.overlay):
             raise ValueError(

@@ -75,6 +75,7 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files = Files() if files is None else files
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        self._inside: set[Path] = set()  # packs that are known to lie in the store
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
         self.bytes_read = 0
@@ -204,7 +205,11 @@ class ShardReader:
         return [what for _, what in sorted(bad)]
 
     def _shard(self, row: VolumeRow | SampleRow, overlay: str | None) -> _Shard:
-        return self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+        target = self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+        if target.path not in self._inside:
+            layout.refuse_link_out(self._store, target.path)
+            self._inside.add(target.path)
+        return target
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)

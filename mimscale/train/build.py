@@ -33,8 +33,13 @@ def weights_contract(
     precision: str,
     overlay: str | None,
     datasets: Sequence[dict[str, Any]],
+    spacing_mm: Sequence[float],
 ) -> dict[str, Any]:
-    """What somebody must know to use the weights: architecture, patch, spacing, intensity, axis order, where from."""
+    """What somebody must know to use the weights: architecture, patch, spacing, intensity, axis order, where from.
+
+    `spacing_mm` [Z, Y, X] is the median of the training volumes, unless `target_spacing_mm` says what all were
+    resampled to.
+    """
     tree = config_tree(config)
     architecture: dict[str, Any] = {key: tree[key] for key in ("model", "mae", "unetr") if key in tree}
     return {
@@ -45,6 +50,7 @@ def weights_contract(
         "crop_voxels": tree["crop_voxels"],
         "patch_voxels": tree["patch_voxels"],
         "axis_order": "CZYX, RAS+",
+        "spacing_mm": list(spacing_mm),
         "target_spacing_mm": tree["stream"]["target_spacing_mm"],
         "intensity": config_tree(info.intensity),
         "modality": info.modality,

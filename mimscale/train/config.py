@@ -8,6 +8,7 @@ from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
 from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
 from mimscale.stream.config import AugmentConfig, StreamConfig
+from mimscale.train.retention import higher_is_better
 from mimscale.train.run_dir import RunDir
 
 
@@ -61,9 +62,22 @@ class CheckpointConfig:
 
     every_steps: int = 1_000  # steps between two saves; a stop and the end save as well
     keep: int = 3  # newest checkpoints that stay
+    keep_every_steps: int | None = None  # checkpoints of multiples of this step stay for good as well; null: none
+    keep_best: str | None = (
+        None  # validation metric (val_loss, val_dice) whose best checkpoint stays as well; null: none
+    )
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", every_steps=self.every_steps, keep=self.keep)
+        if self.keep_every_steps is not None:
+            require_positive("checkpoint", keep_every_steps=self.keep_every_steps)
+            if self.keep_every_steps % self.every_steps:
+                raise ValueError(
+                    f"checkpoint.keep_every_steps={self.keep_every_steps}: must be a multiple of "
+                    f"checkpoint.every_steps={self.every_steps}, or these steps have no checkpoint"
+                )
+        if self.keep_best is not None:
+            higher_is_better(self.keep_best)  # refuses a metric whose direction nobody knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +190,13 @@ class RunConfig:
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch={self.global_batch} is no multiple of micro_batch={self.micro_batch}")
+        every_steps = self.validation.every_steps
+        if self.checkpoint.keep_best is not None and (every_steps == 0 or self.checkpoint.every_steps % every_steps):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: needs a validation at every checkpoint; let "
+                f"checkpoint.every_steps={self.checkpoint.every_steps} be a multiple of "
+                f"validation.every_steps={every_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

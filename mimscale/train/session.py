@@ -116,6 +116,11 @@ class TrainingData:
                 f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}, "
                 f"stream.filter={stream.filter}; see `mimscale inspect {config.store}`"
             )
+        if config.checkpoint.keep_best is not None and not len(self.validation):
+            raise DataError(
+                f"{config.store}: no validation volume, so checkpoint.keep_best={config.checkpoint.keep_best} would "
+                "keep nothing; set it to null, or ingest with a validation split"
+            )
         refuse_mixed_spacings(self.manifest, self.train, stream)
         self.channels = self.manifest.sample_row(int(self.train[0])).shape[0]
         self.plan = SamplePlan.of(
@@ -193,6 +198,7 @@ class TrainingData:
             precision=precision,
             overlay=self.overlay,
             datasets=self.manifest.datasets(self.train),
+            spacing_mm=np.median(self.manifest.column("spacing_mm")[self.train], axis=0).round(4).tolist(),
         )
 
     def validation_batches(self, world: World) -> Iterator[Batch]:
