@@ -22,6 +22,7 @@
 #define CRC_RESIDUE 0x48674BC7u /* the crc32c of any data with its own crc32c behind it */
 #define BLOSC_HEADER_BYTES 16
 #define MOST_EDGE_VOXELS 1024
+#define CHUNKS_AT_ONCE 4 /* decoded before they are put in place; all must stay in a cache of the core */
 
 typedef int (*Decompress)(const void *from, void *to, size_t most, int threads);
 typedef uint32_t (*Crc32c)(uint32_t crc, const uint8_t *data, size_t count);
@@ -47,46 +48,62 @@ typedef struct {
     Py_ssize_t num_boxes;
     Piece *pieces;
     Py_ssize_t num_pieces;
-    char *scratch;                   /* one decoded chunk */
+    char *scratch;                   /* decoded chunks */
+    const char **decoded;            /* where each piece of those that are worked on lies; NULL: in its place */
 } Work;
 
 /* ---------------------------------------------------------------------------------------------- placing voxels */
 
-static inline void copy_rows(char *restrict to, Py_ssize_t to_row, const char *restrict from, Py_ssize_t from_row,
-                             Py_ssize_t rows, size_t count)
-{
-    for (Py_ssize_t row = 0; row < rows; row++)
-        memcpy(to + row * to_row, from + row * from_row, count);
-}
+/* A box's piece of a chunk as two places in memory. */
+typedef struct {
+    char *to;
+    const char *from;
+    Py_ssize_t count[3];             /* voxels along Z, Y, X */
+} Copy;
 
-/* Copy the part of a chunk that a box wants. A `from_row` and `from_plane` of 0 repeat one row. */
-static void place(const Work *work, const Piece *piece, const char *from, Py_ssize_t from_plane, Py_ssize_t from_row)
+static Copy copy_of(const Work *work, const Piece *piece, const char *from, const Py_ssize_t from_stride[3])
 {
     const Box *box = piece->box;
-    Py_ssize_t number = piece->number, count[3], corner;
-    const Py_ssize_t from_stride[3] = {from_plane, from_row, from_row ? work->voxel : 0};
-    char *to = box->view.buf;
+    Copy copy = {box->view.buf, from, {0}};
+    Py_ssize_t number = piece->number;
     for (int axis = 2; axis >= 0; axis--) {
-        corner = number % work->grid[axis + 1] * work->edge;
+        Py_ssize_t corner = number % work->grid[axis + 1] * work->edge;
         number /= work->grid[axis + 1];
         Py_ssize_t first = corner > box->low[axis] ? corner : box->low[axis];
-        Py_ssize_t last = corner + work->edge < box->stop[axis] ? corner + work->edge : box->stop[axis];
-        count[axis] = last - first;
-        to += (first - box->low[axis]) * box->view.strides[axis + 1];
-        from += (first - corner) * from_stride[axis];
+        Py_ssize_t stop = corner + work->edge < box->stop[axis] ? corner + work->edge : box->stop[axis];
+        copy.count[axis] = stop - first;
+        copy.to += (first - box->low[axis]) * box->view.strides[axis + 1];
+        copy.from += (first - corner) * from_stride[axis];
     }
-    to += number * box->view.strides[0]; /* what is left is the channel */
-    size_t bytes = (size_t)(count[2] * work->voxel);
-    for (Py_ssize_t z = 0; z < count[0]; z++) {
-        char *to_plane = to + z * box->view.strides[1];
-        const char *plane = from + z * from_plane;
-        switch (bytes) { /* rows of whole chunks: a length that the compiler knows is a few moves instead of a call */
-        case 32: copy_rows(to_plane, box->view.strides[2], plane, from_row, count[1], 32); break;
-        case 64: copy_rows(to_plane, box->view.strides[2], plane, from_row, count[1], 64); break;
-        case 128: copy_rows(to_plane, box->view.strides[2], plane, from_row, count[1], 128); break;
-        default: copy_rows(to_plane, box->view.strides[2], plane, from_row, count[1], bytes);
-        }
+    copy.to += number * box->view.strides[0]; /* what is left is the channel */
+    return copy;
+}
+
+static inline void copy_row(char *restrict to, const char *restrict from, size_t bytes)
+{
+    switch (bytes) { /* rows of whole chunks: a length that the compiler knows is a few moves instead of a call */
+    case 32: memcpy(to, from, 32); break;
+    case 64: memcpy(to, from, 64); break;
+    case 128: memcpy(to, from, 128); break;
+    default: memcpy(to, from, bytes);
     }
+}
+
+/* Put pieces that lie side by side along X in place: row by row of the box, so that memory is written in order.
+ * A `from_stride` of 0 repeats one row. */
+static void place(const Work *work, const Piece *const *pieces, const char *const *from, Py_ssize_t num_pieces,
+                  const Py_ssize_t from_stride[3])
+{
+    Copy copies[CHUNKS_AT_ONCE];
+    for (Py_ssize_t n = 0; n < num_pieces; n++)
+        copies[n] = copy_of(work, pieces[n], from[n], from_stride);
+    const Py_ssize_t *to_stride = pieces[0]->box->view.strides;
+    for (Py_ssize_t z = 0; z < copies[0].count[0]; z++)
+        for (Py_ssize_t y = 0; y < copies[0].count[1]; y++)
+            for (Py_ssize_t n = 0; n < num_pieces; n++)
+                copy_row(copies[n].to + z * to_stride[1] + y * to_stride[2],
+                         copies[n].from + z * from_stride[0] + y * from_stride[1],
+                         (size_t)(copies[n].count[2] * work->voxel));
 }
 
 /* Where a chunk may be decoded straight into its box, or NULL: all of it is wanted, and lies there without a gap. */
@@ -133,17 +150,39 @@ static int decode(const Work *work, const uint8_t *data, uint64_t length, char *
 static Py_ssize_t decode_run(const Work *work, Py_ssize_t first, Py_ssize_t stop, const uint8_t *data, uint64_t base,
                              Py_ssize_t *num_decoded)
 {
+    const Py_ssize_t stride[3] = {work->plane, work->row, work->voxel};
     while (first < stop) {
-        const Piece *piece = &work->pieces[first];
-        Py_ssize_t next = first + 1;
-        while (next < stop && work->pieces[next].number == piece->number)
-            next++;
-        char *own = next == first + 1 ? own_place(work, piece) : NULL;
-        if (!decode(work, data + (piece->offset - base), piece->length, own ? own : work->scratch))
-            return first;
-        for (Py_ssize_t each = first; !own && each < next; each++)
-            place(work, &work->pieces[each], work->scratch, work->plane, work->row);
-        ++*num_decoded;
+        /* Some chunks that lie side by side along X, so that whole rows of a box can be written. */
+        const Piece *pieces = work->pieces;
+        const Py_ssize_t line = pieces[first].number / work->grid[3];
+        Py_ssize_t num_chunks = 0, next = first;
+        for (; next < stop && pieces[next].number / work->grid[3] == line; next++) {
+            if (next > first && pieces[next].number == pieces[next - 1].number) {
+                work->decoded[next - first] = work->decoded[next - first - 1];
+                continue;
+            }
+            if (num_chunks == CHUNKS_AT_ONCE)
+                break;
+            int is_shared = next + 1 < stop && pieces[next + 1].number == pieces[next].number;
+            char *own = is_shared ? NULL : own_place(work, &pieces[next]);
+            char *scratch = work->scratch + num_chunks++ * work->chunk;
+            if (!decode(work, data + (pieces[next].offset - base), pieces[next].length, own ? own : scratch))
+                return next;
+            ++*num_decoded;
+            work->decoded[next - first] = own ? NULL : scratch;
+        }
+        for (Py_ssize_t n = 0; n < work->num_boxes; n++) {
+            const Piece *side[CHUNKS_AT_ONCE];
+            const char *from[CHUNKS_AT_ONCE];
+            Py_ssize_t count = 0;
+            for (Py_ssize_t each = first; each < next; each++)
+                if (pieces[each].box == &work->boxes[n] && work->decoded[each - first]) {
+                    side[count] = &pieces[each];
+                    from[count++] = work->decoded[each - first];
+                }
+            if (count)
+                place(work, side, from, count, stride);
+        }
         first = next;
     }
     return stop;
@@ -191,7 +230,7 @@ static int plan(Work *work, const uint64_t *index, const char *fill_row)
                         Py_ssize_t number = ((c * work->grid[1] + z) * work->grid[2] + y) * work->grid[3] + x;
                         Piece piece = {index[2 * number], index[2 * number + 1], number, box};
                         if (piece.offset == EMPTY)
-                            place(work, &piece, fill_row, 0, 0);
+                            place(work, &(const Piece *){&piece}, &fill_row, 1, (const Py_ssize_t[3]){0});
                         else if (piece.length > UINT64_MAX - piece.offset || piece.offset + piece.length > PY_SSIZE_T_MAX) {
                             PyErr_SetString(PyExc_ValueError, "index: points beyond any file");
                             return -1;
@@ -378,9 +417,10 @@ static PyObject *read_boxes(PyObject *module, PyObject *arguments)
     }
     if (take_boxes(&work, list) < 0)
         goto done;
-    work.scratch = PyMem_Malloc((size_t)work.chunk);
+    work.scratch = PyMem_Malloc((size_t)work.chunk * CHUNKS_AT_ONCE);
+    work.decoded = PyMem_New(const char *, work.num_boxes * CHUNKS_AT_ONCE + 1);
     fill_row = PyMem_Malloc((size_t)work.row);
-    if (!work.scratch || !fill_row) {
+    if (!work.scratch || !work.decoded || !fill_row) {
         PyErr_NoMemory();
         goto done;
     }
@@ -395,6 +435,7 @@ static PyObject *read_boxes(PyObject *module, PyObject *arguments)
         result = Py_BuildValue("(nN)", num_decoded, answer);
 done:
     PyMem_Free(work.scratch);
+    PyMem_Free(work.decoded);
     PyMem_Free(fill_row);
     PyMem_Free(work.pieces);
     for (Py_ssize_t n = 0; n < work.num_boxes; n++)

@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ from mimscale.stream.crops import CropSpace, ReadBoxes, Samples
 from mimscale.stream.slots import Reference, Slot, Slots, tensor_of
 
 MOST_ATTEMPTS = 8  # substitutes tried for one sample before the store counts as broken
+
+
+_MOST_ROWS = 1024  # of volumes, kept by each worker
 
 
 class Plan(Protocol):
@@ -187,6 +191,8 @@ class SampleReader:
         self._store, self._manifest, self._indices = store, manifest, indices
         self._plan, self._overlay, self._slots = plan, overlay, slots
         self._intensity = read_info(store).intensity
+        # Crops of a volume are read near each other, and a row of a manifest takes a while to become an object.
+        self._sample_row = lru_cache(maxsize=_MOST_ROWS)(manifest.sample_row)
         self._stage = stage
         self._files = Files(stage)
         self._reader = ShardReader(store, manifest, self._files)
@@ -209,7 +215,13 @@ class SampleReader:
             DataError: the substitutes cannot be read either, or a volume has no such overlay.
         """
         before = self._counts()
-        drafts = [self._draft(what) for what in micro_batches]
+        # Drawn at once: for a few samples it is the calls that cost.
+        samples = self._plan.samples(np.concatenate([what.sample_ids for what in micro_batches]))
+        ends = np.cumsum([len(what.sample_ids) for what in micro_batches]).tolist()
+        drafts = [
+            self._draft(what, samples.volume[a:b], samples.origin[a:b], samples.seed[a:b])
+            for what, (a, b) in zip(micro_batches, pairwise([0, *ends]), strict=True)
+        ]
         of_volume: dict[int, list[tuple[_Draft, int]]] = defaultdict(list)
         for draft in drafts:
             for place, crop in enumerate(draft.crops):
@@ -224,20 +236,21 @@ class SampleReader:
         counts = {name: (count - before[name]) / len(drafts) for name, count in self._counts().items()}
         return [self._batch(draft, counts) for draft in drafts]
 
-    def _draft(self, what: MicroBatch) -> _Draft:
-        samples = self._plan.samples(what.sample_ids)
+    def _draft(
+        self, what: MicroBatch, volumes: NDArray[np.int64], origins: NDArray[np.int64], seeds: NDArray[np.uint64]
+    ) -> _Draft:
         crops = [
             _Crop(int(sample_id), int(volume), origin, self._row(volume))
-            for sample_id, volume, origin in zip(what.sample_ids, samples.volume, samples.origin, strict=True)
+            for sample_id, volume, origin in zip(what.sample_ids, volumes, origins, strict=True)
         ]
-        sizes = self._plan.crops.read_boxes(samples.volume, samples.origin).size
+        sizes = self._plan.crops.read_boxes(volumes, origins).size
         size = _triple(sizes.max(axis=0))
         filled = bool((sizes != size).any())
         volume = self._empty(
             (len(crops), crops[0].row.shape[0], *size), np.result_type(*(crop.row.dtype for crop in crops)), filled
         )
         label = self._empty((len(crops), *size), np.dtype(np.uint8), filled) if self._overlay else None
-        return _Draft(what, crops, samples.seed, volume, label)
+        return _Draft(what, crops, seeds, volume, label)
 
     def _batch(self, draft: _Draft, counts: dict[str, float]) -> Batch:
         boxes = self._boxes(draft.crops)
@@ -368,7 +381,7 @@ class SampleReader:
         }
 
     def _row(self, volume: int | np.int64) -> SampleRow:
-        row = self._manifest.sample_row(int(self._indices[volume]))
+        row = self._sample_row(int(self._indices[volume]))
         if self._overlay is not None and self._overlay not in row.overlays:
             # Nothing is damaged: to train on the rest without a word would be wrong.
             raise DataError(

@@ -123,6 +123,23 @@ def test_a_worker_decodes_straight_into_the_memory_that_the_trainer_maps(store: 
     assert_equal(batch, SampleReader(store, manifest, np.arange(6), a_plan(manifest), "label").read(np.arange(4)))
 
 
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_memory_is_used_again_but_never_while_somebody_looks_at_it(
+    store: Path, manifest: Manifest, start_method: str
+) -> None:
+    expected = take(a_loader(store, manifest, workers=0), 30)
+    with a_loader(store, manifest, workers=1, start_method=start_method) as loader:
+        kept = {0: next(loader).volume[1], 1: next(loader).volume[0, 0, 3:5]}  # views: their batches are gone
+        for number in range(2, 30):
+            assert_equal(next(loader), expected[number])
+        slots = loader._batches._slots
+        assert slots is not None
+        assert sum(slots.taken) < 12
+        assert len(slots._memory) < 12, "each batch takes one for its volumes and one for its labels"
+    assert torch.equal(kept[0], expected[0].volume[1])
+    assert torch.equal(kept[1], expected[1].volume[0, 0, 3:5])
+
+
 def test_ranks_together_read_the_global_batches_of_one_rank(store: Path, manifest: Manifest) -> None:
     alone = take(a_loader(store, manifest, workers=0, micro_batch=4, accumulation=1), 5)
     ranks = [
