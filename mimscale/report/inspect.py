@@ -11,7 +11,7 @@ from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.report.store_summary import describe_store, list_volumes
-from mimscale.store import files, layout
+from mimscale.store import files, layout, native
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest, row_tree
 
@@ -130,7 +130,7 @@ def describe_checkpoints(folder: Path, config_tree: dict[str, Any], *, hashes: b
 
 
 def _show_store(store: Path, png: str | None, num_drawn: int, *, as_json: bool) -> int:
-    tree = describe_store(store)
+    tree = {**describe_store(store), "chunks_decoded_by": native.description}
     if png is not None:
         from mimscale.report.store_pictures import draw_contact_sheet
 
