@@ -150,7 +150,13 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None) -> str:
     """What somebody must know who gets nothing but these weights, as Markdown."""
     crop, patch = (" x ".join(map(str, contract[key])) for key in ("crop_voxels", "patch_voxels"))
     model, intensity = contract["model"], contract["intensity"]
-    what = {"pretrain": "masked autoencoder", "finetune": "UNETR for segmentation"}[contract["kind"]]
+    methods = {
+        "mae": "masked autoencoder",
+        "simmim": "encoder pretrained with SimMIM",
+        "simclr": "encoder pretrained with SimCLR",
+    }
+    pretrained = methods[contract.get("method", "mae")]
+    what = pretrained if contract["kind"] == "pretrain" else "UNETR for segmentation"
     lines = [
         f"# 3D {what}",
         "",

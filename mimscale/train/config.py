@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
-from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
+from mimscale.models.config import (
+    MaeConfig,
+    MaskConfig,
+    SimclrConfig,
+    SimmimConfig,
+    TargetConfig,
+    UnetrConfig,
+    VitConfig,
+)
 from mimscale.stream.config import AugmentConfig, StreamConfig
 from mimscale.train.run_dir import RunDir
 
@@ -137,10 +145,19 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """`mimscale pretrain`."""
 
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    method: Literal["mae", "simmim", "simclr"] = "mae"  # the block of that name holds its settings
+    mask: MaskConfig = field(default_factory=MaskConfig)  # of mae and simmim
     mae: MaeConfig = field(default_factory=MaeConfig)
+    simmim: SimmimConfig = field(default_factory=SimmimConfig)
+    simclr: SimclrConfig = field(default_factory=SimclrConfig)
+    exclude_overlay: str | None = None  # its voxels above 0 are no target; volumes without it are left out
 
     kind: Literal["pretrain"] = "pretrain"
+
+    @property
+    def target(self) -> TargetConfig | None:
+        """What voxels are predicted; None where the method predicts none."""
+        return {"mae": self.mae, "simmim": self.simmim}.get(self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +202,8 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches that each rank computes a step.
 
     Raises:
-        ConfigError: the global batch does not divide among the ranks; the legal rank counts are listed.
+        ConfigError: the global batch does not divide among the ranks; the legal rank counts are listed. Or the crops
+            that SimCLR computes at once are not those that it is to tell apart.
     """
     if config.global_batch % (config.micro_batch * world_size):
         micro_batches = config.global_batch // config.micro_batch
@@ -194,6 +212,14 @@ def accumulation(config: RunConfig, world_size: int) -> int:
             f"global_batch={config.global_batch} with micro_batch={config.micro_batch} does not divide among "
             f"{world_size} ranks; legal rank counts are {', '.join(map(str, legal))}"
         )
+    if isinstance(config, PretrainConfig) and config.method == "simclr":
+        pool_crops, at_once = config.simclr.pool_crops or config.global_batch, config.micro_batch * world_size
+        if at_once != pool_crops:
+            raise ConfigError(
+                f"simclr.pool_crops={config.simclr.pool_crops}: {pool_crops} crops are to be told apart, but "
+                f"micro_batch={config.micro_batch} on {world_size} rank(s) computes {at_once} at once; set "
+                f"micro_batch={pool_crops / world_size:g}, or simclr.pool_crops={at_once} (another loss)"
+            )
     return config.global_batch // (config.micro_batch * world_size)
 
 
