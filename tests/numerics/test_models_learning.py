@@ -42,9 +42,9 @@ RECONSTRUCTIONS = {
     "mae": (lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=2, **MAE), **SHAPE), 500, 1.0, 0.08),
     "mae, half of the hidden patches": (
         lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=1, **MAE), **SHAPE),
-        350,
+        500,
         0.5,
-        0.35,
+        0.25,
     ),
     "mae, linear decoder": (lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=0, **MAE), **SHAPE), 350, 1.0, 0.8),
     "simmim, linear head": (lambda: Simmim(VIT, SimmimConfig(loss="l2"), **SHAPE), 400, 1.0, 0.1),
