@@ -156,7 +156,8 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None) -> str:
         "simclr": "encoder pretrained with SimCLR",
     }
     pretrained = methods[contract.get("method", "mae")]
-    what = pretrained if contract["kind"] == "pretrain" else "UNETR for segmentation"
+    head = {"unetr": "UNETR for segmentation", "linear": "linear probe for segmentation"}[contract.get("head", "unetr")]
+    what = pretrained if contract["kind"] == "pretrain" else head
     lines = [
         f"# 3D {what}",
         "",

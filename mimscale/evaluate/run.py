@@ -67,6 +67,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.run_dir}: a run of method={run_config.method} predicts no voxels, so there is nothing to score; "
             "fine-tune it (init_from=RUN_DIR), or see val_cosine_views and val_cosine_crops in its metrics.jsonl"
         )
+    if isinstance(run_config, FinetuneConfig) and run_config.regions is not None:
+        raise ConfigError(
+            f"{config.run_dir}: whole volumes are scored by classes, and this run has regions that may overlap; see "
+            "val_dice of each region in its metrics.jsonl"
+        )
     run = RunDir(config.run_dir)
     store = config.store or run_config.store
     info, manifest = read_info(store), load_manifest(store)

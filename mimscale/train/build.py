@@ -5,6 +5,7 @@ from typing import Any
 
 from mimscale.config import config_tree, tree_hash
 from mimscale.models.mae import MaskedAutoencoder
+from mimscale.models.probe import LinearProbe
 from mimscale.models.simclr import Simclr
 from mimscale.models.simmim import Simmim
 from mimscale.models.unetr import Unetr
@@ -24,11 +25,15 @@ def build_pretrain(config: PretrainConfig, channels: int) -> MaskedAutoencoder |
             return Simclr(config.model, config.simclr, crop_voxels=crop, patch_voxels=patch, channels=channels)
 
 
-def build_unetr(config: FinetuneConfig, channels: int) -> Unetr:
-    """The segmentation network of a fine-tuning run."""
-    return Unetr(
+def build_segmenter(config: FinetuneConfig, channels: int) -> Unetr | LinearProbe:
+    """The network of a fine-tuning run."""
+    kind = Unetr if config.head == "unetr" else LinearProbe
+    model = kind(
         config.model, config.unetr, crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels
     )
+    # So its backward pass is not computed at all, and it has no optimizer state.
+    model.encoder.requires_grad_(config.optim.schedule != "frozen")
+    return model
 
 
 def weights_contract(
@@ -43,7 +48,11 @@ def weights_contract(
 ) -> dict[str, Any]:
     """What somebody must know to use the weights: architecture, patch, spacing, intensity, axis order, where from."""
     tree = config_tree(config)
-    parts = ("model", "method", tree["method"]) if isinstance(config, PretrainConfig) else ("model", "unetr")
+    parts = (
+        ("model", "method", tree["method"])
+        if isinstance(config, PretrainConfig)
+        else ("model", "head", "unetr", "regions")
+    )
     labelled = isinstance(config, FinetuneConfig) and overlay is not None
     return {
         "contract_version": 1,

@@ -47,9 +47,14 @@ class EngineConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
+    # full: all weights from step 0. low_peak: the same at a tenth of `lr`. sawtooth: the head alone for `head_steps`,
+    # then all weights, each with its own rise and fall. frozen: the head alone, always. The last three: fine-tuning
+    schedule: Literal["full", "low_peak", "sawtooth", "frozen"] = "full"
+
     lr: float = 1.5e-4  # peak learning rate
     min_lr_ratio: float = 0.01  # final learning rate as a part of the peak
     warmup_steps: int = 0  # steps of the linear rise from 0
+    head_steps: int = 0  # schedule=sawtooth: steps of the head alone
     weight_decay: float = 0.05  # matrices only: biases, norms, tokens and position tables are left alone
     betas: tuple[float, float] = (0.9, 0.95)
     layer_decay: float = 1.0  # fine-tuning: factor by which the rate falls from each encoder block to the one below
@@ -59,6 +64,11 @@ class OptimConfig:
         require_positive("optim", lr=self.lr, layer_decay=self.layer_decay, head_lr_ratio=self.head_lr_ratio)
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1")
+        if (self.schedule == "sawtooth") != (self.head_steps > 0):
+            raise ValueError(
+                f"optim.schedule={self.schedule} with optim.head_steps={self.head_steps}: sawtooth needs steps of the "
+                "head alone, and no other schedule has them"
+            )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
 
@@ -165,10 +175,34 @@ class FinetuneConfig(RunConfig):
     """`mimscale finetune`."""
 
     overlay: str = "label"  # the store's overlay that holds the class of each voxel
+    # Outputs that may overlap, each a name and the classes of the overlay that belong to it; sigmoid. null: the classes
+    # themselves, which exclude each other; softmax
+    regions: dict[str, list[str]] | None = None
     init_from: Path | None = None  # a pretraining run, or a folder that `mimscale export` made; null: from scratch
+    # random: a control arm. Of `init_from` only the embedding stays, all blocks start as from scratch
+    init_blocks: Literal["pretrained", "random"] = "pretrained"
+    head: Literal["unetr", "linear"] = "unetr"  # linear: one layer on each token and interpolation, a probe
     unetr: UnetrConfig
 
     kind: Literal["finetune"] = "finetune"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_blocks == "random" and self.init_from is None:
+            raise ValueError("init_blocks=random: is a control for init_from, which is not set")
+        if self.optim.schedule == "frozen" and self.model.drop_path > 0:
+            raise ValueError(
+                f"model.drop_path={self.model.drop_path}: would leave out blocks of an encoder that "
+                "optim.schedule=frozen does not train; set it to 0"
+            )
+        if self.regions is not None:
+            if not all(self.regions.values()):
+                raise ValueError(f"regions={self.regions}: each needs at least one class")
+            if len(self.regions) != self.unetr.num_classes:
+                raise ValueError(
+                    f"unetr.num_classes={self.unetr.num_classes}, but there are {len(self.regions)} regions "
+                    f"({', '.join(self.regions)}); make them equal"
+                )
 
 
 # Keys that may differ when a run continues: they change neither the model nor the order of the data. Keys with a dot at

@@ -25,7 +25,8 @@ def count_parameters(config: RunConfig, channels: int = 1) -> int:
     if isinstance(config, PretrainConfig):
         total += _pretraining_head(config, numbers_a_patch)
     if isinstance(config, FinetuneConfig):
-        total += _unetr_head(config, channels)
+        linear = config.head == "linear"
+        total += _linear(config.model.dim, config.unetr.num_classes) if linear else _unetr_head(config, channels)
     return total
 
 
@@ -131,7 +132,9 @@ def _activation_numbers(config: RunConfig) -> float:
             numbers *= 2  # two views
         else:
             numbers = (numbers + 2 * voxels) * config.mask.repeats
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, FinetuneConfig) and config.head == "linear":
+        numbers += 2 * config.unetr.num_classes * voxels
+    elif isinstance(config, FinetuneConfig):
         # A level has twice the channels of the one above it and an eighth of the voxels.
         numbers += (
             NUMBERS_OF_CONV_LEVEL * config.unetr.feature_size * voxels * 4 / 3 + config.unetr.num_classes * voxels

@@ -37,7 +37,7 @@ def pretrain_main(argv: list[str]) -> int:
 
 def finetune_main(argv: list[str]) -> int:
     """`mimscale finetune RECIPE store=STORE run_dir=DIR [init_from=RUN_DIR] [key=value ...]`."""
-    parser = verb_parser("finetune", "Train a UNETR, from a pretrained encoder or from scratch.")
+    parser = verb_parser("finetune", "Train a segmentation, from a pretrained encoder or from scratch.")
     _add_flags(parser)
     arguments = parser.parse_intermixed_args(argv)
     config = load_verb_config(FinetuneConfig, arguments.words, needs_recipe=True)
@@ -71,10 +71,14 @@ def check_run(config: RunConfig) -> None:
     problems += _stream_problems(config)
     if isinstance(config, PretrainConfig):
         problems += _method_problems(config)
+        if config.optim.schedule != "full":
+            problems.append(
+                f"optim.schedule={config.optim.schedule}: is for fine-tuning; pretraining trains all weights"
+            )
     try:
         if isinstance(config, PretrainConfig):
             mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
-        elif isinstance(config, FinetuneConfig):
+        elif isinstance(config, FinetuneConfig) and config.head == "unetr":
             unetr_halvings(config.patch_voxels)
     except ValueError as error:
         problems.append(str(error))

@@ -10,7 +10,7 @@ from tiny_runs import SHAPES, pretrain_words
 
 from mimscale.cli import main
 from mimscale.models.transfer import load_encoder, load_weights
-from mimscale.train.build import build_unetr
+from mimscale.train.build import build_segmenter
 from mimscale.train.config import FinetuneConfig, UnetrConfig, load_run_config
 from mimscale.train.run_dir import RunDir
 
@@ -96,7 +96,7 @@ def test_the_encoder_of_every_method_moves_into_a_unetr_whole(method, request):
     tensors, contract = load_weights(run.checkpoints / "step_00000020")
     assert contract["method"] == method
     shape = {name: getattr(config, name) for name in ("store", "steps", "crop_voxels", "patch_voxels", "model")}
-    segmenter = build_unetr(
+    segmenter = build_segmenter(
         FinetuneConfig(run_dir=Path("r"), global_batch=2, micro_batch=2, unetr=UnetrConfig(num_classes=3), **shape), 1
     )
     report = load_encoder(segmenter, tensors, contract)

@@ -6,6 +6,7 @@ import torch
 from mimscale.models.config import MaeConfig, MaskConfig, SimclrConfig, SimmimConfig, UnetrConfig, VitConfig
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks, draw_predicted
+from mimscale.models.prior import set_class_prior
 from mimscale.models.simclr import Simclr
 from mimscale.models.simmim import Simmim
 from mimscale.models.unetr import Unetr
@@ -103,7 +104,7 @@ def test_a_unetr_learns_one_volume_by_heart():
     label[z**2 + y**2 + x**2 < 0.7] = 1
     label[(z - 0.2) ** 2 + (y + 0.3) ** 2 + x**2 < 0.1] = 2
     image = (torch.tensor([0.0, 1.0, 0.6])[label] + 0.3 * torch.randn(crop))[None, None]
-    model.set_class_prior(torch.bincount(label.flatten()).tolist())
+    set_class_prior(model.output_bias, torch.bincount(label.flatten()).tolist())
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(60):
         loss = torch.nn.functional.cross_entropy(model(image), label[None])
