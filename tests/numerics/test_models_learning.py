@@ -6,13 +6,21 @@ import torch
 from mimscale.models.config import MaeConfig, MaskConfig, SimclrConfig, SimmimConfig, UnetrConfig, VitConfig
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks, draw_predicted
-from mimscale.models.prior import set_class_prior
+from mimscale.models.prior import set_class_prior, set_region_prior
+from mimscale.models.probe import LinearProbe
 from mimscale.models.simclr import Simclr
 from mimscale.models.simmim import Simmim
 from mimscale.models.unetr import Unetr
 from mimscale.stream.augment import augment, draw
 from mimscale.stream.config import AugmentConfig
 from mimscale.train.contrast import pool_loss, subject_numbers
+from mimscale.train.finetune import classes_of_region
+from mimscale.train.losses import (
+    dice_binary_cross_entropy,
+    dice_cross_entropy,
+    overlap_counts,
+    region_overlap_counts,
+)
 
 
 def two_volumes(crop):
@@ -88,32 +96,68 @@ def test_simclr_tells_two_volumes_apart_under_augmentations_that_it_has_not_seen
         assert loss_of(10_000) < 0.01  # the floor is ln(1 + 2 exp(-10)) = 0.0001
 
 
-def test_a_unetr_learns_one_volume_by_heart():
-    crop = (16, 32, 24)
-    torch.manual_seed(0)
-    model = Unetr(
-        VitConfig(dim=24, depth=2, heads=2),
-        UnetrConfig(feature_size=8, num_classes=3),
-        crop_voxels=crop,
-        patch_voxels=(8, 8, 8),
-        channels=1,
-    )
+def nested_balls(crop):
+    """Classes 0, 1 and 2 [Z, Y, X] and an image that shows them under noise [1, 1, Z, Y, X]."""
     axes = [torch.linspace(-1, 1, edge) for edge in crop]
     z, y, x = torch.meshgrid(*axes, indexing="ij")
     label = torch.zeros(crop, dtype=torch.int64)
     label[z**2 + y**2 + x**2 < 0.7] = 1
     label[(z - 0.2) ** 2 + (y + 0.3) ** 2 + x**2 < 0.1] = 2
     image = (torch.tensor([0.0, 1.0, 0.6])[label] + 0.3 * torch.randn(crop))[None, None]
+    return label[None], image
+
+
+def unetr(outputs):
+    return Unetr(
+        VitConfig(dim=24, depth=2, heads=2),
+        UnetrConfig(feature_size=8, num_classes=outputs),
+        crop_voxels=(16, 24, 24),
+        patch_voxels=(8, 8, 8),
+        channels=1,
+    )
+
+
+def assert_dice_above_95(both, either):
+    dice = 2 * both / either
+    assert (dice > 0.95).all(), dice.tolist()
+
+
+def test_a_unetr_learns_the_classes_of_one_volume_by_heart():
+    torch.manual_seed(0)
+    model = unetr(3)
+    label, image = nested_balls((16, 24, 24))
     set_class_prior(model.output_bias, torch.bincount(label.flatten()).tolist())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(model(image), label[None])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    descend(model, lambda step: dice_cross_entropy(model(image), label), 50, lr=6e-3)
     with torch.no_grad():
-        predicted = model(image).argmax(dim=1)[0]
-    for index in range(3):
-        both = ((predicted == index) & (label == index)).sum()
-        dice = 2 * both / ((predicted == index).sum() + (label == index).sum())
-        assert dice > 0.95, index
+        assert_dice_above_95(*overlap_counts(model(image), label))
+
+
+def test_a_unetr_learns_the_regions_of_one_volume_by_heart():
+    torch.manual_seed(0)
+    model = unetr(2)
+    label, image = nested_balls((16, 24, 24))
+    members = classes_of_region({"whole": ["shell", "core"], "core": ["core"]}, ["air", "shell", "core"])
+    set_region_prior(model.output_bias, [float((label > 0).float().mean()), float((label == 2).float().mean())])
+    descend(model, lambda step: dice_binary_cross_entropy(model(image), label, members), 50, lr=6e-3)
+    with torch.no_grad():
+        assert_dice_above_95(*region_overlap_counts(model(image), label, members))
+
+
+def test_a_linear_probe_reads_one_volume_from_a_frozen_encoder():
+    torch.manual_seed(0)
+    crop = (16, 16, 16)
+    model = LinearProbe(
+        VitConfig(dim=96, depth=2, heads=4),
+        UnetrConfig(num_classes=2),
+        crop_voxels=crop,
+        patch_voxels=(2, 2, 2),
+        channels=1,
+    )
+    model.encoder.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    label, image = nested_balls(crop)
+    label = (label > 0).long()
+    descend(model, lambda step: dice_cross_entropy(model(image), label), 100, lr=3e-2)
+    with torch.no_grad():
+        assert_dice_above_95(*overlap_counts(model(image), label))
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
