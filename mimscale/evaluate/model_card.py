@@ -7,9 +7,15 @@ from mimscale.train.run_dir import RunDir
 
 # Of a recipe: where things lay on the machine that trained, which is nobody else's affair.
 PLACES = ("store", "run_dir", "init_from")
+PRETRAINED = "starting point of fine-tuning, and features of volumes like those below"
+SEGMENTS = "research on segmentation of the classes below"
+# What the weights are, and what for, by the method, head or origin in their contract.
 KINDS = {
-    "pretrain": ("masked autoencoder", "starting point of fine-tuning, and features of volumes like those below"),
-    "finetune": ("UNETR for segmentation", "research on segmentation of the classes below"),
+    "mae": ("masked autoencoder", PRETRAINED),
+    "simmim": ("encoder pretrained with SimMIM", PRETRAINED),
+    "simclr": ("encoder pretrained with SimCLR", PRETRAINED),
+    "unetr": ("UNETR for segmentation", SEGMENTS),
+    "linear": ("linear probe for segmentation", SEGMENTS),
     "imported": ("vision transformer", "starting point of fine-tuning"),
 }
 
@@ -47,7 +53,10 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None, loading:
         scores: scores.json of an evaluation of these weights, or None.
         loading: lines of the section on how to load them.
     """
-    what, purpose = KINDS.get(contract.get("kind", ""), ("model", "research"))
+    kind = contract.get("kind", "")
+    # Contracts of before there was a choice name neither.
+    named = {"pretrain": contract.get("method", "mae"), "finetune": contract.get("head", "unetr")}.get(kind, kind)
+    what, purpose = KINDS.get(named, ("model", "research"))
     lines = [
         f"# 3D {what}",
         "",

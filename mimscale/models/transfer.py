@@ -26,7 +26,7 @@ ENCODER = "encoder."  # what every model here calls its Vit
 PROJECTION = "encoder.projection.weight"
 POSITIONS = "encoder.positions"
 TRAINING_ONLY = ("drop_path", "checkpoint_activations")  # may differ: weights mean the same
-ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio")
+ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio", "mlp")
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, 
 
 def _architecture(model: dict[str, Any], patch_voxels: Sequence[int], *, strict: bool) -> dict[str, Any]:
     """What must agree between source and model, under the keys that a user writes."""
+    model = {"mlp": "gelu"} | model  # what encoders were before there was a choice
     if not strict:
         return {f"model.{key}": model.get(key) for key in ALWAYS_ALIKE}
     tree = {f"model.{key}": value for key, value in model.items() if key not in TRAINING_ONLY}

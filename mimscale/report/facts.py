@@ -91,7 +91,7 @@ def read_run(path: Path) -> RunFacts:
         name=path.resolve().name,
         config=config,
         steps=_last_of_each_step([line for line in lines if "loss" in line]),
-        validations=_last_of_each_step([line for line in lines if "val_loss" in line or "val_dice" in line]),
+        validations=_last_of_each_step([line for line in lines if any(key.startswith("val_") for key in line)]),
         outcome=run.read_outcome(),
         scores=_read_json(run.evaluation / "scores.json"),
         environment=_read_json(path / "env.json"),

@@ -117,6 +117,7 @@ def _pretrain_view(runs: Sequence[RunFacts], origins: dict[str, str | None], fol
             {
                 "name": run.name,
                 "path": run.run.path,
+                "reconstructs": run.config.get("method", "mae") != "simclr",
                 "reconstruction": _reconstruction(run.scores) if run.scores else None,
                 "pictures": reconstruction_pictures(run, origins, folder),
             }

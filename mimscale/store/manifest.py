@@ -140,6 +140,7 @@ class SampleRow:
     """What it takes to read crops of a volume and to normalise them: a small part of its row. See `VolumeRow`."""
 
     id: str
+    subject: str
     shape: tuple[int, int, int, int]
     spacing_mm: tuple[float, float, float]
     dtype: str

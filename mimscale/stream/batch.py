@@ -71,6 +71,7 @@ class Batch:
     normalisation: Tensor  # [B, C, 4] float32: clip_low, clip_high, shift, scale
     inside: Tensor  # [B, 3, 2] int32: start, stop of the part of `volume` that lies in the stored volume
     volume_ids: list[str]  # B, what was really read
+    subjects: list[str] = field(default_factory=list)  # B keyed hashes: whom it shows
     counted: Tensor  # [B] bool; False for the repeats that fill up a last validation batch
     # At a target spacing `volume` is as stored, with air behind the smaller fields of view; the device resamples it.
     grid: Tensor | None = None  # [B, 3, 2] float64: centre of the crop's first voxel in `volume`, and the step
@@ -269,6 +270,7 @@ class SampleReader:
             ),
             inside=torch.from_numpy(_inside(draft.crops, boxes)),
             volume_ids=[crop.row.id for crop in draft.crops],
+            subjects=[crop.row.subject for crop in draft.crops],
             counted=torch.from_numpy(np.ones(len(draft.crops), dtype=bool) if counted is None else np.array(counted)),
             grid=torch.from_numpy(np.stack([boxes.first, boxes.step], axis=-1)) if resampled else None,
             crop_voxels=_triple(self._plan.crops.crop_voxels) if resampled else None,

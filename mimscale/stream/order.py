@@ -21,6 +21,7 @@ AUGMENTATION = 7
 KIND = 8
 REGION = 9
 CHUNK = 10
+VIEW = 11
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)

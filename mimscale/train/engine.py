@@ -24,7 +24,7 @@ from mimscale.errors import LaunchError
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import remove_stale_build_locks
-from mimscale.train.optim import learning_rate, parameter_groups
+from mimscale.train.optim import group_rate, learning_rate, parameter_groups
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
@@ -110,7 +110,7 @@ class Engine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         groups = parameter_groups(model, config.optim, config.model.depth)
-        self._lr_scales = [group["lr_scale"] for group in groups]
+        self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(self._leave_out_stage_0)
@@ -176,8 +176,8 @@ class Engine:
         """Set every group's rate for `step`; returns the base rate."""
         rate = learning_rate(self._config.optim, step, self._config.steps)
         groups = self._deepspeed.optimizer.param_groups
-        for group, scale in zip(groups, self._lr_scales, strict=True):
-            group["lr"] = rate * scale
+        for group, ours in zip(groups, self._groups, strict=True):
+            group["lr"] = group_rate(ours, self._config.optim, step, self._config.steps)
         return rate
 
     def step(self) -> None:
@@ -233,9 +233,13 @@ class Engine:
             return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         weights = {}
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            if self.ranks.is_first:
-                weights[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter))
+            # What is not trained has no fp32 copy, and ZeRO-3 has it in pieces.
+            frozen = self.zero_stage == 3 and not parameter.requires_grad
+            with deepspeed.zero.GatheredParameters([parameter], enabled=frozen):
+                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                if self.ranks.is_first:
+                    exact = (parameter if full is None else full).detach().float().cpu()
+                    weights[name] = exact.reshape(_shape(parameter)).clone()
         return weights
 
 

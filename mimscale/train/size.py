@@ -23,12 +23,10 @@ def count_parameters(config: RunConfig, channels: int = 1) -> int:
     total = _vit(config, channels)
     numbers_a_patch = math.prod(config.patch_voxels) * channels
     if isinstance(config, PretrainConfig):
-        E = config.mae.decoder_dim
-        block = _block(E, 4.0, layer_scale=False)
-        total += _linear(config.model.dim, E) + E + config.mae.decoder_depth * block + 2 * E
-        total += _linear(E, numbers_a_patch)
+        total += _pretraining_head(config, numbers_a_patch)
     if isinstance(config, FinetuneConfig):
-        total += _unetr_head(config, channels)
+        linear = config.head == "linear"
+        total += _linear(config.model.dim, config.unetr.num_classes) if linear else _unetr_head(config, channels)
     return total
 
 
@@ -68,18 +66,34 @@ def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def _block(dim: int, mlp_ratio: float, *, layer_scale: bool) -> int:
-    hidden = int(dim * mlp_ratio)
-    attention, mlp = _linear(dim, 3 * dim) + _linear(dim, dim), _linear(dim, hidden) + _linear(hidden, dim)
-    return 4 * dim + attention + mlp + (2 * dim if layer_scale else 0)
+def _block(vit: VitConfig) -> int:
+    dim, rise = vit.dim, vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1)
+    attention, mlp = _linear(dim, 3 * dim) + _linear(dim, dim), _linear(dim, rise) + _linear(vit.mlp_dim, dim)
+    return 4 * dim + attention + mlp + (2 * dim if vit.layer_scale is not None else 0)
+
+
+def _pretraining_head(config: PretrainConfig, numbers_a_patch: int) -> int:
+    """Everything but the encoder."""
+    D = config.model.dim
+    match config.method:
+        case "mae":
+            E, depth = config.mae.decoder_dim, config.mae.decoder_depth
+            blocks = depth * _block(VitConfig(dim=E, heads=config.mae.decoder_heads)) + (2 * E if depth else 0)
+            return _linear(D, E) + E + blocks + _linear(E, numbers_a_patch)
+        case "simmim":
+            middle = _linear(D, D) if config.simmim.head == "mlp" else 0
+            return D + middle + _linear(D, numbers_a_patch)
+        case "simclr":
+            return _linear(D, config.simclr.hidden_dim) + _linear(
+                config.simclr.hidden_dim, config.simclr.projection_dim
+            )
 
 
 def _vit(config: RunConfig, channels: int) -> int:
     vit: VitConfig = config.model
-    block = _block(vit.dim, vit.mlp_ratio, layer_scale=vit.layer_scale is not None)
     table = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) * vit.dim
     projection = _linear(math.prod(config.patch_voxels) * channels, vit.dim)
-    return projection + (table if vit.positions == "learned" else 0) + vit.depth * block + 2 * vit.dim
+    return projection + (table if vit.positions == "learned" else 0) + vit.depth * _block(vit) + 2 * vit.dim
 
 
 def _residual(inputs: int, outputs: int) -> int:
@@ -107,13 +121,20 @@ def _activation_numbers(config: RunConfig) -> float:
     L, vit = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)), config.model
     voxels = math.prod(config.crop_voxels)
     tokens = float(L)
-    if isinstance(config, PretrainConfig):
+    if isinstance(config, PretrainConfig) and config.method == "mae":
         tokens = L * (1 - (config.mask.ratio_range[0] if config.mask.ratio_range else config.mask.ratio))
     kept_blocks = 1 + vit.depth / NUMBERS_OF_BLOCK if vit.checkpoint_activations else vit.depth
     numbers = 2 * voxels + tokens * vit.dim * NUMBERS_OF_BLOCK * kept_blocks
     if isinstance(config, PretrainConfig):
-        numbers += L * config.mae.decoder_dim * NUMBERS_OF_BLOCK * config.mae.decoder_depth + 2 * voxels
-    if isinstance(config, FinetuneConfig):
+        if config.method == "mae":
+            numbers += L * config.mae.decoder_dim * NUMBERS_OF_BLOCK * config.mae.decoder_depth
+        if config.method == "simclr":
+            numbers *= 2  # two views
+        else:
+            numbers = (numbers + 2 * voxels) * config.mask.repeats
+    if isinstance(config, FinetuneConfig) and config.head == "linear":
+        numbers += 2 * config.unetr.num_classes * voxels
+    elif isinstance(config, FinetuneConfig):
         # A level has twice the channels of the one above it and an eighth of the voxels.
         numbers += (
             NUMBERS_OF_CONV_LEVEL * config.unetr.feature_size * voxels * 4 / 3 + config.unetr.num_classes * voxels

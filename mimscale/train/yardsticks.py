@@ -1,4 +1,4 @@
-"""Is a masked autoencoder better than a guess? Sums over validation crops, and the metrics that they give.
+"""Is a network better than a guess at hidden patches? Sums over validation crops, and the metrics that they give.
 
 Each loss stands beside that of two predictors without weights (`mimscale.models.trivial`), of all crops, of each
 modality, and of foreground voxels alone:
@@ -22,9 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale.models.config import MaeConfig, patch_grid
-from mimscale.models.mae import MaeOutput, counted_numbers, patch_target, sample_error
+from mimscale.models.config import TargetConfig, patch_grid
 from mimscale.models.patches import hidden_voxels
+from mimscale.models.reconstruction import (
+    ReconstructionOutput,
+    counted_numbers,
+    counted_patches,
+    patch_target,
+    sample_error,
+)
 from mimscale.models.trivial import effective_rank, interpolated, mean_voxel
 from mimscale.stream.batch import Batch
 
@@ -32,9 +38,9 @@ PREDICTORS = ("mean_voxel", "interpolated")
 
 
 def yardstick_sums(
-    config: MaeConfig,
+    config: TargetConfig,
     patch_voxels: Sequence[int],
-    output: MaeOutput,
+    output: ReconstructionOutput,
     batch: Batch,
     image: Tensor,
     hidden: Tensor,
@@ -53,11 +59,11 @@ def yardstick_sums(
     """
     hidden = hidden.to(image.device)
     shown = valid & ~hidden_voxels(hidden, patch_voxels, patch_grid(image.shape[2:], patch_voxels))
-    target = patch_target(config, image, patch_voxels)
+    target = patch_target(image, config, patch_voxels)
     predictions = {
         "loss": output.prediction.float(),
-        "loss_mean_voxel": patch_target(config, mean_voxel(image, shown), patch_voxels),
-        "loss_interpolated": patch_target(config, interpolated(image, shown, patch_voxels), patch_voxels),
+        "loss_mean_voxel": patch_target(mean_voxel(image, shown), config, patch_voxels),
+        "loss_interpolated": patch_target(interpolated(image, shown, patch_voxels), config, patch_voxels),
     }
     counted = batch.counted.to(image.device)
     everywhere = valid.expand_as(image)
@@ -70,12 +76,12 @@ def yardstick_sums(
         groups["/foreground"] = (foreground, counted)
     sums: dict[str, Tensor | float] = {}
     for group, (voxels, samples) in groups.items():
-        weight = counted_numbers(config, voxels, hidden, patch_voxels)
+        weight = counted_numbers(voxels, counted_patches(hidden, None, config), patch_voxels)
         if group == "/foreground":
             samples = samples & (weight.sum(dim=(1, 2)) > 0)
         sums[f"samples{group}"] = samples.sum().double()
         for name, prediction in predictions.items():
-            error = sample_error(config, prediction, target, weight).double()
+            error = sample_error(prediction, target, weight, config).double()
             sums[f"{name}{group}"] = (error * samples).sum()
     features = output.tokens[counted].double().flatten(0, 1)  # [N, D]
     sums["gram"] = features.T @ features
