@@ -209,9 +209,11 @@ class Supervisor:
 
     def _agrees(self, written: Outcome, code: int) -> bool:
         # What training wrote, with its step and reason, stands unless the ranks tell another story. A rank that is gone
-        # is better named by us: the others only know that they lost somebody.
+        # is better named by us: the others only know that they lost somebody. When all left with that code nobody is
+        # gone: their watchdogs gave up together, and say where they stood.
         ends_well = {end.code for end in self._ends.values()} <= {0, INTERRUPTED_EXIT_CODE}
-        return ends_well or (written.exit_code == code and code != LostRankError.exit_code)
+        gave_up = {end.code for end in self._ends.values() if not end.ended_by_us} == {LostRankError.exit_code}
+        return ends_well or (written.exit_code == code and (gave_up or code != LostRankError.exit_code))
 
 
 def _last_step(run: RunDir) -> int:

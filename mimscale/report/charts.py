@@ -72,6 +72,31 @@ def loss_chart(runs: Sequence[RunFacts], path: Path) -> None:
     save_figure(figure, path)
 
 
+def yardstick_chart(runs: Sequence[RunFacts], path: Path) -> None:
+    """Validation loss relative to two predictors without weights: 1 is a network that knows no more than they do."""
+    figure = new_figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        for name, style, label in (
+            ("val_loss_vs_mean_voxel", "-", "mean of the visible voxels"),
+            ("val_loss_vs_interpolated", ":", "interpolation"),
+        ):
+            lines = [line for line in run.validations if line.get(name) is not None]
+            axes.plot(
+                [line["step"] for line in lines],
+                [float(line[name]) for line in lines],
+                color=colour,
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                label=f"{run.name} / {label}",
+            )
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "optimizer step", "validation loss, relative")
+    save_figure(figure, path)
+
+
 def dice_chart(runs: Sequence[RunFacts], path: Path) -> None:
     """Validation Dice by step."""
     figure = new_figure(7.2, 3.4)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mimscale.evaluate.slices import cut_planes, grey_levels, load_planes
-from mimscale.report.charts import dice_chart, loss_chart, throughput_chart
+from mimscale.report.charts import dice_chart, loss_chart, throughput_chart, yardstick_chart
 from mimscale.report.data import StoreFacts
 from mimscale.report.facts import WARM_UP_STEPS, RunFacts
 from mimscale.report.pictures import legend, reconstruction_picture, segmentation_picture
@@ -105,6 +105,7 @@ def _run_row(run: RunFacts) -> dict[str, Any]:
         "samples_per_s": number(run.percentile("samples_per_s", 50), 2),
         "data_wait": percent(run.data_wait_percent),
         "substituted": run.substituted,
+        "health": _health(run),
         "config_text": run.config_text,
         "environment_text": yaml.safe_dump(run.environment, sort_keys=True) if run.environment else "",
     }
@@ -113,6 +114,7 @@ def _run_row(run: RunFacts) -> dict[str, Any]:
 def _pretrain_view(runs: Sequence[RunFacts], origins: dict[str, str | None], folder: Path) -> dict[str, Any]:
     return {
         "losses": _loss_chart(runs, folder / "pretrain_loss.png"),
+        "yardsticks": _yardstick_chart(runs, folder / "pretrain_yardsticks.png"),
         "runs": [
             {
                 "name": run.name,
@@ -312,6 +314,23 @@ def _loss_chart(runs: Sequence[RunFacts], path: Path) -> str | None:
         return None
     loss_chart(logged, path)
     return path.name
+
+
+def _yardstick_chart(runs: Sequence[RunFacts], path: Path) -> str | None:
+    compared = [run for run in runs if any("val_loss_vs_mean_voxel" in line for line in run.validations)]
+    if not compared:
+        return None
+    yardstick_chart(compared, path)
+    return path.name
+
+
+def _health(run: RunFacts) -> str:
+    """What went wrong, in a sentence; empty when nothing did."""
+    if not run.health:
+        return ""
+    names = [str(event["event"]).replace("_", " ") for event in run.health]
+    counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+    return f"{counts}. The last: {run.health[-1]['message']}"
 
 
 def _throughput_view(runs: Sequence[RunFacts], folder: Path) -> dict[str, Any]:

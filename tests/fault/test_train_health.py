@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
+from mimscale.store.manifest import write_manifest
 from mimscale.train import checkpoint
 from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import RunDir
@@ -27,7 +29,9 @@ START_S = 60
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    write_store(folder, SHAPES)
+    bare = write_store(folder, SHAPES)
+    rows = [replace(bare.row(number), split="val" if number == 7 else "train") for number in range(len(SHAPES))]
+    write_manifest(folder, rows)
     return folder
 
 
@@ -91,9 +95,14 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_neither_weights_nor_optim
     assert load_file(folder / "batch-0.safetensors")["volume"].shape == (2, 1, 16, 24, 32)
     recorded = [json.loads(line) for line in (run.samples / "rank00001.jsonl").read_text().splitlines()]
     assert [number for batch in batches for number in batch["sample_ids"]] == recorded[2]["sample_ids"]
-    lines = run.read_metrics()
+    *lines, validation = run.read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ["loss" in line for line in lines] == [True, True, False, True]
+    assert all("loss_vs_mean_voxel" in line for line in lines if "loss" in line)
+    for name in ("val_loss", "val_loss_vs_mean_voxel", "val_loss_vs_interpolated"):
+        assert {name, f"{name}/ct", f"{name}/foreground"} <= validation.keys()
+        assert validation[f"{name}/ct"] == pytest.approx(validation[name]), "all crops are of one modality"
+    assert 1 < validation["val_feature_rank"] <= 24
 
 
 @pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
@@ -114,7 +123,7 @@ def test_a_rollback_brings_back_weights_and_optimizer_and_training_goes_on(stage
     assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[4])
     assert all(map(torch.equal, optimizer_state(run, 4), optimizer_state(run, 5)))
     assert not all(map(torch.equal, optimizer_state(run, 5), optimizer_state(run, 6)))
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in run.read_metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(store, tmp_path):
