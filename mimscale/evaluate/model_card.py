@@ -7,16 +7,19 @@ from mimscale.train.run_dir import RunDir
 
 # Of a recipe: where things lay on the machine that trained, which is nobody else's affair.
 PLACES = ("store", "run_dir", "init_from")
-PRETRAINED = "starting point of fine-tuning, and features of volumes like those below"
-SEGMENTS = "research on segmentation of the classes below"
-# What the weights are, and what for, by the method, head or origin in their contract.
-KINDS = {
-    "mae": ("masked autoencoder", PRETRAINED),
-    "simmim": ("encoder pretrained with SimMIM", PRETRAINED),
-    "simclr": ("encoder pretrained with SimCLR", PRETRAINED),
-    "unetr": ("UNETR for segmentation", SEGMENTS),
-    "linear": ("linear probe for segmentation", SEGMENTS),
-    "imported": ("vision transformer", "starting point of fine-tuning"),
+# By method of pretraining or head of fine-tuning, as the contract calls them.
+NAMES = {
+    "mae": "masked autoencoder",
+    "simmim": "encoder pretrained with SimMIM",
+    "simclr": "encoder pretrained with SimCLR",
+    "unetr": "UNETR for segmentation",
+    "linear": "linear probe for segmentation",
+    "vit": "vision transformer",
+}
+PURPOSES = {
+    "pretrain": "starting points of fine-tuning, and features",
+    "finetune": "research on segmentation of the classes above",
+    "imported": "starting points of fine-tuning",
 }
 
 
@@ -53,10 +56,9 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None, loading:
         scores: scores.json of an evaluation of these weights, or None.
         loading: lines of the section on how to load them.
     """
-    kind = contract.get("kind", "")
-    # Contracts of before there was a choice name neither.
-    named = {"pretrain": contract.get("method", "mae"), "finetune": contract.get("head", "unetr")}.get(kind, kind)
-    what, purpose = KINDS.get(named, ("model", "research"))
+    kind = str(contract.get("kind"))
+    key = {"pretrain": contract.get("method", "mae"), "finetune": contract.get("head", "unetr")}.get(kind, "vit")
+    what, purpose = NAMES.get(key, key), PURPOSES.get(kind, "research")
     lines = [
         f"# 3D {what}",
         "",

@@ -63,13 +63,15 @@ def to_monai(tensors: dict[str, Tensor], contract: dict[str, Any], axes: Axes = 
         axes: the order in which the user of the weights holds a volume's axes.
 
     Raises:
-        CheckpointError: rotary positions, or a tensor that is missing.
+        CheckpointError: rotary positions or a gated MLP, or a tensor that is missing.
     """
     config, patch, channels = contract["model"], contract["patch_voxels"], int(contract["channels"])
     if config["positions"] == "rope":
         raise CheckpointError(
             "model.positions=rope: MONAI's ViT has no rotary positions; it can take sincos or learned"
         )
+    if config.get("mlp", "gelu") != "gelu":
+        raise CheckpointError(f"model.mlp={config['mlp']}: MONAI's ViT has no such MLP; it can take gelu")
     grid = patch_grid(contract["crop_voxels"], patch)
     dim, depth = int(config["dim"]), int(config["depth"])
     try:

@@ -101,11 +101,6 @@ def read_manifest(tag: Path) -> dict[str, Any]:
         raise CheckpointError(f"{tag}: no readable {MANIFEST} ({error})") from None
     if version != MANIFEST_VERSION:
         raise CheckpointError(f"{tag}: manifest version {version}, this mimscale reads {MANIFEST_VERSION}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
-    ):
-        raise CheckpointError(f"{tag}: no readable {MANIFEST} (its files are no table of bytes and sha256)")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -123,7 +118,12 @@ def why_not_loadable(tag: Path, *, hashes: bool = True) -> str | None:
         manifest = read_manifest(tag)
     except CheckpointError as error:
         return str(error).removeprefix(f"{tag}: ")
-    for name, entry in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        return f"no readable {MANIFEST} (its files are no table of bytes and sha256)"
+    for name, entry in files.items():
         try:
             reason = _why_not_as_saved(tag, name, entry, hashes=hashes)
         except ValueError as error:  # a name with a zero byte

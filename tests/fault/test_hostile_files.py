@@ -16,6 +16,7 @@ from small_segmentation import make_pretrain_run, make_store
 
 from launch import requeue, supervise
 from launch.folder import JobFolder, JobRecord
+from mimscale import durable
 from mimscale.cli import main
 from mimscale.errors import CheckpointError, DataError, LaunchError
 from mimscale.models.transfer import load_weights
@@ -62,11 +63,20 @@ def change_manifest(run: RunDir, change) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def link_out(run: RunDir, name: str, *, folder: bool = False) -> None:
+def link_out(run: RunDir, name: str) -> None:
+    """The bytes are as they were saved, but they lie elsewhere."""
     path = run.checkpoints / "step_00000002" / name
+    path.rename(run.path.parent / "outside")
+    path.symlink_to(run.path.parent / "outside")
+
+
+def link_folder_out(run: RunDir) -> None:
     outside = run.path.parent / "outside"
-    path.rename(outside)
-    path.symlink_to(outside, target_is_directory=folder)
+    outside.mkdir()
+    (outside / "file").write_bytes(b"x")
+    (run.checkpoints / "step_00000002" / "folder").symlink_to(outside)
+    entry = {"bytes": 1, "sha256": durable.sha256_of_file(outside / "file")}
+    change_manifest(run, lambda tree: tree["files"].update({"folder/file": entry}))
 
 
 HOSTILE_CHECKPOINTS = {
@@ -88,8 +98,8 @@ HOSTILE_CHECKPOINTS = {
         "[" * 200_000
     ),
     "a file that is a link out of it": lambda run: link_out(run, "weights.safetensors"),
-    "a folder that is a link out of it": lambda run: link_out(run, "engine", folder=True),
-    "a link to another folder": lambda run: link_out(run, "", folder=True),
+    "a folder that is a link out of it": link_folder_out,
+    "a link to another folder": lambda run: link_out(run, ""),
 }
 
 
@@ -172,15 +182,21 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("spoil", "text"), SPOILT)
-@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_00000002/engine/state.pt"])
-def test_pickles_of_a_run_that_others_can_write_to_are_not_read(spoil, text, name, run):
-    shard = run.checkpoints / "step_00000002" / "engine" / "state.pt"
-    shard.write_bytes(b"pickle")
-    run.refuse_foreign([shard], CheckpointError)
+@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_00000002/state.pt"])
+def test_a_file_that_others_can_write_to_is_told_from_one_that_only_its_user_can(spoil, text, name, run):
+    pickled = run.checkpoints / "step_00000002" / "state.pt"
+    pickled.write_bytes(b"pickle")
+    run.refuse_foreign([pickled, run.path / "not there"], CheckpointError)
     spoil(run.path / name)
     with pytest.raises(CheckpointError, match=text):
-        run.refuse_foreign([shard], CheckpointError)
-    with pytest.raises(CheckpointError, match=text):
+        run.refuse_foreign([pickled], CheckpointError)
+
+
+def test_a_checkpoint_with_pickles_that_others_can_write_to_is_not_loaded(run):
+    pickled = run.checkpoints / "step_00000002" / "state.pt"
+    pickled.write_bytes(b"pickle")
+    writable_by_all(pickled)
+    with pytest.raises(CheckpointError, match="everybody may write to it"):
         checkpoints_of(run, FileEngine()).restore()
 
 

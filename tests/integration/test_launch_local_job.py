@@ -163,7 +163,7 @@ def saved(place: Place, *, step: int, ranks: int) -> None:
     """What submission looks at of a checkpoint."""
     tag = place.run.checkpoints / tag_name(step)
     tag.mkdir(parents=True)
-    tree = {"manifest_version": MANIFEST_VERSION, "step": step, "files": {}, "world_size": ranks, "zero_stage": 1}
+    tree = {"manifest_version": MANIFEST_VERSION, "step": step, "world_size": ranks, "zero_stage": 1}
     (tag / MANIFEST).write_text(json.dumps(tree))
 
 
