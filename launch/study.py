@@ -27,6 +27,7 @@ from mimscale import console
 from mimscale.config import config_tree
 from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
 from mimscale.lock import sole_writer
+from mimscale.report.study import StudyView
 from mimscale.study.config import StudyConfig, load_study
 from mimscale.study.graph import Graph, Node, expand
 from mimscale.study.nodes import data_problems, leaks, resolve
@@ -303,7 +304,7 @@ def main(argv: list[str]) -> int:
     view = study_view(config, study.graph, study.folder, study.states)
     if not arguments.dry_run:
         report = write_study_report(view, study.folder)
-    _show(study, view, report)
+    _show(study, view, report, everything=arguments.dry_run)
     if arguments.json:
         console.print_json(_result(study, view, report))
     return exit_code(study.states, stopped=stopped)
@@ -317,15 +318,17 @@ def exit_code(states: Mapping[str, NodeState], *, stopped: bool) -> int:
     return failed[0] if failed else 0
 
 
-def _show(study: Study, view: Any, report: Path | None) -> None:
+def _show(study: Study, view: StudyView, report: Path | None, *, everything: bool) -> None:
     counts: dict[str, int] = {}
     for state in study.states.values():
         counts[state.name] = counts.get(state.name, 0) + 1
     rows = [
         [node.id, node.label, study.states[node.id].name, study.states[node.id].reason]
         for node in study.graph.nodes.values()
+        if everything or study.states[node.id].name != "done"
     ]
-    console.print_table(study.config.title, ["node", "what", "state", "reason"], rows)
+    if rows:
+        console.print_table(study.config.title, ["node", "what", "state", "reason"], rows)
     console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for table in view.tables if any(state.name == "done" for state in study.states.values()) else []:
         console.print_table(table.title, table.columns, table.rows)
@@ -333,7 +336,7 @@ def _show(study: Study, view: Any, report: Path | None) -> None:
         console.say(f"report: {report}")
 
 
-def _result(study: Study, view: Any, report: Path | None) -> dict[str, Any]:
+def _result(study: Study, view: StudyView, report: Path | None) -> dict[str, Any]:
     return {
         "nodes": [
             {

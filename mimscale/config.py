@@ -60,13 +60,23 @@ def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
         ConfigError: naming every wrong field with its full key.
     """
     try:
-        return TypeAdapter(cls).validate_python(tree, extra="forbid")
+        config: T = _adapter_of(cls).validate_python(tree, extra="forbid")
+        return config
     except ValidationError as error:
         items = error.errors()
         problems = [_problem(cls, item) for item in items]
         parents = dict.fromkeys(item["loc"][:-1] for item in items if item["type"] == UNKNOWN_KEY)
         known = [f"keys {_at(loc)}: {', '.join(_keys_below(cls, loc))}" for loc in parents]
         raise ConfigError("\n  ".join([f"{origin}: {len(problems)} problem(s)", *problems, *known])) from None
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {}  # building one takes far longer than using it
+
+
+def _adapter_of(cls: Any) -> TypeAdapter[Any]:
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    return _adapters[cls]
 
 
 UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's name for it
@@ -105,7 +115,7 @@ def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:
 
 def config_tree(config: Any) -> dict[str, Any]:
     """A config as plain dictionaries, lists, numbers and text: what `config.yaml` holds."""
-    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
+    tree = _adapter_of(type(config)).dump_python(config, mode="json")
     assert isinstance(tree, dict)
     return tree
 

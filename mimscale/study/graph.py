@@ -6,6 +6,7 @@ two experiments that need the same run share it, and a changed recipe makes new 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,6 +200,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
+@lru_cache(maxsize=32)  # a study reads few recipes, hundreds of times; `merged` copies what it takes
 def _recipe(recipe: str | None) -> dict[str, Any]:
     return {} if recipe is None else parse_yaml(recipe_text(recipe), recipe)
 

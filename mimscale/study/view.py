@@ -20,15 +20,23 @@ from mimscale.study.results import (
     Group,
     Result,
     comparisons,
-    compute_s,
     read_groups,
     reference_setting,
     target_dice,
 )
-from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
+from mimscale.study.tables import (
+    NOTHING,
+    class_table,
+    comparison_table,
+    cost_table,
+    interval_text,
+    ratio_text,
+    score_table,
+    signed,
+    three,
+    time_table,
+)
 from mimscale.train.run_dir import RunDir
-
-NOTHING = "n/a"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
         notes=_notes(config, graph, states),
         nodes=_node_table(graph, states),
         sections=sections,
-        costs=_costs(groups),
+        costs=cost_table(groups),
         provenance=provenance,
         pictures=_pictures(graph, groups, [RunDir(path) for path in pictured]),
         classes=next((list(r.scores["classes"]) for r in results if r.scores), []),
@@ -95,10 +103,10 @@ def _section(config: StudyConfig, experiment: str, everything: list[Group]) -> S
     }
     curves = [curve for group in groups if (curve := _curve(group)) is not None]
     tables = [
-        _score_table(groups),
-        _comparison_table(config, found),
-        _time_table(groups, targets),
-        _class_table(groups),
+        score_table(groups),
+        comparison_table(config, found),
+        time_table(groups, targets),
+        class_table(groups),
     ]
     return Section(
         name=experiment,
@@ -119,122 +127,6 @@ def _question(recipe: ExperimentConfig) -> str:
     return f"{recipe.question} The paper: {recipe.claim}{value}."
 
 
-def _score_table(groups: Sequence[Group]) -> Table:
-    rows = []
-    for group in groups:
-        best = [result.best_validation for result in group.results if result.best_validation is not None]
-        rows.append(
-            [
-                group.arm,
-                group.setting,
-                f"{sum(result.scores is not None for result in group.results)} of {group.planned}",
-                _spread(group.spread("dice")),
-                _spread(group.spread("dice", background=True)),
-                _spread(group.spread("hd95_mm"), 2),
-                _spread(group.spread("nsd")),
-                _spread(group.last_validation),
-                _spread(spread([value for _, value in best])),
-            ]
-        )
-    return Table(
-        title="Test scores of the last checkpoint",
-        columns=[
-            "arm",
-            "setting",
-            "runs",
-            "Dice",
-            "Dice with background",
-            "HD95, mm",
-            "NSD",
-            "validation Dice, last",
-            "validation Dice, best",
-        ],
-        rows=rows,
-        note="Mean +/- standard deviation over runs, which differ by their seeds. Each run is scored on whole volumes, "
-        "on the grid and against the labels of the source files; a mean over classes leaves out the background unless "
-        "it says otherwise. Validation Dice is that of fixed crops; the best of it chose nothing.",
-        text_columns=2,
-    )
-
-
-def _comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
-    rows = [
-        [
-            one.ours.name,
-            one.theirs.name,
-            _signed(one.dice.difference),
-            _range(one.dice),
-            f"{one.dice.pretrain_seeds} x {one.dice.finetune_seeds}, {one.dice.cases} cases",
-            _ratio(one.steps),
-            _ratio(one.seconds),
-        ]
-        for one in found
-    ]
-    return Table(
-        title="Differences",
-        columns=[
-            "arm",
-            "against",
-            "difference in Dice",
-            f"{100 * config.bootstrap.level:g} % interval",
-            "seeds and cases",
-            "sooner at the target, steps",
-            "sooner, pretraining included",
-        ],
-        rows=rows,
-        note=f"Paired percentile bootstrap, {config.bootstrap.replicates} replicates: pretraining seeds are drawn, "
-        "fine-tuning seeds within them, and cases, the same for both arms. Sooner: steps (or seconds of computing) of "
-        "the other arm over those of this one until validation Dice reaches the target, medians over runs; at least "
-        "and at most where one of them never did.",
-        text_columns=2,
-    )
-
-
-def _time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> Table:
-    rows = []
-    for group in groups:
-        target = targets[group.setting]
-        if target is None:
-            continue
-        times = group.times(target)
-        rows.append(
-            [
-                group.arm,
-                group.setting,
-                f"{target:.3f}",
-                _time(median_time(times)),
-                _time(median_time(group.seconds_to(target))),
-                f"{sum(time.censored for time in times)} of {len(times)}",
-                ", ".join(_time(time) for time in times),
-            ]
-        )
-    return Table(
-        title="Steps to the target",
-        columns=["arm", "setting", "target", "steps, median", "seconds, median", "never reached", "each run"],
-        rows=rows,
-        note="The first validation at which Dice is at least the target; > marks a run that ended before. Seconds: of "
-        "computing, pretraining included.",
-        text_columns=2,
-    )
-
-
-def _class_table(groups: Sequence[Group]) -> Table:
-    names = list(
-        dict.fromkeys(name for group in groups for r in group.results if r.scores for name in r.scores["classes"])
-    )
-    rows = [
-        [
-            name,
-            group.name,
-            *(_spread(group.class_spread(name, m), d) for m, d in (("dice", 3), ("hd95_mm", 2), ("nsd", 3))),
-        ]
-        for name in names
-        for group in groups
-        if any(result.scores for result in group.results)
-    ]
-    return Table(title="Each class", columns=["class", "arm", "Dice", "HD95, mm", "NSD"], rows=rows, text_columns=2)
-
-
 def _answer(one: Comparison) -> str:
     interval = one.dice
     if interval.difference is None:
@@ -244,9 +136,12 @@ def _answer(one: Comparison) -> str:
         "lower": "lower",
         "nothing": "not shown to differ: the interval holds 0" if interval.low is not None else "of unknown certainty",
     }[interval.shows]
-    text = f"{one.ours.name} against {one.theirs.name}: Dice {_signed(interval.difference)} {_range(interval)}, {said}"
+    difference = f"Dice {signed(interval.difference)} {interval_text(interval)}"
+    text = f"{one.ours.name} against {one.theirs.name}: {difference}, {said}"
     if one.steps.value is not None:
-        text += f"; the target is reached {_ratio(one.steps)} times as fast, {_ratio(one.seconds)} with pretraining"
+        text += (
+            f"; the target is reached {ratio_text(one.steps)} times as fast, {ratio_text(one.seconds)} with pretraining"
+        )
     elif one.target is not None:
         text += "; neither reaches the target"
     return text + "."
@@ -259,45 +154,6 @@ def _curve(group: Group) -> Curve | None:
     steps = [step for step, _ in max(curves, key=len)]
     runs = [[value for _, value in curve] for curve in curves if [step for step, _ in curve] == steps]
     return Curve(name=group.name, steps=steps, runs=runs)
-
-
-def _costs(groups: Sequence[Group]) -> Table:
-    rows = []
-    for group in groups:
-        pretraining = list({r.trial.pretrain: r.pretraining for r in group.results if r.pretraining}.values())
-        rows.append(
-            [
-                group.experiment,
-                group.arm,
-                group.setting,
-                _cost([float(run.last_step) for run in pretraining], 0),
-                _cost([float(run.last_step * run.config["global_batch"]) for run in pretraining], 0),
-                _cost([run.percentile("samples_per_s", 50) for run in pretraining], 2),
-                _cost([compute_s(run) for run in pretraining], 0),
-                _cost([float(result.run.last_step) for result in group.results], 0),
-                _cost([result.finetune_s for result in group.results], 0),
-                _cost([r.scores.get("seconds") for r in group.results if r.scores], 0),
-            ]
-        )
-    return Table(
-        title="",
-        columns=[
-            "experiment",
-            "arm",
-            "setting",
-            "pretraining steps",
-            "samples",
-            "samples/s",
-            "pretraining, s",
-            "fine-tuning steps",
-            "fine-tuning, s",
-            "scoring, s",
-        ],
-        rows=rows,
-        note="Means over the runs. Seconds of training are the median step times the steps; start, validation and "
-        "saves are not in them. Nodes that ran at the same time on one machine slowed each other down.",
-        text_columns=3,
-    )
 
 
 def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: "_Uses") -> Table:
@@ -314,7 +170,7 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
                     group.name,
                     str(trial.pretrain_seed) if trial.pretrain else "",
                     str(trial.finetune_seed),
-                    _three(result.mean("dice")),
+                    three(result.mean("dice")),
                     result.scores["checkpoint"] if result.scores else NOTHING,
                     trial.pretrain or "",
                     trial.finetune,
@@ -429,34 +285,3 @@ def _run_configs(graph: Graph, groups: Sequence[Group]) -> list[tuple[str, str]]
             for run in filter(None, (result.pretraining, result.run)):
                 texts.setdefault(f"{run.name} ({graph.nodes[run.name].label})", run.config_text)
     return list(texts.items())
-
-
-def _cost(values: Sequence[float | None], digits: int) -> str:
-    mean = spread(values).mean
-    return NOTHING if mean is None else f"{mean:.{digits}f}"
-
-
-def _spread(value: Spread, digits: int = 3) -> str:
-    if value.mean is None:
-        return NOTHING
-    return f"{value.mean:.{digits}f}" + ("" if value.std is None else f" +/- {value.std:.{digits}f}")
-
-
-def _three(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:+.3f}"
-
-
-def _range(interval: Interval) -> str:
-    return NOTHING if interval.low is None else f"[{_signed(interval.low)}, {_signed(interval.high)}]"
-
-
-def _ratio(ratio: Ratio) -> str:
-    return NOTHING if ratio.value is None else f"{ratio.bound} {ratio.value:.2f}".strip()
-
-
-def _time(time: Time | None) -> str:
-    return NOTHING if time is None else f"{'> ' if time.censored else ''}{time.value:.0f}"

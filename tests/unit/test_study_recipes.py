@@ -29,6 +29,7 @@ def test_there_is_a_study_for_each_experiment_of_the_paper():
     wanted = {f"e{number:02d}" for number in range(1, 12)} - {"e10"} | {
         "small",
         "small_quick",
+        "small_lr_grid",
         "paper_btcv",
         "paper_brats",
     }
