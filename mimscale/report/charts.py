@@ -93,7 +93,7 @@ def yardstick_chart(runs: Sequence[RunFacts], path: Path) -> None:
             )
     axes.axhline(1, color=INK, linewidth=0.8)
     axes.set_ylim(bottom=0)
-    _finish(axes, "optimizer step", "validation loss, relative")
+    finish_axes(axes, "optimizer step", "validation loss, relative")
     save_figure(figure, path)
 
 
