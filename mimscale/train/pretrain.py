@@ -94,7 +94,7 @@ class MaskedReconstruction:
     def _output(
         forward: Callable[..., Any], image: Tensor, hidden: Tensor, valid: Tensor, predicted: Tensor | None
     ) -> ReconstructionOutput:
-        output = forward(image, hidden, valid, predicted)
+        output = forward(image, hidden, valid, *(() if predicted is None else (predicted,)))
         assert isinstance(output, ReconstructionOutput)
         return output
 
