@@ -23,7 +23,7 @@ from mimscale.train.run_dir import RunDir
 pytestmark = pytest.mark.two_process
 
 # Of a wait: the start of two ranks on a busy machine.
-START_S = 60
+START_S = 100
 
 
 @pytest.fixture(scope="module")

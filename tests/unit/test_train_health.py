@@ -2,12 +2,15 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError
 from mimscale.train.config import HealthConfig
+from mimscale.train.health import Health, _Trained
 from mimscale.train.health_log import HealthLog
 from mimscale.train.rank_times import RankTimes, slow_rank, time_metrics
 from mimscale.train.run_dir import RunDir
@@ -166,3 +169,47 @@ def test_an_outcome_that_another_rank_has_written_stays(tmp_path):
     with dog:
         wait_until(lambda: left)
     assert run.read_outcome().message == "the cause"
+
+
+class TwoRanks:
+    """This is rank 0; rank 1 always says what it is told to."""
+
+    world = World(rank=0, size=2, local_rank=0, local_size=2, node="node0")
+
+    def __init__(self, other):
+        self.other, self.gathered = other, 0
+
+    def gather(self, item):
+        self.gathered += 1
+        return [item, self.other]
+
+    def first_does(self, action):
+        return action()
+
+
+def test_ranks_are_compared_by_their_means_and_only_every_so_many_steps(tmp_path, capsys):
+    ranks = TwoRanks(RankTimes(1, "node7", 2.0, 0.8, 1.0))
+    config = HealthConfig(compare_ranks_every_steps=3, slow_rank_factor=1.5)
+    health = Health(config, RunDir(tmp_path), ranks, tree={}, rollback=lambda: None)
+    found = [
+        health.compare_ranks(step, {"step_s": 2.0, "data_wait_s": 0.1, "forward_s": forward_s})
+        for step, forward_s in ((1, 0.4), (2, 0.5), (3, 0.6))
+    ]
+    assert found[:2] == [{}, {}]
+    assert found[2]["rank_own_s_median"] == pytest.approx(0.6)
+    assert (found[2]["rank_own_s_max"], found[2]["slowest_rank"]) == (1.8, 1.0)
+    assert ranks.gathered == 1
+    (event,) = HealthLog(RunDir(tmp_path).health).read()
+    assert (event["step"], event["event"]) == (3, "slow_rank")
+    assert "rank 1 on node7 needs 1.80 s a step" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_on_finite_losses_names_the_rank_with_the_largest(tmp_path):
+    other = _Trained(1, "node7", [9.0, 2.0], [["v8"], ["v9"]])
+    health = Health(HealthConfig(), RunDir(tmp_path), TwoRanks(other), tree={}, rollback=lambda: None)
+    batches = [SimpleNamespace(volume_ids=[name]) for name in ("v1", "v2")]
+    assert not health.update_was_made(4, float("inf"), [torch.tensor(1.0), torch.tensor(3.0)], batches)
+    (event,) = HealthLog(RunDir(tmp_path).health).read()
+    assert "rank 1 on node7: loss 9 on volumes v8; loss 2 on volumes v9" in event["message"]
+    assert "rank 0" not in event["message"]
+    assert not RunDir(tmp_path).diagnostics.exists(), "the other rank writes the bundle"
