@@ -6,7 +6,7 @@ import torch
 
 from mimscale.config import build_config, load_config
 from mimscale.errors import ConfigError
-from mimscale.models.mae import MaeOutput
+from mimscale.models.reconstruction import ReconstructionOutput
 from mimscale.stream.batch import Batch
 from mimscale.stream.config import AugmentConfig
 from mimscale.train.config import FinetuneConfig, PretrainConfig
@@ -53,7 +53,7 @@ class Seen:
     def reconstruct(self, image, hidden, valid):
         self.images.append(image)
         patches = hidden.shape[1]
-        return MaeOutput(
+        return ReconstructionOutput(
             loss=torch.zeros(()),
             sample_loss=torch.zeros(2),
             prediction=torch.zeros(2, patches, image[0].numel() // patches),
