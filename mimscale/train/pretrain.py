@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mimscale.console import say
 from mimscale.models.masking import draw_masks, draw_predicted
+from mimscale.models.reconstruction import ReconstructionOutput
 from mimscale.stream import order
 from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
@@ -50,12 +53,19 @@ class MaskedReconstruction:
         images, valids = zip(*parts, strict=True)
         seeds = [seed for view in range(config.mask.repeats) for seed in _view_seeds(batch.seeds, view)]
         image, valid = (views[0] if len(views) == 1 else torch.cat(views) for views in (images, valids))
-        return self._output(forward, batch, seeds, image, valid).loss  # type: ignore[no-any-return]
+        hidden = self._hidden(seeds, batch.batch_index)
+        inputs: tuple[Tensor, ...] = (image, torch.from_numpy(hidden), valid)
+        if config.mask.predicted_share < 1:
+            inputs = (*inputs, torch.from_numpy(draw_predicted(seeds, hidden, config.mask.predicted_share)))
+        output: ReconstructionOutput = forward(*inputs)
+        return output.loss
 
     def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
-        """Loss sums; the masks belong to the samples, so they are the same at every validation."""
+        """Loss sums over all hidden patches; the masks belong to the samples, so they are always the same."""
         image, valid = normalise(batch)
-        output = self._output(forward, batch, batch.seeds, image, without_excluded(valid, self._excluded(batch)))
+        valid = without_excluded(valid, self._excluded(batch))
+        hidden = torch.from_numpy(self._hidden(batch.seeds, batch.batch_index))
+        output: ReconstructionOutput = forward(image, hidden, valid)
         return {"loss": (output.sample_loss * batch.counted).sum().double(), "samples": batch.counted.sum().double()}
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -65,15 +75,12 @@ class MaskedReconstruction:
     def _excluded(self, batch: Batch) -> Tensor | None:
         return None if self.overlay is None else labels(batch)
 
-    def _output(self, forward: Callable[..., Any], batch: Batch, seeds: list[int], image: Tensor, valid: Tensor) -> Any:
+    def _hidden(self, seeds: list[int], batch_index: int) -> NDArray[np.bool_]:
+        """Which patches are hidden: bool [B, L]."""
         config = self._config
         # The ratio of a `ratio_range` is one for the whole global batch, so its seed names the batch.
-        ratio_seed = (config.seed << 32 | batch.batch_index) % 2**64
-        hidden = draw_masks(seeds, config.crop_voxels, config.patch_voxels, config.mask, ratio_seed)
-        if config.mask.predicted_share == 1:
-            return forward(image, torch.from_numpy(hidden), valid)
-        predicted = draw_predicted(seeds, hidden, config.mask.predicted_share)
-        return forward(image, torch.from_numpy(hidden), valid, torch.from_numpy(predicted))
+        ratio_seed = (config.seed << 32 | batch_index) % 2**64
+        return draw_masks(seeds, config.crop_voxels, config.patch_voxels, config.mask, ratio_seed)
 
 
 def _view_seeds(seeds: list[int], view: int) -> list[int]:

@@ -71,9 +71,7 @@ def test_a_stopped_simclr_run_goes_on_to_the_bits_of_a_straight_one(store, simcl
 
 def test_a_simclr_run_is_reported_without_a_word_about_reconstructions(simclr, capsys):
     assert main(["report", str(simclr.path)]) == 0
-    page = Path(capsys.readouterr().out.strip())
-    page = page if page.suffix == ".html" else page / "index.html"
-    assert "econstruction" not in page.read_text().split("<section")[-3]
+    assert "Reconstruction" not in Path(capsys.readouterr().out.strip()).read_text()
     assert main(["evaluate", f"run_dir={simclr.path}"]) == 2
     assert "predicts no voxels" in capsys.readouterr().err
 
