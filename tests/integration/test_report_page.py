@@ -181,6 +181,18 @@ def test_a_run_without_steps_scores_or_store_says_so_plainly(tmp_path, capsys):
         assert text in page.words
 
 
+def test_a_contrastive_run_has_losses_and_not_a_word_about_reconstructions(tmp_path):
+    fake_run(tmp_path / "simclr", method="simclr")
+    fake_run(tmp_path / "simmim", method="simmim")
+    for name in ("simclr", "simmim"):
+        assert main(["report", str(tmp_path / name)]) == 0
+    words = [read(tmp_path / name / "report" / "index.html").words for name in ("simclr", "simmim")]
+    assert "Reconstruction" not in words[0]
+    assert "mimscale evaluate" not in words[0]
+    assert "Reconstruction, simmim" in words[1]
+    assert (tmp_path / "simclr" / "report" / "pretrain_loss.png").exists()
+
+
 def test_a_finetune_run_that_was_not_evaluated_names_the_command(tmp_path):
     run = fake_run(tmp_path / "run", "finetune", steps=20, store=str(tmp_path / "gone"))
     page = read(write_report([run], tmp_path / "out"))

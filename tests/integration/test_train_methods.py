@@ -16,7 +16,9 @@ from mimscale.train.run_dir import RunDir
 
 pytestmark = pytest.mark.two_process
 VIEWS = "augment={flip_prob: [0.5, 0.5, 0.5], scale_prob: 1, scale_by: 0.3, noise_prob: 1}"
-SIMCLR = ("method=simclr", "simclr={pool_crops: 8, projection_dim: 8, hidden_dim: 24}", VIEWS)
+# Drop-path draws differ between ranks, and here ranks are compared.
+PLAIN = "model={dim: 24, depth: 2, heads: 2}"
+SIMCLR = ("method=simclr", "simclr={pool_crops: 8, projection_dim: 8, hidden_dim: 24}", VIEWS, PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +50,12 @@ def weights(run: RunDir) -> bytes:
 
 
 def test_simclr_on_one_rank_without_zero_is_simclr_on_two_at_stage_3(store, simclr, tmp_path):
-    # Drop-path draws differ between ranks, so it is off; `simclr` has it on, so that a resume is tried with it.
-    plain = "model={dim: 24, depth: 2, heads: 2}"
-    one = pretrain_words(store, tmp_path / "one", *SIMCLR, "micro_batch=8", "engine.zero_stage=0", plain)
-    two = pretrain_words(store, tmp_path / "two", *SIMCLR, "micro_batch=4", "engine.zero_stage=2", plain)
-    runs = [trained(one, size=1), trained(two)]
-    assert len(logged(runs[0])) == 20
+    one = trained(pretrain_words(store, tmp_path / "run", *SIMCLR, "micro_batch=8", "engine.zero_stage=0"), size=1)
+    assert len(logged(one)) == 20
     # Sums over ranks in another order: fp32 rounding over 20 steps. A pool of one rank's crops alone, or gradients of
     # keys that are not summed, differ in the first digits.
     for name in ("loss", "grad_norm"):
-        torch.testing.assert_close(logged(runs[1], name), logged(runs[0], name), rtol=1e-4, atol=0)
+        torch.testing.assert_close(logged(simclr, name), logged(one, name), rtol=1e-4, atol=0)
 
 
 def test_a_stopped_simclr_run_goes_on_to_the_bits_of_a_straight_one(store, simclr, tmp_path):
@@ -71,9 +69,7 @@ def test_a_stopped_simclr_run_goes_on_to_the_bits_of_a_straight_one(store, simcl
 
 def test_a_simclr_run_is_reported_without_a_word_about_reconstructions(simclr, capsys):
     assert main(["report", str(simclr.path)]) == 0
-    page = Path(capsys.readouterr().out.strip())
-    page = page if page.suffix == ".html" else page / "index.html"
-    assert "econstruction" not in page.read_text().split("<section")[-3]
+    assert "Reconstruction" not in Path(capsys.readouterr().out.strip()).read_text()
     assert main(["evaluate", f"run_dir={simclr.path}"]) == 2
     assert "predicts no voxels" in capsys.readouterr().err
 

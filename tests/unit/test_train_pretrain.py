@@ -117,6 +117,8 @@ def test_only_a_share_of_the_hidden_patches_is_predicted_when_asked():
     hidden, predicted = forward.inputs[0][1], forward.inputs[0][3]
     assert hidden.sum(dim=1).tolist() == [6] * 4
     assert predicted.sum(dim=1).tolist() == [3] * 4
+    objective.validation_sums(forward, a_batch())
+    assert len(forward.inputs[1]) == 3  # validation predicts all of them
 
 
 def test_simclr_sees_two_views_of_each_crop_and_the_same_ones_in_each_validation():
