@@ -126,7 +126,7 @@ def test_twenty_kills_at_random_times_lose_nothing_that_was_committed(tmp_path, 
 
 @pytest.mark.soak
 @pytest.mark.two_process
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 def test_a_training_run_that_is_killed_twenty_times_ends_with_the_weights_of_a_straight_one(tmp_path, survived):
     store = tmp_path / "store"
     write_store(store, SHAPES)
@@ -165,6 +165,6 @@ def test_a_training_run_that_is_killed_twenty_times_ends_with_the_weights_of_a_s
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_two_hundred_kills_at_random_times_lose_nothing_that_was_committed(tmp_path, survived):
     kill_again_and_again(RunDir(tmp_path / "run"), 200, survived)
