@@ -12,7 +12,7 @@ from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.study.checks import VolumeUse, used_rows
-from mimscale.study.config import ExperimentConfig, StudyConfig
+from mimscale.study.config import ExperimentConfig, StudyConfig, dotted_keys
 from mimscale.study.graph import Graph
 from mimscale.study.nodes import resolve, tested_on, use_of
 from mimscale.study.results import (
@@ -248,9 +248,11 @@ def _notes(config: StudyConfig, graph: Graph, states: Mapping[str, NodeState]) -
     notes = [config.caveat] if config.caveat else []
     if config.pretrain_on_validation is not None:
         notes.append(f"Pretraining may read volumes that are validated or tested on: {config.pretrain_on_validation}")
+    used = {trial.arm for trial in graph.trials}
     for key, reason in config.may_differ.items():
-        arms = [name for name, arm in config.arms.items() if arm.finetune]
-        notes.append(f"{key} of fine-tuning differs in {', '.join(arms) or 'no arm'}: {reason}")
+        differing = [name for name, arm in config.arms.items() if name in used and key in dotted_keys(arm.finetune)]
+        if differing:
+            notes.append(f"{key} of fine-tuning differs in {'; '.join(differing)}: {reason}")
     counts: dict[str, int] = {}
     for state in states.values():
         counts[state.name] = counts.get(state.name, 0) + 1

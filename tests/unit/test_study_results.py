@@ -1,0 +1,77 @@
+"""What a study makes of its runs' files: folds together, held-out volumes kept out of pretraining."""
+
+import json
+
+import pytest
+import yaml
+from fake_runs import add_segmentation_scores, fake_run
+from small_segmentation import make_store
+from small_study import study_tree
+
+from mimscale.cli import main
+from mimscale.config import build_config
+from mimscale.study.config import StudyConfig
+from mimscale.study.graph import expand
+from mimscale.study.results import comparisons, read_groups
+
+
+def test_folds_are_one_group_whose_cases_are_those_of_all_folds(tmp_path):
+    settings = {f"fold {fold}": {"both.stream.fold": f"{fold}/2"} for fold in range(2)}
+    experiment = {"question": "?", "arms": ["scratch", "mae"], "settings": settings, "pool_settings": True}
+    tree = study_tree(
+        tmp_path, data={"store": {"path": "gone"}}, experiments={"folds": experiment}, finetune_seeds=[0, 1]
+    )
+    config = build_config(StudyConfig, tree, "test")
+    graph = expand(config)
+    for trial in graph.trials:
+        run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+        fold = trial.setting[-1]
+        if not run.exists():
+            fake_run(run, "finetune")
+            dice = 0.5 + 0.2 * (trial.arm == "mae") + 0.1 * int(fold)
+            add_segmentation_scores(run, volumes=[f"{fold}a", f"{fold}b"], dice=dice)
+    groups = read_groups(config, graph, tmp_path, {*graph.nodes} - {t.pretrain for t in graph.trials})
+    assert [(group.arm, group.setting, group.planned, len(group.results)) for group in groups] == [
+        ("scratch", "", 4, 4),
+        ("mae", "", 4, 4),
+    ]
+    assert groups[0].spread("dice").mean == pytest.approx(0.55)
+    (found,) = comparisons(config, "folds", groups)
+    assert found.dice.cases == 4
+    assert found.dice.difference == pytest.approx(0.2)
+    # Every case is scored by the one fold that holds it out.
+    table = groups[1].scores([0], [0, 1], ["0a", "0b", "1a", "1b"])
+    assert table.tolist() == [[pytest.approx([0.7, 0.7, 0.8, 0.8])] * 2]
+
+
+def dry_run(folder, capsys, **changes):
+    store = make_store(folder / "data", split="train")
+    tree = study_tree(folder, data={"store": {"path": str(store)}}, evaluate={"split": "train"}, **changes)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    code = main(["study", str(folder / "recipe.yaml"), "--dry-run", "--json"])
+    return code, {node["label"]: node for node in json.loads(capsys.readouterr().out)["nodes"]}
+
+
+def test_pretraining_on_volumes_that_are_tested_on_is_refused(tmp_path, capsys):
+    code, nodes = dry_run(tmp_path, capsys)
+    assert code == 3
+    assert nodes["pretrain mae, seed 0"]["state"] == "failed"
+    assert "would read 3 volume(s) that are validated or tested on" in nodes["pretrain mae, seed 0"]["reason"]
+    assert nodes["evaluate mae, seeds 0, 0"]["state"] == "left out"
+    assert nodes["evaluate scratch, seed 0"]["state"] == "to do"
+
+
+def test_pretraining_on_volumes_that_are_tested_on_is_allowed_where_the_recipe_says_why(tmp_path, capsys):
+    why = "transductive, as in the paper's first version"
+    code, nodes = dry_run(tmp_path, capsys, pretrain_on_validation=why)
+    assert (code, {node["state"] for node in nodes.values()}) == (0, {"to do"})
+
+
+def test_a_store_that_is_not_what_the_study_takes_it_for_stops_it_at_once(tmp_path, capsys):
+    store = make_store(tmp_path / "data")
+    data = {"store": {"path": str(store), "expect": {"train": 24, "val": 6}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(study_tree(tmp_path, data=data)))
+    assert main(["study", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 3
+    said = capsys.readouterr().err
+    assert "data.store: 0 volumes to train, expected 24" in said
+    assert "data.store: 3 volumes to val, expected 6" in said
