@@ -25,6 +25,7 @@ from mimscale.errors import DataError
 from mimscale.store import layout, native, shard
 from mimscale.store.files import Files, OpenFile, local_path, url_of
 from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
+from mimscale.store.pieces import Box, Triple, pieces_of
 
 # Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
 # a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader
@@ -36,10 +37,6 @@ _LARGEST_READ_BYTES = 4 * 1024 * 1024
 _ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
 
 _Chunk = tuple[int, int, int]  # its number in C order of the chunk grid, start and stop of its bytes in the shard
-_Triple = tuple[int, int, int]
-_Box = tuple[_Triple, _Triple, NDArray[Any]]  # what [low, stop) of an array is wanted, and the view that it goes to
-# Where decoded voxels go: crop[place] = chunk[cut], once the chunk is decoded.
-_Piece = tuple[NDArray[Any], tuple[int | slice, ...], NDArray[Any], tuple[slice, ...]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ class ShardReader:
         shape = (target.shape[0], *size_zyx)
         if out is None:
             out = list(np.empty((len(starts_zyx), *shape), dtype=target.dtype))
-        boxes: list[_Box] = []
+        boxes: list[Box] = []
         for start_zyx, crop in zip(starts_zyx, out, strict=True):
             if crop.shape != shape:
                 raise ValueError(f"out has shape {crop.shape}, the box needs {shape}")
@@ -234,7 +231,7 @@ class ShardReader:
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 
-    def _read_chunks(self, target: _Shard, boxes: list[_Box]) -> None:
+    def _read_chunks(self, target: _Shard, boxes: list[Box]) -> None:
         """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
         file = self._files.open(target.path)
         index = self._index(target, file)
@@ -247,7 +244,7 @@ class ShardReader:
         self,
         read_boxes: Callable[..., Any],
         target: _Shard,
-        boxes: list[_Box],
+        boxes: list[Box],
         file: OpenFile,
         index: NDArray[np.uint64],
     ) -> None:
@@ -274,11 +271,11 @@ class ShardReader:
             raise AssertionError("the loop in Python takes what the one in C refuses")
 
     def _read_chunks_in_python(
-        self, target: _Shard, boxes: list[_Box], file: OpenFile, index: NDArray[np.uint64]
+        self, target: _Shard, boxes: list[Box], file: OpenFile, index: NDArray[np.uint64]
     ) -> None:
         edge = self._info.chunk_voxels
         scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
-        pieces = _pieces(boxes, scratch, shard.chunk_grid(target.shape, edge))
+        pieces = pieces_of(boxes, scratch, shard.chunk_grid(target.shape, edge))
         numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
         empty = index[numbers, 0] == shard.EMPTY
         scratch[...] = target.fill_value
@@ -369,7 +366,7 @@ class ShardReader:
     def _explained(self, target: _Shard) -> AbstractContextManager[None]:
         return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
 
-    def _read_with_zarr(self, target: _Shard, low: _Triple, high: _Triple, view: NDArray[Any]) -> None:
+    def _read_with_zarr(self, target: _Shard, low: Triple, high: Triple, view: NDArray[Any]) -> None:
         """Any codec chain that zarr-python knows, several times slower."""
         import zarr
         from zarr.storage import ZipStore
@@ -388,7 +385,7 @@ class ShardReader:
         self.voxels_decoded += voxels.size
 
 
-def _clipped(start_zyx: _Triple, size_zyx: _Triple, shape_zyx: _Triple) -> tuple[_Triple, _Triple]:
+def _clipped(start_zyx: Triple, size_zyx: Triple, shape_zyx: Triple) -> tuple[Triple, Triple]:
     """The part of a box that lies in a volume; stop <= low along an axis where none does."""
     z, y, x = start_zyx
     dz, dy, dx = size_zyx
@@ -400,39 +397,6 @@ def _clipped(start_zyx: _Triple, size_zyx: _Triple, shape_zyx: _Triple) -> tuple
 def _is_plain(view: NDArray[Any], dtype: np.dtype[Any]) -> bool:
     """True for memory that holds voxels as the shard does, each row without gaps."""
     return view.dtype == dtype and view.strides[-1] == view.itemsize
-
-
-def _pieces(boxes: list[_Box], chunk: NDArray[Any], grid: tuple[int, int, int, int]) -> dict[int, list[_Piece]]:
-    """What to do with each chunk that a box [low, stop) touches, by its number, when it is decoded into `chunk`."""
-    channels, *grid_zyx = grid
-    pieces: dict[int, list[_Piece]] = {}
-    for low, stop, crop in boxes:
-        z_cuts, y_cuts, x_cuts = (list(_cuts(a, b, len(chunk))) for a, b in zip(low, stop, strict=True))
-        columns = [(x, *_as_rows(crop[..., place], chunk[..., cut])) for x, place, cut in x_cuts]
-        for channel in range(channels):
-            for z, z_place, z_cut in z_cuts:
-                for y, y_place, y_cut in y_cuts:
-                    row = ((channel * grid_zyx[0] + z) * grid_zyx[1] + y) * grid_zyx[2]
-                    place, cut = (channel, z_place, y_place), (z_cut, y_cut)
-                    for x, crop_rows, chunk_rows in columns:
-                        pieces.setdefault(row + x, []).append((crop_rows, place, chunk_rows, cut))
-    return pieces
-
-
-def _as_rows(crop: NDArray[Any], chunk: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both with each row of voxels as one element where that is possible: it halves the cost of a copy."""
-    if crop.dtype != chunk.dtype or crop.strides[-1] != crop.itemsize:
-        return crop, chunk
-    row = np.dtype((np.void, chunk.shape[-1] * chunk.itemsize))
-    return crop.view(row)[..., 0], chunk.view(row)[..., 0]
-
-
-def _cuts(low: int, stop: int, edge: int) -> Iterator[tuple[int, slice, slice]]:
-    """Along one axis: each chunk that [low, stop) touches, its place in the box, and which part of it."""
-    for chunk in range(low // edge, -(-stop // edge)):
-        start = chunk * edge
-        first, last = max(low, start), min(stop, start + edge)
-        yield chunk, slice(first - low, last - low), slice(first - start, last - start)
 
 
 def _cut_run(run: list[_Chunk]) -> Iterator[list[_Chunk]]:

@@ -305,7 +305,7 @@ def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pyte
 
 
 def test_a_slow_read_within_the_timeout_is_only_slow(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimscale.stream.loader.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("mimscale.stream.workers.LOOK_EVERY_S", 0.1)
     read_crops = ShardReader.read_crops
 
     def slow(self: ShardReader, *arguments: Any, **named: Any) -> Any:

@@ -2,7 +2,7 @@ import os
 import signal
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -125,10 +125,11 @@ def test_a_worker_decodes_straight_into_the_memory_that_the_trainer_maps(store: 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_memory_is_used_again_but_never_while_somebody_looks_at_it(
-    store: Path, manifest: Manifest, start_method: str
+    store: Path, manifest: Manifest, start_method: Literal["fork", "spawn"]
 ) -> None:
     expected = take(a_loader(store, manifest, workers=0), 30)
-    with a_loader(store, manifest, workers=1, start_method=start_method) as loader:
+    config = StreamConfig(workers=1, crops_per_volume=2, start_method=start_method)
+    with a_loader(store, manifest, config=config) as loader:
         kept = {0: next(loader).volume[1], 1: next(loader).volume[0, 0, 3:5]}  # views: their batches are gone
         for number in range(2, 30):
             assert_equal(next(loader), expected[number])
