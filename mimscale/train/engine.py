@@ -15,15 +15,17 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, distributed, nn
 
 from mimscale import durable
 from mimscale.errors import LaunchError
+from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import remove_stale_build_locks
-from mimscale.train.optim import learning_rate, parameter_groups
+from mimscale.train.optim import adamw, learning_rate
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
@@ -84,10 +86,32 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each transformer block in its place: the names of its weights stay.
+
+    Blocks of one shape share their code, so it is built once. What cannot be compiled here (no compiler, an operation
+    that it does not know) runs as it is, and torch says so in a warning.
+    """
+    torch._dynamo.config.suppress_errors = True
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+
+
 def leave_ranks() -> None:
     """Leave the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def leave_norms_on_the_device() -> None:
+    """Let ZeRO clip without asking whether the norm is finite: the question makes the host wait for the device.
+
+    The norm of gradients that are not finite is infinite here, and the loop ends the run at an infinite norm before it
+    saves anything.
+    """
+    for optimizer in (stage_1_and_2, stage3):
+        optimizer.is_invalid_grad_norm = lambda norm: False
 
 
 class Engine:
@@ -104,13 +128,15 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
+        leave_norms_on_the_device()
         self._stage_0_norm: Tensor | float = 0.0
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        groups = parameter_groups(model, config.optim, config.model.depth)
-        self._lr_scales = [group["lr_scale"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
+        if config.engine.compile_blocks:
+            compile_blocks(model)
+        optimizer = adamw(model, config.optim, config.model.depth)
+        self._lr_scales = [group["lr_scale"] for group in optimizer.param_groups]
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
@@ -180,9 +206,12 @@ class Engine:
             self._stage_0_norm = nn.utils.get_total_norm(gradients)
         self._deepspeed.step()
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return float(self._stage_0_norm if self.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
+    def grad_norm(self) -> Tensor | float:
+        """Global gradient norm of the last step, before clipping; infinite where any gradient is not finite."""
+        if self.zero_stage == 0:
+            return self._stage_0_norm
+        norm: Tensor | float = self._deepspeed.get_global_grad_norm()
+        return norm
 
     def save(self, folder: Path, step: int) -> list[OSError]:
         """Write this rank's part of weights and optimizer state into `folder`. A collective.

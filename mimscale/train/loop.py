@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mimscale.errors import DataError
 from mimscale.stream.batch import Batch
-from mimscale.train.meter import Meter
 from mimscale.world import World
 
 
@@ -27,8 +27,8 @@ class Stepper(Protocol):
     def step(self) -> None:
         """End a micro-batch; the last one of a step updates the weights."""
 
-    def grad_norm(self) -> float:
-        """Global norm before clipping."""
+    def grad_norm(self) -> Tensor | float:
+        """Global norm before clipping, the same on every rank. It may still be under way on the device."""
 
 
 class Together(Protocol):
@@ -40,6 +40,25 @@ class Together(Protocol):
         """Start a reduction; `.wait()` gives the sums over all ranks."""
 
 
+class Watch(Protocol):
+    """What the loop needs of a meter; see `mimscale.train.meter.Meter`."""
+
+    def span(self, name: str, /) -> AbstractContextManager[None]:
+        """Time a block."""
+
+    def take_spans(self) -> dict[str, float]:
+        """The seconds of this step's spans."""
+
+    def record_samples(self, step: int, sample_ids: list[int], /) -> None:
+        """Note what this rank trained on."""
+
+    def log_step(self, step: int, values: dict[str, float], /) -> None:
+        """Write one step down."""
+
+    def log_validation(self, step: int, values: dict[str, float], /) -> None:
+        """Write one validation down."""
+
+
 def train(
     *,
     first_step: int,
@@ -49,13 +68,14 @@ def train(
     ranks: Together,
     batches: Iterator[Batch],
     loss_of: Callable[[Batch], Tensor],
-    meter: Meter,
+    meter: Watch,
     stop_wanted: Callable[[], bool],
     save: Callable[[int], None],
     save_due: Callable[[int], bool],
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
     take_counts: Callable[[], dict[str, float]] = dict,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
@@ -88,6 +108,7 @@ def train(
         counts = {"substituted": float(substituted), **take_counts()}
         sums = {
             "loss": loss_sum,
+            "grad_norm": engine.grad_norm(),
             "stop": float(stop_wanted()),
             **counts,
             "samples": float(len(sample_ids)),
@@ -95,7 +116,7 @@ def train(
             "bytes_read": bytes_read,
             **meter.take_spans(),
         }
-        pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), tuple(counts), volume_ids)
+        pending.begin(step + 1, rate, ranks.sum(sums), tuple(counts), volume_ids)
 
         done = step + 1
         if validation_due(done):
@@ -106,6 +127,7 @@ def train(
             save(done)
         if stopping:
             return done
+        after_step(done)
     pending.finish()
     return max(first_step, steps)
 
@@ -120,17 +142,15 @@ def _finite(step: int, values: dict[str, float]) -> dict[str, float]:
 class _Pending:
     """The sums of the step before: read once, one step late."""
 
-    def __init__(self, meter: Meter, world_size: int) -> None:
+    def __init__(self, meter: Watch, world_size: int) -> None:
         self._meter = meter
         self._world_size = world_size
-        self._under_way: tuple[int, float, float, Any, tuple[str, ...], list[str]] | None = None
+        self._under_way: tuple[int, float, Any, tuple[str, ...], list[str]] | None = None
         self._stop_seen = False
 
-    def begin(
-        self, step: int, rate: float, grad_norm: float, sums: Any, counts: tuple[str, ...], volume_ids: list[str]
-    ) -> None:
+    def begin(self, step: int, rate: float, sums: Any, counts: tuple[str, ...], volume_ids: list[str]) -> None:
         """Remember what to read later; `counts` names the sums that are logged as sums and not as means."""
-        self._under_way = (step, rate, grad_norm, sums, counts, volume_ids)
+        self._under_way = (step, rate, sums, counts, volume_ids)
 
     def finish(self) -> bool:
         """Read, check and log the sums under way; True once any rank asked to stop.
@@ -139,20 +159,20 @@ class _Pending:
             DataError: the loss is not finite; this rank's volumes of that step are named.
         """
         if self._under_way is not None:
-            step, rate, grad_norm, sums, counts, volume_ids = self._under_way
+            step, rate, sums, counts, volume_ids = self._under_way
             self._under_way = None
             shared = sums.wait()
             means = {name: value / self._world_size for name, value in shared.items()}
-            if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
+            if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
                 raise DataError(
-                    f"step {step}: the loss is {means['loss']}, its gradient norm {grad_norm}; this rank trained on "
-                    f"volumes {', '.join(volume_ids)}. "
+                    f"step {step}: the loss is {means['loss']}, its gradient norm {means['grad_norm']}; this rank "
+                    f"trained on volumes {', '.join(volume_ids)}. "
                     "Look at them (`mimscale inspect STORE VOLUME --png FILE`), or lower optim.lr; the last checkpoint "
                     "lies before it"
                 )
             self._stop_seen = self._stop_seen or shared["stop"] > 0
-            values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
-            values |= {"lr": rate, "grad_norm": grad_norm, **{name: shared[name] for name in counts}}
+            values = {name: means[name] for name in ("loss", "grad_norm", "step_s", "data_wait_s")}
+            values |= {"lr": rate, **{name: shared[name] for name in counts}}
             values |= {
                 f"{name}_per_crop": shared[name] / shared["samples"] for name in ("voxels_decoded", "bytes_read")
             }

@@ -36,6 +36,7 @@ from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
+from mimscale.train.garbage import collected_between_steps
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
 from mimscale.train.preflight import preflight
@@ -367,6 +368,7 @@ def _train(
         validate=validate,
         validation_due=validation_due,
         take_counts=loader.take_counts,
+        after_step=stack.enter_context(collected_between_steps()),
     )
     finished = done >= config.steps
     outcome = Outcome(

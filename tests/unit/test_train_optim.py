@@ -56,7 +56,7 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
     assert tree["train_batch_size"] == 24
     assert tree["gradient_accumulation_steps"] == 4
     assert tree["gradient_clipping"] == 0.5
-    assert tree["bf16"] == {"enabled": True}
+    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert tree["communication_data_type"] == "fp32"
     assert tree["zero_optimization"]["stage"] == 2
     assert tree["zero_optimization"]["overlap_comm"] is True
