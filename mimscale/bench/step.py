@@ -7,6 +7,7 @@ the peers.
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,8 +130,8 @@ def measure_steps(
         round_s: how long a round should be; at least one step.
 
     Returns:
-        for each: name, step_s (median of the rounds), p95_s, spread_percent, samples_per_s, loss after the first step;
-        and the products of a step.
+        for each: name, step_s (median of the rounds), max_s, cpu_s (of all threads; a busy machine disturbs it least),
+        spread_percent, samples_per_s and the loss of the first step; and the products of a step.
     """
     steps = {name: build(setting) for name, build in contenders.items()}
     losses: dict[str, float | None] = {}
@@ -143,15 +144,16 @@ def measure_steps(
     assert recorded is not None
     calls: dict[str, Callable[[], object]] = {**steps, CEILING: Replay(recorded, setting.device)}
     gc.collect()
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    rounds: dict[str, list[measure.Run]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
             once_s = hardware.seconds_of(call, setting.device)
             count = max(1, round(round_s / once_s))
+            busy_s = time.process_time()
             mean_s = hardware.seconds_of(lambda call=call, count=count: _repeat(call, count), setting.device) / count  # type: ignore[misc]
             if number:
-                rounds[name].append(mean_s)
-    return [_row(name, seconds, losses.get(name), setting) for name, seconds in rounds.items()], recorded
+                rounds[name].append(measure.Run(wall_s=mean_s, cpu_s=(time.process_time() - busy_s) / count))
+    return [_row(name, runs, losses.get(name), setting) for name, runs in rounds.items()], recorded
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:
@@ -159,12 +161,14 @@ def _repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-def _row(name: str, seconds: Sequence[float], loss: float | None, setting: Setting) -> dict[str, Any]:
+def _row(name: str, runs: Sequence[measure.Run], loss: float | None, setting: Setting) -> dict[str, Any]:
+    seconds = [run.wall_s for run in runs]
     median = statistics.median(seconds)
     return {
         "name": name,
         "step_s": round(median, 5),
         "max_s": round(max(seconds), 5),
+        "cpu_s": round(statistics.median(run.cpu_s for run in runs), 5),
         "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
         "samples_per_s": round(setting.config.micro_batch / median, 3),
         "loss": loss,
@@ -214,13 +218,14 @@ def as_markdown(result: dict[str, Any]) -> str:
             row["name"],
             f"{1e3 * row['step_s']:.0f}" if row["step_s"] >= 0.1 else f"{1e3 * row['step_s']:.2f}",
             f"{row['spread_percent']:.0f} %",
+            f"{1e3 * row['cpu_s']:.0f}",
             f"{row['samples_per_s']:.2f}",
             "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
             "" if row["times"] is None else f"{row['times']:.2f}x",
         ]
         for row in rows
     ]
-    columns = ["contender", "ms a step", "spread", "samples/s", "of ceiling", "mimscale's time is less by"]
+    columns = ["contender", "ms a step", "spread", "CPU ms", "samples/s", "of ceiling", "mimscale is"]
     use = result["utilisation"]
     mfu = use["mfu"] if use["mfu"] is not None else use["mfu_of_measured"]
     peak = "data sheet" if use["mfu"] is not None else "a large product measured here"

@@ -75,6 +75,7 @@ def test_what_two_ranks_hold_is_what_theory_says(tmp_path):
     assert rows[1]["theory_bytes"] == rows[1]["parameters"] * 10
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI calls it so
 def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_path, monkeypatch):
     from pathlib import Path
 
