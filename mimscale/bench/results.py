@@ -14,6 +14,21 @@ RATES = ("samples_per_s", "crops_per_s", "mb_per_s")
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How long a mode of training is measured."""
+
+    warmup_steps: int
+    steps: int  # of a window
+    count: int
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.count) < 1 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"--steps {self.steps} --windows {self.count} --warmup {self.warmup_steps}: 1, 1, 0 or more"
+            )
+
+
+@dataclass(frozen=True)
 class Rate:
     """One measured throughput with the spread of its repeats."""
 

@@ -4,7 +4,6 @@ The loop is the one that trains. End to end is at best the slower of the other t
 loader, or of work that does not overlap.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -22,11 +21,9 @@ from torch import Tensor
 from mimscale import console, durable
 from mimscale.bench import hardware, measure
 from mimscale.bench.products import record
-from mimscale.bench.results import RESULT_FILE
+from mimscale.bench.results import RESULT_FILE, Windows
 from mimscale.bench.synthetic import synthetic_batch
-from mimscale.bench.verbs import bench_config
-from mimscale.config import config_tree, config_yaml, tree_hash, verb_parser
-from mimscale.errors import ConfigError
+from mimscale.config import config_tree, tree_hash
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.train.config import PretrainConfig, accumulation
@@ -70,15 +67,6 @@ class _Stopwatch:
 
     def record_samples(self, step: int, sample_ids: list[int]) -> None:
         """Nothing."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How long a mode is measured."""
-
-    warmup_steps: int
-    steps: int  # of a window
-    count: int
 
 
 class Bench:
@@ -303,40 +291,18 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """`mimscale bench train RECIPE [store=STORE] [key=value ...] [--json]`, alone, under torchrun or in a job."""
-    parser = verb_parser("bench train", "Training in three modes: a batch on the device, the loader alone, and both.")
-    parser.add_argument("--steps", type=int, default=20, help="of a window")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first window")
-    parser.add_argument("--windows", type=int, default=3, help="of which median and spread are told")
-    parser.add_argument("--channels", type=int, default=1, help="of the images, where no store tells it")
-    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
-    arguments = parser.parse_intermixed_args(argv)
-    config = bench_config(arguments.words, needs_store=False)
-    if arguments.check:
-        print(config_yaml(config), end="")
-        return 0
-    windows = _windows(arguments)
+def run_training(config: PretrainConfig, windows: Windows, *, channels: int, as_json: bool) -> int:
+    """The verb's body: measure as one rank, and let rank 0 tell; returns the exit code."""
     world = World.from_environment(os.environ)
     accumulation(config, world.size)
     ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
     try:
-        with_store = config.store != Path("none")
-        result = bench_training(config, ranks, windows, with_store=with_store, channels=arguments.channels)
+        result = bench_training(config, ranks, windows, with_store=config.store != Path("none"), channels=channels)
     finally:
         leave_ranks()
     if world.is_first:
         if config.run_dir != Path("none"):
             config.run_dir.mkdir(parents=True, exist_ok=True)
             durable.write_json(config.run_dir / RESULT_FILE, result)
-        console.print_json(result) if arguments.json else print(as_markdown(result), flush=True)
+        console.print_json(result) if as_json else print(as_markdown(result), flush=True)
     return 0
-
-
-def _windows(arguments: argparse.Namespace) -> Windows:
-    if min(arguments.steps, arguments.windows) < 1 or arguments.warmup < 0:
-        raise ConfigError(
-            f"--steps {arguments.steps} --windows {arguments.windows} --warmup {arguments.warmup}: at least 1, 1 and 0"
-        )
-    return Windows(arguments.warmup, arguments.steps, arguments.windows)

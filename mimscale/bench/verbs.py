@@ -4,7 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mimscale.config import load_verb_config
+from mimscale.bench.results import Windows
+from mimscale.config import config_yaml, load_verb_config, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.train.config import PretrainConfig
 
@@ -12,7 +13,7 @@ from mimscale.train.config import PretrainConfig
 KINDS: dict[str, tuple[str, str]] = {
     "stream": ("mimscale.bench.stream:main", "crops a second out of a store, on one core and through the loader"),
     "step": ("mimscale.bench.step:main", "the training step alone, against the time of its matrix products"),
-    "train": ("mimscale.bench.training:main", "synthetic batch, loader alone, and both: on one rank or many"),
+    "train": ("mimscale.bench.verbs:train_main", "synthetic batch, loader alone, and both: on one rank or many"),
     "checkpoint": ("mimscale.bench.checkpoint:main", "how long a save stops training, and how fast it is read"),
     "ingest": ("mimscale.bench.ingest:main", "volumes a second into a store, on one core"),
     "scaling": ("mimscale.bench.scaling:main", "1, 2, 4 ... ranks: efficiency and memory; or a table of such runs"),
@@ -44,6 +45,29 @@ def main(argv: list[str]) -> int:
     code = getattr(importlib.import_module(module), function)([kind, *words] if kind == "stream" else words)
     assert isinstance(code, int), f"{module}:{function} returned {code!r} instead of an exit code"
     return code
+
+
+def train_main(argv: list[str]) -> int:
+    """`mimscale bench train RECIPE [store=STORE] [key=value ...] [--json]`, alone, under torchrun or in a job.
+
+    Torch comes in behind `--check`, with which a login node looks at a job.
+    """
+    parser = verb_parser("bench train", "Training in three modes: a batch on the device, the loader alone, and both.")
+    parser.add_argument("--steps", type=int, default=20, help="of a window")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the first window")
+    parser.add_argument("--windows", type=int, default=3, help="of which median and spread are told")
+    parser.add_argument("--channels", type=int, default=1, help="of the images, where no store tells it")
+    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    arguments = parser.parse_intermixed_args(argv)
+    config = bench_config(arguments.words, needs_store=False)
+    windows = Windows(arguments.warmup, arguments.steps, arguments.windows)
+    if arguments.check:
+        print(config_yaml(config), end="")
+        return 0
+    from mimscale.bench.training import run_training
+
+    return run_training(config, windows, channels=arguments.channels, as_json=arguments.json)
 
 
 def bench_config(words: Sequence[str], *, needs_store: bool = True) -> PretrainConfig:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 from rank_pool import run_ranks
@@ -55,6 +57,17 @@ def test_one_and_two_ranks_measure_three_modes_and_make_a_table_of_scaling(store
         assert result["end_to_end_of_smaller"] > 0
         assert result["verdict"]
     assert [row["ranks"] for row in efficiency_table(list(results.values()), kind="weak")] == [1, 2]
+
+
+def test_a_job_on_this_machine_leaves_its_result_in_its_run_directory(tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["demo/pretrain", f"run_dir={run_dir}", *SMALL, "global_batch=2", "--processes=1", "--wait"]
+    command = [sys.executable, "-m", "mimscale.cli", "submit", "bench", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    result = read_result(run_dir)
+    assert list(result["modes"]) == ["synthetic"]  # no store was given
+    assert result["verdict"] == "synthetic only: no store was given"
 
 
 @pytest.mark.two_process

@@ -19,6 +19,8 @@ VERBS = {
     "evaluate --check": ["evaluate", *RUN, "--check"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
+    "bench --help": ["bench", "--help"],
+    "submit bench --dry-run": ["submit", "bench", "demo/pretrain", "run_dir=/none/run", "--dry-run"],
     "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
 }
 PROGRAM = """
