@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo study-small study-small-quick test soak check bench-ingest bench-stream format clean debian-packages
+.PHONY: help install demo study-small study-small-quick test soak check bench bench-ingest bench-stream bench-step bench-training format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -67,6 +67,19 @@ bench-ingest: .venv/installed-test ## conversion speed, sizes, memory and scale 
 
 bench-stream: .venv/installed-bench debian-packages ## crops a second of our reader and its peers, one core each
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)
+
+bench-step: .venv/op-built-bench ## the training step of ours and of its peers, against its matrix products
+	$(BIN)/python benchmarks/bench_step.py --hardware $(HARDWARE)
+
+bench-training: .venv/op-built-bench ## training in three modes, and its scaling over ranks of this machine
+	$(BIN)/python benchmarks/bench_training.py --hardware $(HARDWARE)
+
+# Two samples a step, short rounds: enough to see an error or a large change, in minutes. The names of such results say so.
+bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks, under 15 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ingest.py --hardware $(HARDWARE)-quick --repeats 2 --receipts 5000 --rows 20000 --mb-a-run 10 --edge-factor 1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)-quick --repeats 2 --seconds 0.1 --crops 96 --conditions warm --ct-edge 160
+	$(BIN)/python benchmarks/bench_step.py --hardware $(HARDWARE)-quick --quick --repeats 2 --seconds 0.5 --no-compile
+	$(BIN)/python benchmarks/bench_training.py --hardware $(HARDWARE)-quick --steps 3 --windows 2 --memory-ranks 1 2
 
 format: .venv/installed-check ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -25,13 +25,16 @@ class JobVerb:
 
     folder_key: str  # config key of the folder that the job's files go to
     suffix: str = ""  # added to that folder's name, where the folder itself has a fixed layout
-    config: type[RunConfig] | None = None  # of a verb that trains, on many processes; the others run on one
+    config: type[RunConfig] | None = None  # of a verb that runs on many processes; the others run on one
+    trains: bool = True  # of those: it makes a run that saves and continues
+    words: tuple[str, ...] = ()  # between the verb and its RECIPE
 
 
 JOB_VERBS = {
     "pretrain": JobVerb(folder_key="run_dir", config=PretrainConfig),
     "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
     "evaluate": JobVerb(folder_key="run_dir"),
+    "bench": JobVerb(folder_key="run_dir", config=PretrainConfig, trains=False, words=("train",)),
     "ingest": JobVerb(folder_key="out", suffix=".job"),
     "cohort": JobVerb(folder_key="out", suffix=".job"),
 }
@@ -55,7 +58,7 @@ class Plan:
     tree: dict[str, Any]  # the resolved config, plain
     text: str  # the same as YAML
     run: RunDir  # holds logs/ and jobs.jsonl; for verbs without a run directory, a folder beside their output
-    trains: RunConfig | None
+    shares: RunConfig | None  # of a verb on many processes, which share its global batch
     profile: Profile
     nodes: int
     processes: int  # on each node
@@ -63,6 +66,11 @@ class Plan:
     accelerator: Accelerator
     array: int | None = None  # tasks of a job array, each a part of the work
     words: tuple[str, ...] = ()  # further words of the verb
+
+    @property
+    def trains(self) -> RunConfig | None:
+        """The config of a verb that makes a run, which saves and continues."""
+        return self.shares if JOB_VERBS[self.verb].trains else None
 
     @property
     def world_size(self) -> int:
@@ -80,10 +88,10 @@ class Plan:
         }
         if self.array:
             tree["tasks"] = self.array
-        if self.trains:
-            tree["micro_batch"] = self.trains.micro_batch
-            tree["accumulation"] = accumulation(self.trains, self.world_size)
-            tree["global_batch"] = self.trains.global_batch
+        if self.shares:
+            tree["micro_batch"] = self.shares.micro_batch
+            tree["accumulation"] = accumulation(self.shares, self.world_size)
+            tree["global_batch"] = self.shares.global_batch
         return tree
 
     def estimate(self) -> Estimate | None:
@@ -127,7 +135,7 @@ def check_verb(verb: str, words: Sequence[str]) -> tuple[dict[str, Any], int]:
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = cli.main([verb, *words, "--check"])
+        code = cli.main([verb, *JOB_VERBS[verb].words, *words, "--check"])
     return (parse_yaml(printed.getvalue(), f"{verb} --check"), 0) if code == 0 else ({}, code)
 
 
@@ -161,12 +169,14 @@ def make_plan(
     count = resolve_processes(profile, accelerator, os.environ) if job.config else 1
     config = build_config(job.config, tree, f"{verb} --check") if job.config else None
     place = Path(tree[job.folder_key])
+    if str(place) == "none":
+        raise ConfigError(f"submit {verb}: {job.folder_key}=DIR is missing; the job's files go there")
     plan = Plan(
         verb=verb,
         tree=config_tree(config) if config else tree,
         text=config_yaml(config) if config else _yaml_of(tree),
         run=RunDir(place.with_name(place.name + job.suffix).absolute()),
-        trains=config,
+        shares=config,
         profile=profile,
         nodes=nodes,
         processes=count,
@@ -188,8 +198,8 @@ def _refuse_impossible(plan: Plan) -> None:
     try:
         plan.topology()
     except ConfigError as error:
-        assert plan.trains is not None
-        nodes = legal_nodes(plan.trains, plan.processes)
+        assert plan.shares is not None
+        nodes = legal_nodes(plan.shares, plan.processes)
         if plan.profile.executor != "slurm" or not nodes:
             raise
         raise ConfigError(

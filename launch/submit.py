@@ -75,7 +75,7 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
         with durable.explained(LaunchError, plan.run.path, "choose another run_dir or free space"):
             _refuse_other_ranks(plan.run, plan.world_size, plan.trains.engine.zero_stage)
             plan.run.open(plan.tree, plan.text, free_keys=FREE_KEYS)
-    elif JOB_VERBS[plan.verb].folder_key == "run_dir":
+    elif plan.shares is None and JOB_VERBS[plan.verb].folder_key == "run_dir":
         plan.run.read_config_tree()  # refuses a folder that is no run directory
     record = JobRecord(
         verb=plan.verb,
@@ -173,7 +173,7 @@ def _chosen_variables(plan: Plan) -> dict[str, str]:
 
 def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
     return RunVerb(
-        arguments=(plan.verb, str(folder.config), *plan.words),
+        arguments=(plan.verb, *JOB_VERBS[plan.verb].words, str(folder.config), *plan.words),
         folder=Path.cwd(),
         environment=_chosen_variables(plan)
         | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
@@ -186,7 +186,7 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
 def _batch_job(
     plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
 ) -> BatchJob:
-    folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key)]
+    folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key) not in (None, "none")]
     mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
     return BatchJob(
         folder=folder,
@@ -324,7 +324,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=JOB_VERBS, help="what to run")
     parser.add_argument("words", nargs="*", metavar="WORD", help="the verb's RECIPE and key=value overrides")
     parser.add_argument("--profile", default="local", metavar="NAME_OR_FILE", help="where to run (default: local)")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: 1)")
+    parser.add_argument(
+        "--nodes",
+        type=_node_counts,
+        default=(1,),
+        help="number of nodes (default: 1); bench: 1,2,4 makes a job of each",
+    )
+    parser.add_argument("--strong", action="store_true", help="bench: the same global batch on every number of nodes")
     parser.add_argument("--processes", type=int, help="processes on each node, in place of the profile's")
     parser.add_argument("--after", type=Path, metavar="RUN_DIR", help="start when the job of this run has finished")
     parser.add_argument("--array", type=int, metavar="N", help="ingest: N jobs that convert, and one that merges")
@@ -349,9 +355,51 @@ def main(argv: list[str]) -> int:
     tree, code = check_verb(arguments.verb, arguments.words)
     if code:
         return code
-    plan = make_plan(
-        arguments.verb, tree, profile, nodes=arguments.nodes, processes=arguments.processes, array=arguments.array
-    )
+    if arguments.verb != "bench" and (len(arguments.nodes) > 1 or arguments.strong):
+        raise ConfigError(f"{arguments.verb}: several numbers of nodes, and --strong, are for bench")
+    plans = [
+        make_plan(arguments.verb, each, profile, nodes=nodes, processes=arguments.processes, array=arguments.array)
+        for nodes, each in _trees(tree, arguments.nodes, strong=arguments.strong)
+    ]
+    codes = [_submit(plan, arguments, argv) for plan in plans]
+    if len(plans) > 1 and not arguments.dry_run:
+        folders = " ".join(shlex.quote(str(plan.run.path)) for plan in plans)
+        console.say(f"when all have finished: mimscale bench scaling --from {folders}")
+    return max(codes)
+
+
+def _node_counts(text: str) -> tuple[int, ...]:
+    """`4` or `1,2,4,8`."""
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
+def _trees(tree: dict[str, Any], counts: Sequence[int], *, strong: bool) -> list[tuple[int, dict[str, Any]]]:
+    """The config on each number of nodes, each in a folder of its own where there are several.
+
+    The recipe's global batch is that of the fewest nodes; with more of them it grows, unless scaling is to be strong.
+    """
+    if len(counts) == 1:
+        return [(counts[0], tree)]
+    if min(counts) < 1:
+        raise ConfigError(f"--nodes {','.join(map(str, counts))}: each at least 1")
+    if tree["run_dir"] == "none":
+        raise ConfigError("submit bench: run_dir=DIR is missing; each job's files go to a folder in it")
+    return [
+        (
+            nodes,
+            {
+                **tree,
+                "run_dir": str(Path(tree["run_dir"]) / f"nodes_{nodes:04d}"),
+                "global_batch": tree["global_batch"] if strong else tree["global_batch"] * nodes // min(counts),
+            },
+        )
+        for nodes in counts
+    ]
+
+
+def _submit(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Submit one plan, or print it; returns the exit code."""
+    batch = plan.profile.executor == "slurm"
     if arguments.fresh_data:
         if arguments.verb not in ("pretrain", "finetune"):
             raise ConfigError(f"--fresh-data: {arguments.verb} has no order of data; only pretrain and finetune do")
@@ -359,7 +407,7 @@ def main(argv: list[str]) -> int:
     if arguments.dry_run:
         _print_plan(plan, arguments.after, as_json=arguments.json)
         return 0
-    if profile.executor == "debug":
+    if plan.profile.executor == "debug":
         return _run_here(plan, prepare(plan, fresh=arguments.fresh), argv, as_json=arguments.json)
     # A Ctrl-C while the job is being started waits until the job is recorded, and then stops it or us in the usual way.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)

@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("mimscale.train.verbs:pretrain_main", "train a masked autoencoder on a store"),
     "finetune": ("mimscale.train.verbs:finetune_main", "train a UNETR, from a pretrained encoder or from scratch"),
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
-    "bench": ("mimscale.bench.stream:main", "bench stream: how fast crops come out of a store, and what limits it"),
+    "bench": ("mimscale.bench.verbs:main", "how fast reading, a step, training and saving are, and what limits them"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
     "study": ("launch.study:main", "an experiment of many runs, here or on Slurm, and its tables and curves"),
     "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),

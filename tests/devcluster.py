@@ -224,7 +224,7 @@ class Site:
         """A run directory of this site."""
         return RunDir(self.folder / name)
 
-    def try_submit(self, verb: str, *words: str, nodes: int = 2) -> "subprocess.CompletedProcess[str]":
+    def try_submit(self, verb: str, *words: str, nodes: int | str = 2) -> "subprocess.CompletedProcess[str]":
         """`mimscale submit VERB ...` on the profile."""
         return self.cluster.mimscale(
             "submit", verb, *words, "--profile", "profile.yaml", "--nodes", str(nodes), "--json", cwd=self.folder

@@ -143,4 +143,4 @@ def visible_indices(hidden: Tensor) -> Tensor:
 
 def _indices(chosen: Tensor) -> Tensor:
     """The places of True, in the order of the grid: bool [B, L] with as many in each row -> int64 [B, K]."""
-    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(chosen[0].sum())]
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : sum(chosen[0].tolist())]

@@ -10,7 +10,13 @@ from mimscale.train.config import EngineConfig
 
 
 def deepspeed_config(
-    config: EngineConfig, *, precision: Literal["fp32", "bf16"], micro_batch: int, accumulation: int, world_size: int
+    config: EngineConfig,
+    *,
+    precision: Literal["fp32", "bf16"],
+    micro_batch: int,
+    accumulation: int,
+    world_size: int,
+    leave_out_bad_updates: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's config tree for one run.
 
@@ -26,8 +32,9 @@ def deepspeed_config(
         "gradient_predivide_factor": 1.0,
         # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).
         "communication_data_type": "fp32",
-        # fp32 leaves out updates that are not finite in any case, bf16 only when told to.
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        # Whether updates that are not finite are left out. The check makes the host wait for the device in every step;
+        # without it the loop finds them a step later.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": leave_out_bad_updates},
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": config.zero_stage,

@@ -16,15 +16,18 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero.stage_1_and_2 import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, distributed, nn
 
 from mimscale import durable
 from mimscale.errors import LaunchError
+from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import remove_stale_build_locks
-from mimscale.train.optim import group_rate, learning_rate, parameter_groups
+from mimscale.train.optim import adamw, group_rate, learning_rate
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
@@ -85,10 +88,32 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each transformer block in its place: the names of its weights stay.
+
+    Blocks of one shape share their code, so it is built once. What cannot be compiled here (no compiler, an operation
+    that it does not know) runs as it is, and torch says so in a warning.
+    """
+    torch._dynamo.config.suppress_errors = True
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+
+
 def leave_ranks() -> None:
     """Leave the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def check_norms(leave_out_bad_updates: bool) -> None:
+    """Let ZeRO ask whether a gradient norm is finite, and leave the update out, or not ask at all.
+
+    The question makes the host wait for the device. Unasked, the norm of gradients that are not finite is not finite
+    either, and the loop ends the run at such a norm before it saves anything.
+    """
+    for optimizer in (stage_1_and_2, stage3):
+        optimizer.is_invalid_grad_norm = is_invalid_grad_norm if leave_out_bad_updates else lambda norm: False
 
 
 class Engine:
@@ -105,14 +130,17 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
-        self._stage_0_norm = 0.0
+        self._leaves_out = config.health.max_skipped > 0
+        check_norms(self._leaves_out)
+        self._stage_0_norm: Tensor | float = 0.0
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        groups = parameter_groups(model, config.optim, config.model.depth)
-        self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
-        if self.zero_stage == 0:
+        if config.engine.compile_blocks:
+            compile_blocks(model)
+        optimizer = adamw(model, config.optim, config.model.depth)
+        self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
+        if self.zero_stage == 0 and self._leaves_out:
             optimizer.register_step_pre_hook(self._leave_out_stage_0)
         tree = deepspeed_config(
             config.engine,
@@ -120,6 +148,7 @@ class Engine:
             micro_batch=config.micro_batch,
             accumulation=accumulation(config, ranks.world.size),
             world_size=ranks.world.size,
+            leave_out_bad_updates=self._leaves_out,
         )
         with contextlib.redirect_stdout(sys.stderr):
             self._deepspeed, *_ = deepspeed.initialize(
@@ -190,7 +219,8 @@ class Engine:
         if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
             # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self._stage_0_norm = float(nn.utils.get_total_norm(gradients))
+            norm = nn.utils.get_total_norm(gradients)
+            self._stage_0_norm = float(norm) if self._leaves_out else norm
         self._deepspeed.step()
 
     def _leave_out_stage_0(self, *_: Any) -> None:
@@ -199,9 +229,12 @@ class Engine:
             for parameter in self.module.parameters():
                 parameter.grad = None
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; not finite where its update was left out."""
-        return float(self._stage_0_norm if self.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
+    def grad_norm(self) -> Tensor | float:
+        """Global gradient norm of the last step, before clipping; not finite where any gradient was not."""
+        if self.zero_stage == 0:
+            return self._stage_0_norm
+        norm: Tensor | float = self._deepspeed.get_global_grad_norm()
+        return norm
 
     def save(self, folder: Path, step: int) -> list[OSError]:
         """Write this rank's part of weights and optimizer state into `folder`. A collective.

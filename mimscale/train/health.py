@@ -89,6 +89,7 @@ class Health:
         self._timed_steps = 0
         self._rolled_back_at = 0
         self.skipped = self._rollbacks = 0
+        self._unread: dict[int, tuple[Sequence[Tensor], Sequence[Batch]]] = {}  # steps whose norm is read late
 
     def start(self, first_step: int) -> None:
         """Take up what earlier jobs of the run have seen. A collective."""
@@ -107,17 +108,36 @@ class Health:
         )
 
     def update_was_made(
-        self, step: int, grad_norm: float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]
+        self, step: int, grad_norm: Tensor | float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]
     ) -> bool:
         """Whether the engine made the update of a step: not where the global gradient norm is not finite.
 
         That is the case on all ranks or on none, so the rest is a collective that only happens when something is wrong.
+        With `max_skipped=0` every update is made, and `watch_norm` ends the run at a bad one: then nobody waits for the
+        device here.
 
         Raises:
             DataError: more than `max_skipped` updates were left out.
         """
-        if math.isfinite(grad_norm):
+        if self._config.max_skipped == 0:
+            self._unread[step] = (losses, micro_batches)
             return True
+        if not math.isfinite(norm := float(grad_norm)):
+            self._leave_out(step, norm, losses, micro_batches)
+            return False
+        return True
+
+    def watch_norm(self, step: int, grad_norm: float) -> None:
+        """Judge a gradient norm that was not read at its own step. May be a collective.
+
+        Raises:
+            DataError: it is not finite, and the weights are no more. Nothing has been saved since.
+        """
+        losses, micro_batches = self._unread.pop(step, ((), ()))
+        if losses and not math.isfinite(grad_norm):
+            self._leave_out(step, grad_norm, losses, micro_batches)
+
+    def _leave_out(self, step: int, grad_norm: float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> None:
         world = self._ranks.world
         own = _Trained(world.rank, world.node, [float(loss) for loss in losses], [b.volume_ids for b in micro_batches])
         everybody = self._ranks.gather(own)
@@ -144,7 +164,6 @@ class Health:
             self._event(step, "stopped", text, volume_ids=_ids(named))
             raise DataError(text)
         self._event(step, "skipped", text, volume_ids=_ids(named))
-        return False
 
     def _write_bundle(self, step: int, own: _Trained, grad_norm: float, micro_batches: Sequence[Batch]) -> None:
         folder = self._run.diagnostics / bundle_name(step, own.rank)

@@ -1,7 +1,8 @@
 """The training loop. It says what happens in each step and nothing about how."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,8 +10,6 @@ from torch import Tensor
 
 from mimscale.errors import DataError
 from mimscale.stream.batch import Batch
-from mimscale.train.health import Health
-from mimscale.train.meter import Meter
 from mimscale.world import World
 
 
@@ -29,8 +28,8 @@ class Stepper(Protocol):
     def step(self) -> None:
         """End a micro-batch; the last one of a step updates the weights, unless the gradient is not finite."""
 
-    def grad_norm(self) -> float:
-        """Global norm before clipping; not finite where the update was left out. The same on every rank."""
+    def grad_norm(self) -> Tensor | float:
+        """Global norm before clipping, the same on every rank; not finite where any gradient was not."""
 
 
 class Together(Protocol):
@@ -42,6 +41,48 @@ class Together(Protocol):
         """Start a reduction; `.wait()` gives the sums over all ranks."""
 
 
+class Watch(Protocol):
+    """What the loop needs of a meter; see `mimscale.train.meter.Meter`."""
+
+    def span(self, name: str, /) -> AbstractContextManager[None]:
+        """Time a block."""
+
+    def take_spans(self) -> dict[str, float]:
+        """The seconds of this step's spans."""
+
+    def record_samples(self, step: int, sample_ids: list[int], /) -> None:
+        """Note what this rank trained on."""
+
+    def log_step(self, step: int, values: dict[str, float], /) -> None:
+        """Write one step down."""
+
+    def log_skipped(self, step: int, values: dict[str, float], /) -> None:
+        """Write down a step whose update was left out."""
+
+    def log_validation(self, step: int, values: dict[str, float], /) -> None:
+        """Write one validation down."""
+
+
+class Judge(Protocol):
+    """What the loop needs of a run's health; see `mimscale.train.health.Health`."""
+
+    skipped: int
+
+    def update_was_made(
+        self, step: int, grad_norm: Tensor | float, losses: Sequence[Tensor], micro_batches: Sequence[Batch], /
+    ) -> bool:
+        """Whether the engine made the update of a step."""
+
+    def watch_norm(self, step: int, grad_norm: float, /) -> None:
+        """Judge a norm that was read late."""
+
+    def watch_loss(self, step: int, loss: float, done: int, /) -> None:
+        """Judge the shared loss of a step."""
+
+    def compare_ranks(self, step: int, spans: dict[str, float], /) -> dict[str, float]:
+        """Compare what the ranks spent their time on; empty at most steps."""
+
+
 def train(
     *,
     first_step: int,
@@ -51,21 +92,21 @@ def train(
     ranks: Together,
     batches: Iterator[Batch],
     loss_of: Callable[[Batch], Tensor],
-    meter: Meter,
-    health: Health,
+    meter: Watch,
+    health: Judge,
     stop_wanted: Callable[[], bool],
     save: Callable[[int], None],
     save_due: Callable[[int], bool],
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
-    alive: Callable[[int], None] = lambda step: None,
+    step_done: Callable[[int], None] = lambda step: None,
     take_counts: Callable[[], dict[str, float]] = dict,
     take_yardsticks: Callable[[], dict[str, Tensor | float]] = dict,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
-    and nobody waits for it. `alive` is told of each step that is done; `take_counts` says what this rank counted in it,
+    and nobody waits for it. `step_done` is told of each; `take_counts` says what this rank counted in it,
     by the same names on every rank, and `take_yardsticks` what its loss is to be compared with.
     """
     pending = _Pending(meter, health, ranks.world.size)
@@ -85,7 +126,7 @@ def train(
                 losses.append(loss.detach())
                 micro_batches.append(batch)
             stopping = pending.finish(done)
-        alive(done)
+        step_done(done)
         grad_norm = engine.grad_norm()
         was_made = health.update_was_made(done, grad_norm, losses, micro_batches)
         sample_ids = [sample_id for batch in micro_batches for sample_id in batch.sample_ids.tolist()]
@@ -95,6 +136,7 @@ def train(
         yardsticks = take_yardsticks()
         sums = {
             "loss": sum(loss.double() / accumulation for loss in losses),
+            "grad_norm": grad_norm,
             "stop": float(stop_wanted()),
             **counts,
             "samples": float(len(sample_ids)),
@@ -104,7 +146,7 @@ def train(
             **spans,
         }
         times = health.compare_ranks(done, spans)
-        pending.begin(_Step(done, was_made, rate, grad_norm, ranks.sum(sums), tuple(counts), tuple(yardsticks), times))
+        pending.begin(_Step(done, was_made, rate, ranks.sum(sums), tuple(counts), tuple(yardsticks), times))
 
         if validation_due(done):
             pending.finish(done)
@@ -132,7 +174,6 @@ class _Step:
     number: int
     was_made: bool
     rate: float
-    grad_norm: float
     sums: Any
     counts: tuple[str, ...]  # names of the sums that are logged as sums and not as means
     yardsticks: tuple[str, ...]  # names of what the loss is compared with
@@ -142,7 +183,7 @@ class _Step:
 class _Pending:
     """The sums of the step before: read once, one step late."""
 
-    def __init__(self, meter: Meter, health: Health, world_size: int) -> None:
+    def __init__(self, meter: Watch, health: Judge, world_size: int) -> None:
         self._meter = meter
         self._health = health
         self._world_size = world_size
@@ -157,17 +198,18 @@ class _Pending:
         """Read, log and judge the sums under way, when `done` steps were made; True once any rank asked to stop.
 
         Raises:
-            DataError: as `Health.watch_loss`.
+            DataError: as `Health.watch_norm` and `Health.watch_loss`.
         """
         if self._under_way is not None:
             step, self._under_way = self._under_way, None
             shared = step.sums.wait()
-            self._stop_seen = self._stop_seen or shared["stop"] > 0
             means = {name: value / self._world_size for name, value in shared.items()}
+            self._health.watch_norm(step.number, means["grad_norm"])
+            self._stop_seen = self._stop_seen or shared["stop"] > 0
             values = {name: means[name] for name in ("step_s", "data_wait_s")}
             values |= {"lr": step.rate, **{name: shared[name] for name in step.counts}, **step.rank_times}
             if step.was_made:
-                values |= {"loss": means["loss"], "grad_norm": step.grad_norm}
+                values |= {name: means[name] for name in ("loss", "grad_norm")}
                 for name in step.yardsticks:
                     if (guess := means[f"yardstick_{name}"]) > 0:
                         values[f"loss_vs_{name}"] = means["loss"] / guess

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mimscale.train.config import OptimConfig
@@ -86,6 +87,15 @@ def lr_scale(name: str, config: OptimConfig, depth: int) -> float:
     else:
         layer = 0
     return config.layer_decay ** (depth + 1 - layer)
+
+
+def adamw(model: nn.Module, config: OptimConfig, depth: int) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, one pass over the memory of weights, gradients and moments a step.
+
+    torch's default takes several passes, and on a CPU five times as long.
+    """
+    groups = parameter_groups(model, config, depth)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, depth: int) -> list[dict[str, Any]]:

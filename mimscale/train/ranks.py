@@ -16,17 +16,32 @@ T = TypeVar("T")
 
 
 class PendingSum:
-    """Sums over the ranks that are under way; asking for them a step later costs no wait."""
+    """Sums over the ranks that are under way; asking for them a step later costs no wait.
+
+    On CUDA they come back to page-locked memory by themselves: to read the device's own copy a step later would be to
+    wait for all that the device was given since.
+    """
 
     def __init__(self, names: list[str], values: Tensor) -> None:
         self._names = names
         self._values = values
         self._work = distributed.all_reduce(values, async_op=True)
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            assert self._work is not None
+            self._work.wait()  # orders the copy behind the reduction, on the device
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
     def wait(self) -> dict[str, float]:
         """Name -> sum over all ranks: the same on every rank."""
-        assert self._work is not None
-        self._work.wait()
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        else:
+            assert self._work is not None
+            self._work.wait()
         return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
@@ -90,5 +105,14 @@ class Ranks:
 
     def sum(self, values: dict[str, Tensor | float]) -> PendingSum:
         """Start one small reduction; every rank calls it with the same names."""
-        tensors = [torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values.values()]
-        return PendingSum(list(values), torch.stack(tensors))
+        # What the host knows goes over in one copy that it does not wait for.
+        known = torch.tensor(
+            [0.0 if isinstance(value, Tensor) else value for value in values.values()], dtype=torch.float64
+        )
+        if self.device.type == "cuda":
+            known = known.pin_memory()
+        sums = known.to(self.device, non_blocking=True)
+        for place, value in enumerate(values.values()):
+            if isinstance(value, Tensor):
+                sums[place] = value.detach()
+        return PendingSum(list(values), sums)

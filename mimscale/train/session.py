@@ -37,6 +37,7 @@ from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
+from mimscale.train.garbage import collected_between_steps
 from mimscale.train.health import Health
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
@@ -385,6 +386,12 @@ def _train(
         every = config.validation.every_steps
         return every > 0 and len(data.validation) > 0 and (step % every == 0 or step == config.steps)
 
+    collect = stack.enter_context(collected_between_steps())
+
+    def step_done(step: int) -> None:
+        watchdog.alive(step)
+        collect(step)
+
     done = train(
         first_step=first_step,
         steps=config.steps,
@@ -396,7 +403,7 @@ def _train(
         meter=meter,
         health=health,
         stop_wanted=stop_wanted,
-        alive=watchdog.alive,
+        step_done=step_done,
         save=save,
         save_due=checkpoints.due,
         validate=validate,

@@ -26,6 +26,8 @@ VERBS = {
         "data.btcv.config.sources=/none",
         "--dry-run",
     ],
+    "bench --help": ["bench", "--help"],
+    "submit bench --dry-run": ["submit", "bench", "demo/pretrain", "run_dir=/none/run", "--dry-run"],
     "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
 }
 PROGRAM = """

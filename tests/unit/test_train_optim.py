@@ -53,7 +53,12 @@ def test_every_trained_parameter_is_in_exactly_one_group_and_vectors_are_not_dec
 
 def test_deepspeeds_config_says_every_value_that_changed_its_default():
     tree = deepspeed_config(
-        EngineConfig(zero_stage=2, clip_grad_norm=0.5), precision="bf16", micro_batch=3, accumulation=4, world_size=2
+        EngineConfig(zero_stage=2, clip_grad_norm=0.5),
+        precision="bf16",
+        micro_batch=3,
+        accumulation=4,
+        world_size=2,
+        leave_out_bad_updates=True,
     )
     assert tree["train_batch_size"] == 24
     assert tree["gradient_accumulation_steps"] == 4
@@ -67,7 +72,9 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
 def test_stage_1_overlaps_communication_only_without_accumulation():
     def overlaps(stage, accumulation):
         config = EngineConfig(zero_stage=stage)
-        tree = deepspeed_config(config, precision="fp32", micro_batch=1, accumulation=accumulation, world_size=2)
+        tree = deepspeed_config(
+            config, precision="fp32", micro_batch=1, accumulation=accumulation, world_size=2, leave_out_bad_updates=True
+        )
         return tree["zero_optimization"]["overlap_comm"]
 
     assert [overlaps(stage, 1) for stage in range(4)] == [False, True, True, True]
@@ -79,7 +86,12 @@ def test_deepspeed_itself_accepts_the_config():
 
     for stage in (0, 1, 2, 3):
         tree = deepspeed_config(
-            EngineConfig(zero_stage=stage), precision="fp32", micro_batch=2, accumulation=1, world_size=1
+            EngineConfig(zero_stage=stage),
+            precision="fp32",
+            micro_batch=2,
+            accumulation=1,
+            world_size=1,
+            leave_out_bad_updates=True,
         )
         read = DeepSpeedConfig(tree)
         assert read.zero_optimization_stage == stage
@@ -89,7 +101,12 @@ def test_deepspeed_itself_accepts_the_config():
 def test_an_extra_key_may_not_hide_one_of_ours():
     with pytest.raises(ConfigError, match=r"engine\.extra: gradient_clipping already set"):
         deepspeed_config(
-            EngineConfig(extra={"gradient_clipping": 2}), precision="fp32", micro_batch=1, accumulation=1, world_size=1
+            EngineConfig(extra={"gradient_clipping": 2}),
+            precision="fp32",
+            micro_batch=1,
+            accumulation=1,
+            world_size=1,
+            leave_out_bad_updates=True,
         )
 
 

@@ -1,0 +1,141 @@
+"""README's figures of performance, written from the result files between two markers.
+
+python benchmarks/readme_section.py            rewrite the section
+python benchmarks/readme_section.py --check    exit code 1 when it does not match the files
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mimscale.bench.measure import table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+BEGIN, END = "<!-- performance: written by benchmarks/readme_section.py -->", "<!-- end of performance -->"
+
+
+def section(results: Path) -> str:
+    """What the newest result of each benchmark and machine says."""
+    parts = [text for path, tree in newest(results) if (text := _text(path, tree))]
+    return f"{BEGIN}\n" + "\n".join(parts) + f"{END}\n"
+
+
+def newest(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files `<benchmark>_<hardware>_<yyyymm>.json`, of each benchmark and hardware the last month."""
+    last: dict[str, Path] = {}
+    for path in sorted(results.glob("*.json")):
+        if "-quick_" in path.name:  # of `make bench`: good for errors, not for figures
+            continue
+        last[path.stem.rpartition("_")[0]] = path
+    for name in sorted(last):
+        yield last[name], json.loads(last[name].read_text())
+
+
+def _text(path: Path, tree: dict[str, Any]) -> str:
+    write = {"step": _step, "train": _train, "scaling": _scaling}.get(tree["benchmark"])
+    if write is None:
+        return ""
+    where = tree["surroundings"]
+    return f"{write(tree)}\nFrom `benchmarks/results/{path.name}`: {where['cpu']}, commit {where['commit']}.\n"
+
+
+def _step(tree: dict[str, Any]) -> str:
+    rows = []
+    for measured in tree["tables"]:
+        for row in sorted(measured["contenders"], key=lambda row: row["step_s"]):
+            rows.append(
+                [
+                    measured["setting"],
+                    row["name"],
+                    f"{row['samples_per_s']:.2f}",
+                    f"{row['spread_percent']:.0f} %",
+                    "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
+                    "" if row["times"] is None else f"{row['times']:.2f}x",
+                ]
+            )
+    first = tree["tables"][0]
+    head = (
+        f"**The training step**, {first['dtype']}, {first['threads']} threads, {first['device']}. The last column: how "
+    )
+    columns = ["setting", "contender", "samples/s", "spread", "of ceiling", "mimscale is"]
+    return head + "many times as fast mimscale in plain torch is.\n\n" + table(columns, rows)
+
+
+def _train(tree: dict[str, Any]) -> str:
+    rows = [
+        [name.replace("_", " "), f"{mode['samples_per_s']:.2f}", f"{mode['spread_percent']:.0f} %"]
+        for name, mode in tree["modes"].items()
+    ]
+    head = f"**Training**, {tree['ranks']} rank(s): {tree['verdict']}.\n\n"
+    return head + table(["mode", "samples/s", "spread"], rows)
+
+
+def _scaling(tree: dict[str, Any]) -> str:
+    rows = [
+        [
+            kind,
+            row["ranks"],
+            row["global_batch"],
+            *(
+                f"{row['modes'][mode]['samples_per_s']:.2f} ({100 * row['modes'][mode]['efficiency']:.0f} %)"
+                for mode in modes
+            ),
+        ]
+        for kind, of_kind in tree["scaling"].items()
+        for modes in [list(of_kind[0]["modes"])]
+        for row in of_kind
+    ]
+    modes = [mode.replace("_", " ") for mode in next(iter(tree["scaling"].values()))[0]["modes"]]
+    text = "**Scaling** on one machine, samples/s and efficiency.\n\n" + table(
+        ["kind", "ranks", "global batch", *modes], rows
+    )
+    if tree["memory"]:
+        cells = [
+            [
+                row["zero_stage"],
+                row["ranks"],
+                row["precision"],
+                f"{max(row['bytes_of_rank']) / row['parameters']:.2f}",
+                f"{row['of_theory']:.2f}",
+            ]
+            for row in tree["memory"]
+        ]
+        text += "\nWeights, gradients and optimizer of a rank:\n\n"
+        text += table(["ZeRO stage", "ranks", "precision", "bytes a parameter", "of theory"], cells)
+    return text
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with the section in its place.
+
+    Raises:
+        ValueError: a marker is missing, or stands there twice.
+    """
+    for marker in (BEGIN, END):
+        if readme.count(marker) != 1:
+            raise ValueError(f"README.md must hold {marker!r} once, it holds it {readme.count(marker)} times")
+    return readme[: readme.index(BEGIN)] + text + readme[readme.index(END) + len(END) + 1 :]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write README's section on performance from the result files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when it differs")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    readme = arguments.readme.read_text()
+    wanted = replaced(readme, section(arguments.results))
+    if arguments.check:
+        if wanted != readme:
+            sys.stderr.write("README.md does not match benchmarks/results; run python benchmarks/readme_section.py\n")
+        return int(wanted != readme)
+    arguments.readme.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""The step of other masked autoencoders, of the same architecture, loss and optimizer as ours, in plain torch.
+
+B batch | C channels | L patches a crop | K visible patches | P numbers a patch | D, E embeddings
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimscale.bench.step import Setting, Step, plain_step
+from mimscale.models.config import patch_grid
+from mimscale.stream.device import normalise
+
+
+class FullEmbedding(nn.Module):
+    """A masked autoencoder as MIM-Med3D has it (Chen et al. 2022, arXiv:2204.11716): MONAI's ViT blocks as encoder.
+
+    All patches are embedded, then the hidden ones are left out; masks come from torch's generator on the device; the
+    decoder sees all tokens, the head the hidden ones alone, and the loss is L1 on them.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        from monai.networks.blocks.transformerblock import TransformerBlock
+
+        config = setting.config
+        vit, mae = config.model, config.mae
+        self.patch_voxels = config.patch_voxels
+        L = math.prod(patch_grid(config.crop_voxels, config.patch_voxels))
+        P = math.prod(config.patch_voxels) * setting.channels
+        self.hidden_count = round(config.mask.ratio * L)
+
+        def blocks(dim: int, mlp_ratio: float, heads: int, depth: int) -> nn.Sequential:
+            return nn.Sequential(
+                *(TransformerBlock(dim, int(dim * mlp_ratio), heads, qkv_bias=True) for _ in range(depth)),
+                nn.LayerNorm(dim),
+            )
+
+        self.embedding = nn.Linear(P, vit.dim)
+        self.positions = nn.Parameter(torch.zeros(1, L, vit.dim))
+        self.encoder = blocks(vit.dim, vit.mlp_ratio, vit.heads, vit.depth)
+        self.decoder_input = nn.Linear(vit.dim, mae.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(mae.decoder_dim))
+        self.decoder_positions = nn.Embedding(L, mae.decoder_dim)
+        self.decoder = blocks(mae.decoder_dim, 4.0, mae.decoder_heads, mae.decoder_depth)
+        self.head = nn.Linear(mae.decoder_dim, P)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, Z, Y, X] -> the loss, []."""
+        patches = _patches(image, self.patch_voxels)  # [B, L, P]
+        B, L, _ = patches.shape
+        tokens = self.embedding(patches) + self.positions  # [B, L, D]
+        order = torch.rand(B, L, device=image.device).argsort(dim=-1)
+        hidden, visible = order[:, : self.hidden_count], order[:, self.hidden_count :]
+        rows = torch.arange(B, device=image.device)[:, None]
+        shown = self.decoder_input(self.encoder(tokens[rows, visible]))  # [B, K, E]
+        shown = shown + self.decoder_positions(visible)
+        empty = self.mask_token.expand(B, self.hidden_count, -1) + self.decoder_positions(hidden)
+        decoded = self.decoder(torch.cat([empty, shown], dim=1))  # [B, L, E]
+        return F.l1_loss(self.head(decoded[:, : self.hidden_count]), patches[rows, hidden])
+
+
+def full_embedding_step(setting: Setting) -> Step:
+    """A step of `FullEmbedding`."""
+    model = FullEmbedding(setting).to(setting.device, setting.dtype)
+    image, _ = normalise(setting.batch())
+    image = image.to(setting.dtype)
+    return plain_step(setting, model, lambda: model(image), clip=setting.config.engine.clip_grad_norm)
+
+
+def monai_step(setting: Setting) -> Step:
+    """A step of MONAI's MaskedAutoEncoderViT, with the loss that its users write."""
+    from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
+
+    config = setting.config
+    vit, mae = config.model, config.mae
+    model = MaskedAutoEncoderViT(
+        in_channels=setting.channels,
+        img_size=config.crop_voxels,
+        patch_size=config.patch_voxels,
+        hidden_size=vit.dim,
+        mlp_dim=int(vit.dim * vit.mlp_ratio),
+        num_layers=vit.depth,
+        num_heads=vit.heads,
+        masking_ratio=config.mask.ratio,
+        decoder_hidden_size=mae.decoder_dim,
+        decoder_mlp_dim=4 * mae.decoder_dim,
+        decoder_num_layers=mae.decoder_depth,
+        decoder_num_heads=mae.decoder_heads,
+        qkv_bias=True,
+    ).to(setting.device, setting.dtype)
+    image, _ = normalise(setting.batch())
+    image = image.to(setting.dtype)
+
+    def loss_of() -> Tensor:
+        prediction, hidden = model(image)
+        error = (prediction - _patches(image, config.patch_voxels)).abs().mean(dim=-1)
+        return (error * hidden).sum() / hidden.sum()
+
+    return plain_step(setting, model, loss_of, clip=config.engine.clip_grad_norm)
+
+
+def _patches(image: Tensor, patch_voxels: tuple[int, int, int]) -> Tensor:
+    """[B, C, Z, Y, X] -> [B, L, P]."""
+    B, C, *crop = image.shape
+    (z, y, x), (pz, py, px) = patch_grid(crop, patch_voxels), patch_voxels
+    cut = image.reshape(B, C, z, pz, y, py, x, px).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    return cut.reshape(B, z * y * x, pz * py * px * C)

@@ -1,0 +1,216 @@
+"""What grows with ranks or volumes, in one process for 512 nodes of 8 GPUs: processor seconds and memory of each part.
+
+Everything here is a pure function, so what rank 0 of thousands computes can be computed by anybody.
+"""
+
+import argparse
+import math
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimscale import console
+from mimscale.bench import measure
+from mimscale.errors import ConfigError
+from mimscale.stream.config import StreamConfig
+from mimscale.stream.crops import Volumes
+from mimscale.stream.plan import SamplePlan
+from mimscale.stream.staging import upcoming_packs
+from mimscale.train.config import EngineConfig
+from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.world import World
+
+GPUS_A_NODE, MICRO_BATCH = 8, 8
+VOLUMES_A_PACK = 1000
+# Above it a part grows faster than its cause. A linear one whose arrays leave the caches on the way has measured 1.26.
+MOST_EXPONENT = 1.4
+_WORTH_A_SLOPE_S = 2e-3  # what takes less is call overhead, whose slope means nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One size of a run."""
+
+    ranks: int
+    volumes: int
+
+    def world(self) -> World:
+        """The first rank of the last node, which no special case is made for."""
+        local = min(GPUS_A_NODE, self.ranks)
+        return World(rank=self.ranks - local, size=self.ranks, local_rank=0, local_size=local, node="simulated")
+
+    def plan(self) -> SamplePlan:
+        """The order of samples over volumes of many shapes."""
+        shapes = 100 + np.arange(self.volumes * 3, dtype=np.int64).reshape(self.volumes, 3) % 400
+        boxes = np.stack([shapes // 4, shapes * 3 // 4], axis=-1)
+        return SamplePlan(
+            seed=1,
+            volumes=Volumes(shapes=shapes, foreground_boxes=boxes, kinds=None),
+            crop_voxels=(96, 96, 96),
+            config=StreamConfig(crops_per_volume=8, origins="foreground", region_voxels=(128, 128, 128)),
+            global_batch=self.ranks * MICRO_BATCH,
+        )
+
+
+def _batches_of_a_rank(scale: Scale, plan: SamplePlan) -> object:
+    world = scale.world()
+    return [plan.samples(plan.rank_samples(batch, world.rank, world.size)[0]) for batch in range(16)]
+
+
+def _packs_of_a_node(scale: Scale, plan: SamplePlan) -> object:
+    packs = upcoming_packs(plan, scale.world(), 1, lambda volume: [Path(f"pack{volume // VOLUMES_A_PACK}")])
+    return [packs(batch) for batch in range(16)]
+
+
+def _engine_config(scale: Scale, plan: SamplePlan) -> object:
+    return deepspeed_config(
+        EngineConfig(),
+        precision="bf16",
+        micro_batch=MICRO_BATCH,
+        accumulation=1,
+        world_size=scale.ranks,
+        leave_out_bad_updates=True,
+    )
+
+
+PARTS: dict[str, Callable[[Scale, SamplePlan], object]] = {
+    "plan of all samples": lambda scale, plan: scale.plan(),
+    "hash of the plan": lambda scale, plan: scale.plan().plan_hash,
+    "16 batches of a rank": _batches_of_a_rank,
+    "packs of a node, 16 batches": _packs_of_a_node,
+    "DeepSpeed's config": _engine_config,
+}
+
+
+def simulate(scales: Sequence[Scale], repeats: int = 5) -> list[dict[str, Any]]:
+    """Processor seconds (best of `repeats`) and peak bytes of each part at each size."""
+    rows = []
+    for scale in scales:
+        plan = scale.plan()
+        for name, part in PARTS.items():
+            seconds = []
+            for _ in range(repeats):
+                start = time.process_time()
+                part(scale, plan)
+                seconds.append(time.process_time() - start)
+            tracemalloc.start()
+            part(scale, plan)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            rows.append(
+                {
+                    "part": name,
+                    "ranks": scale.ranks,
+                    "volumes": scale.volumes,
+                    "seconds": round(max(min(seconds), 1e-6), 6),
+                    "peak_bytes": peak,
+                }
+            )
+    return rows
+
+
+def exponents(rows: Sequence[dict[str, Any]], by: str) -> dict[str, dict[str, float]]:
+    """Of each part the exponent with which seconds and bytes grow with `by`, from the smallest to the largest size."""
+    growth = {}
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = sorted((row for row in rows if row["part"] == part), key=lambda row: int(row[by]))
+        first, last = own[0], own[-1]
+        factor = math.log(last[by] / first[by])
+        slow = last["seconds"] >= _WORTH_A_SLOPE_S
+        growth[part] = {
+            "seconds": round(math.log(last["seconds"] / first["seconds"]) / factor, 2) if slow else 0.0,
+            "bytes": round(math.log(max(last["peak_bytes"], 1) / max(first["peak_bytes"], 1)) / factor, 2),
+        }
+    return growth
+
+
+def worse_than_linear(growth: dict[str, dict[str, float]]) -> list[str]:
+    """The parts that grow faster than what they grow with."""
+    return [part for part, exponent in growth.items() if max(exponent.values()) > MOST_EXPONENT]
+
+
+def main(argv: list[str]) -> int:
+    """`mimscale bench simulate [--nodes 512] [--volumes 400000] [--chart FILE.png] [--json]`."""
+    parser = argparse.ArgumentParser(
+        prog="mimscale bench simulate", description="What grows with ranks and volumes, in one process, up to a size."
+    )
+    parser.add_argument("--nodes", type=int, default=512, help=f"of {GPUS_A_NODE} GPUs; the largest size")
+    parser.add_argument("--volumes", type=int, default=400_000, help="the largest number of volumes")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw seconds by ranks and by volumes")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    arguments = parser.parse_args(argv)
+    result = simulated(arguments.nodes, arguments.volumes)
+    if arguments.chart:
+        draw(result, arguments.chart)
+    console.print_json(result) if arguments.json else print(as_markdown(result))
+    return 0
+
+
+def simulated(nodes: int, volumes: int) -> dict[str, Any]:
+    """All that the verb measures, as its JSON tells it.
+
+    Raises:
+        ConfigError: too few nodes for a slope, or an epoch that is smaller than a global batch at some size.
+    """
+    ranks = nodes * GPUS_A_NODE
+    if nodes < 8 or volumes < ranks * MICRO_BATCH:
+        raise ConfigError(f"--nodes {nodes} --volumes {volumes}: at least 8 nodes, and {MICRO_BATCH} volumes a rank")
+    of_ranks = [Scale(ranks=ranks // part, volumes=volumes) for part in (64, 16, 4, 1) if ranks // part]
+    of_volumes = [Scale(ranks=ranks // 8, volumes=volumes // part) for part in (8, 4, 2, 1)]
+    by_ranks, by_volumes = simulate(of_ranks), simulate(of_volumes)
+    growth = {"ranks": exponents(by_ranks, "ranks"), "volumes": exponents(by_volumes, "volumes")}
+    return {
+        "schema_version": measure.SCHEMA_VERSION,
+        "benchmark": "simulate",
+        "surroundings": measure.surroundings(),
+        "by_ranks": by_ranks,
+        "by_volumes": by_volumes,
+        "exponents": growth,
+        "worse_than_linear": {by: worse_than_linear(parts) for by, parts in growth.items()},
+    }
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """A row a part, with the largest size and the exponents."""
+    cells = []
+    for part in PARTS:
+        last = [row for row in result["by_ranks"] if row["part"] == part][-1]
+        exponent = {by: result["exponents"][by][part] for by in ("ranks", "volumes")}
+        cells.append(
+            [
+                part,
+                f"{1e3 * last['seconds']:.2f}",
+                f"{last['peak_bytes'] / 1e6:.2f}",
+                *(f"{exponent[by][what]:.2f}" for by in ("ranks", "volumes") for what in ("seconds", "bytes")),
+            ]
+        )
+    largest = result["by_ranks"][-1]
+    columns = ["part", "ms", "MB", "ms by ranks^", "MB by ranks^", "ms by volumes^", "MB by volumes^"]
+    worse = sorted({part for parts in result["worse_than_linear"].values() for part in parts})
+    verdict = f"worse than linear: {', '.join(worse)}" if worse else "nothing grows worse than linearly"
+    return f"{largest['ranks']} ranks, {largest['volumes']} volumes\n\n{measure.table(columns, cells)}\n{verdict}\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Seconds of each part by ranks and by volumes, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+    for axis, by in zip(axes, ("ranks", "volumes"), strict=True):
+        for part in PARTS:
+            rows = [row for row in result[f"by_{by}"] if row["part"] == part]
+            axis.loglog([row[by] for row in rows], [row["seconds"] for row in rows], "o-", label=part)
+        axis.set_xlabel(by)
+        axis.grid(visible=True, which="major", alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

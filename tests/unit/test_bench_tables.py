@@ -1,0 +1,101 @@
+"""Arithmetic of benchmarks: efficiency, blame, theory of memory, exponents of growth, utilisation."""
+
+import pytest
+
+from mimscale.bench import hardware, memory, simulate
+from mimscale.bench.scaling import efficiency_table, kind_of
+from mimscale.bench.training import blame
+from mimscale.errors import ConfigError
+
+
+def result(ranks, samples_per_s, global_batch):
+    mode = {"samples_per_s": samples_per_s, "spread_percent": 1.0, "data_wait_percent": [1.0, 2.0]}
+    return {
+        "ranks": ranks,
+        "nodes": ["a"],
+        "config": {"global_batch": global_batch},
+        "modes": {"synthetic": mode},
+        "utilisation": {"mfu": None},
+        "verdict": "limited by the step",
+    }
+
+
+def test_weak_scaling_is_the_rate_by_ranks_over_that_of_one():
+    rows = efficiency_table([result(2, 15.0, 16), result(1, 10.0, 8)], kind="weak")
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert [row["modes"]["synthetic"]["efficiency"] for row in rows] == [1.0, 0.75]
+
+
+def test_strong_scaling_keeps_the_batch_and_counts_from_the_fewest_ranks():
+    results = [result(2, 10.0, 8), result(8, 30.0, 8)]
+    assert kind_of(results) == "strong"
+    rows = efficiency_table(results, kind="strong")
+    assert rows[1]["modes"]["synthetic"]["efficiency"] == 0.75
+
+
+@pytest.mark.parametrize("results", [[result(1, 1.0, 8)], [result(1, 1.0, 8), result(1, 1.0, 8)]])
+def test_scaling_needs_two_numbers_of_ranks(results):
+    with pytest.raises(ConfigError, match="two or more different numbers of ranks"):
+        efficiency_table(results, kind="weak")
+
+
+def test_batches_that_do_not_fit_the_kind_are_refused():
+    with pytest.raises(ConfigError, match="needs 16"):
+        efficiency_table([result(1, 1.0, 8), result(2, 2.0, 24)], kind="weak")
+
+
+def modes(step, loader, both, wait):
+    return {
+        "synthetic": {"samples_per_s": step},
+        "loader": {"samples_per_s": loader},
+        "end_to_end": {"samples_per_s": both, "data_wait_percent": [0.1, wait]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rates", "part", "words"),
+    [
+        ((10.0, 50.0, 9.8, 1.0), 0.98, "limited by the step"),
+        ((50.0, 10.0, 9.8, 80.0), 0.98, "limited by the loader"),
+        ((10.0, 12.0, 7.0, 30.0), 0.7, "the loader: ranks wait 30 %"),
+        ((10.0, 12.0, 7.0, 1.0), 0.7, "the step: it does not wait"),
+    ],
+)
+def test_what_end_to_end_loses_is_blamed_on_the_part_that_loses_it(rates, part, words):
+    assert blame(modes(*rates))[0] == part
+    assert words in blame(modes(*rates))[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "bf16", "bytes_a_parameter"),
+    [(0, 4, True, 16), (1, 4, True, 7), (2, 4, True, 5.5), (3, 4, True, 4), (1, 1, True, 16), (0, 2, False, 16)],
+)
+def test_theory_is_16_bytes_a_parameter_less_what_is_sharded(stage, ranks, bf16, bytes_a_parameter):
+    assert memory.theory_bytes(1000, stage, ranks, bf16=bf16) == 1000 * bytes_a_parameter
+
+
+def rows_growing(exponent):
+    return [
+        {"part": "p", "ranks": ranks, "seconds": 0.01 * ranks**exponent, "peak_bytes": 1000} for ranks in (8, 64, 512)
+    ]
+
+
+def test_growth_faster_than_linear_is_found_and_slower_is_not():
+    assert simulate.exponents(rows_growing(2), "ranks") == {"p": {"seconds": 2.0, "bytes": 0.0}}
+    assert simulate.worse_than_linear(simulate.exponents(rows_growing(2), "ranks")) == ["p"]
+    assert simulate.worse_than_linear(simulate.exponents(rows_growing(1), "ranks")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],
+)
+def test_a_devices_peak_follows_from_its_name(name, peak):
+    assert hardware.peak_flops_per_s(name) == peak
+
+
+def test_mfu_is_flops_over_seconds_peak_and_devices():
+    use = hardware.utilisation(
+        flops=312e12, hardware_flops=624e12, seconds=2.0, devices=1, name="A100", measured=624e12
+    )
+    assert (use["mfu"], use["hfu"], use["mfu_of_measured"]) == (0.5, 1.0, 0.25)
