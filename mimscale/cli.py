@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("mimscale.train.verbs:finetune_main", "train a UNETR, from a pretrained encoder or from scratch"),
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "bench": ("mimscale.bench.stream:main", "bench stream: how fast crops come out of a store, and what limits it"),
+    "plan": ("mimscale.bench.plan:main", "what a run needs and how fast it goes, before any job"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
     "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
     "status": ("launch.status:main", "what submitted runs are doing"),

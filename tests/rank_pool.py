@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -61,7 +62,13 @@ def ignore_known_warnings() -> None:
 
 
 def _be_rank(
-    words: list[str], environment: dict[str, str], out: Path, err: Path, signal_rank: int, signal_step: int
+    body: Callable[[list[str]], int],
+    words: list[str],
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+    signal_rank: int,
+    signal_step: int,
 ) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
@@ -73,7 +80,7 @@ def _be_rank(
     ignore_known_warnings()
     if signal_step >= 0:
         _signal_after(signal_rank, signal_step)
-    sys.exit(main(words))
+    sys.exit(body(words))
 
 
 def _signal_after(rank: int, step: int) -> None:
@@ -90,8 +97,15 @@ def _signal_after(rank: int, step: int) -> None:
     Meter.record_samples = record_and_signal
 
 
-def start_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1) -> list[Rank]:
-    """Start `mimscale WORDS` as `size` ranks."""
+def start_ranks(
+    words: list[str],
+    *,
+    size: int = 2,
+    signal_rank: int = -1,
+    signal_step: int = -1,
+    body: Callable[[list[str]], int] = main,
+) -> list[Rank]:
+    """Start `mimscale WORDS`, or another body, as `size` ranks."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     started = []
@@ -109,7 +123,7 @@ def start_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signa
         out, err = folder / f"{rank}.out", folder / f"{rank}.err"
         out.touch()
         err.touch()
-        process = _CONTEXT.Process(target=_be_rank, args=(words, environment, out, err, signal_rank, signal_step))
+        process = _CONTEXT.Process(target=_be_rank, args=(body, words, environment, out, err, signal_rank, signal_step))
         process.start()
         started.append(Rank(process, out, err))
     return started
