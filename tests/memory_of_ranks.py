@@ -27,6 +27,7 @@ STEPS = 3
 def main(words: list[str]) -> int:
     """Train the configs in `words` one after the other; rank 0 prints the peak of each as a list of bytes."""
     ranks = join_ranks(World.from_environment(os.environ))
+    gc.freeze()  # what imports left behind is many objects, and none of them is counted
     peaks = []
     for text in words:
         tree = json.loads(text)
@@ -44,7 +45,6 @@ def peak_bytes(config: RunConfig, ranks: Ranks) -> int:
     That is what lives between two steps, plus the highest rise of the allocator during a step. The allocator's sum
     since the start would not do: it does not see what threads of the process group give back.
     """
-    gc.collect()
     before = live_bytes()
     starts_ns = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

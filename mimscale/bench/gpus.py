@@ -50,6 +50,16 @@ GPUS = {
         network_gb_per_s=200,
         source="NVIDIA A100 data sheet, SXM",
     ),
+    "a100-pcie": Gpu(
+        device_name="A100 80GB PCIe",
+        bf16_tflops=312,
+        fp32_tflops=19.5,
+        memory_gib=80,
+        peer_gb_per_s=32,
+        network_gb_per_s=25,
+        gpus_per_node=4,
+        source="NVIDIA A100 data sheet, PCIe 4.0 x16",
+    ),
     "h100": Gpu(
         device_name="H100 80GB HBM3",
         bf16_tflops=989,

@@ -15,7 +15,7 @@ from mimscale.bench.contender import Job, Runner
 from mimscale.bench.estimate import Assumptions, Cluster, Reading, estimate, uses_bf16
 from mimscale.bench.gpus import GPUS, find_gpu
 from mimscale.bench.network import ScalingFit, fit_scaling, traffic, weak_steps
-from mimscale.config import load_config, parse_yaml, recipe_text, split_arguments, verb_parser
+from mimscale.config import build_config, load_config, parse_yaml, recipe_text, split_arguments, verb_parser
 from mimscale.errors import ConfigError, DataError
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
@@ -138,6 +138,8 @@ def recorded_reading(path: Path, config: RunConfig) -> Reading:
         ConfigError: no such result, or one of other crops.
     """
     result = _read_json(path, "stream")
+    if "contenders" not in result:
+        raise ConfigError(f"{path}: of benchmarks/, not of one store; expected the JSON of `mimscale bench stream`")
     crop = tuple(result["config"]["crop_voxels"])
     if crop != config.crop_voxels:
         raise ConfigError(
@@ -155,11 +157,9 @@ def recorded_reading(path: Path, config: RunConfig) -> Reading:
 def _fit(path: Path, config: RunConfig) -> ScalingFit:
     result = _read_json(path, "scaling")
     steps, nodes = weak_steps(result, path)
-    if "config" in result:  # what was measured may be another recipe, with other gradients
-        tree = result["config"]
-        measured: RunConfig = load_config(PretrainConfig, None, [f"{key}={json.dumps(tree[key])}" for key in tree])
-    else:
-        measured = config
+    measured = config
+    if "config" in result:  # the recipe that was measured may have other gradients than this one
+        measured = build_config(PretrainConfig, result["config"], str(path))
     ranks = min(count for count, _ in steps)
     micro_batches = max(1, measured.global_batch // (measured.micro_batch * ranks))
     sent = traffic(measured, count_parameters(measured), micro_batches, bf16=uses_bf16(measured))

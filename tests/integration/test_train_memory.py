@@ -19,6 +19,7 @@ TOLERANCE = 0.10
 
 
 def _case(stage: int, *, accumulate: int = 1, ranks: int = 2, **more: Any) -> dict[str, Any]:
+    # Enough crops that activations decide the peak, as in a real run.
     more = {"micro_batch": 12, "kind": "pretrain"} | more
     own = (
         {"mae": {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 4}}
@@ -42,7 +43,7 @@ def _case(stage: int, *, accumulate: int = 1, ranks: int = 2, **more: Any) -> di
 
 
 ON_TWO = [
-    *(_case(stage, accumulate=accumulate) for stage in (0, 1, 2, 3) for accumulate in (1, 2)),
+    *(_case(stage, accumulate=2) for stage in (0, 1, 2, 3)),
     *(_case(stage, engine={"precision": "bf16"}) for stage in (1, 2, 3)),
     _case(1, model={"checkpoint_activations": True}),
     _case(1, kind="finetune", micro_batch=2),

