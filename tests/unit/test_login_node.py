@@ -1,5 +1,6 @@
 """Verbs of the login node start at once: they import neither torch nor monai (1.6 to 5 s each)."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -54,15 +55,12 @@ def test_help_is_there_in_less_than_300_milliseconds():
     assert min(seconds() for _ in range(5)) < 0.3  # the best of some, so that a busy machine fails nobody
 
 
-def test_a_plan_is_there_in_less_than_2_seconds():
+def test_a_plan_takes_less_than_2_seconds_of_processor_time():
     words = [sys.executable, "-m", "mimscale.cli", "plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"]
-
-    def seconds():
-        start = time.perf_counter()
-        subprocess.run(words, capture_output=True, check=True, timeout=60)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 2
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(words, capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_what_a_batch_script_and_a_look_at_runs_start_imports_no_torch():
