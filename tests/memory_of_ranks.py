@@ -4,8 +4,11 @@ import gc
 import itertools
 import json
 import os
+import shutil
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,22 +28,22 @@ STEPS = 3
 
 
 def main(words: list[str]) -> int:
-    """Train the configs in `words` one after the other; rank 0 prints the peak of each as a list of bytes."""
+    """Train the configs in `words` one after the other; rank 0 prints peak and checkpoint of each, in bytes."""
     ranks = join_ranks(World.from_environment(os.environ))
     gc.freeze()  # what imports left behind is many objects, and none of them is counted
-    peaks = []
+    measured = []
     for text in words:
         tree = json.loads(text)
         kind = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[tree["kind"]]
-        peaks.append(peak_bytes(build_config(kind, tree, "test"), ranks))
+        measured.append(measure(build_config(kind, tree, "test"), ranks))
     if ranks.is_first:
-        print(json.dumps(peaks))
+        print(json.dumps(measured))
     leave_ranks()
     return 0
 
 
-def peak_bytes(config: RunConfig, ranks: Ranks) -> int:
-    """The most that this rank holds at one moment of a step, once the optimizer has its moments.
+def measure(config: RunConfig, ranks: Ranks) -> dict[str, int]:
+    """The most that this rank holds at one moment of a step, once the optimizer has its moments; and all ranks' files.
 
     That is what lives between two steps, plus the highest rise of the allocator during a step. The allocator's sum
     since the start would not do: it does not see what threads of the process group give back.
@@ -63,10 +66,16 @@ def peak_bytes(config: RunConfig, ranks: Ranks) -> int:
     held = np.cumsum([size for _, size in events])
     bounds = np.searchsorted([at for at, _ in events], starts_ns)[1:]  # the first step makes the moments
     rises = [int(held[first:last].max() - held[first - 1]) for first, last in itertools.pairwise(bounds)]
+    folder = ranks.first_does(lambda: tempfile.mkdtemp(prefix="checkpoint-"))
+    assert engine.save(Path(folder), STEPS) == []
+    ranks.gather(None)  # all have written
+    saved = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    ranks.gather(None)
+    ranks.first_does(lambda: shutil.rmtree(folder))
     engine._deepspeed.destroy()
     del step, engine
     gc.collect()
-    return between + min(rises)
+    return {"peak": between + min(rises), "saved": saved}
 
 
 def live_bytes() -> int:
