@@ -5,10 +5,13 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,19 +30,18 @@ from mimscale.world import World
 STEPS = 3
 
 
-def main(words: list[str]) -> int:
-    """Train the configs in `words` one after the other; rank 0 prints peak and checkpoint of each, in bytes."""
+def train_and_leave(trees: Sequence[dict[str, Any]], rank: int) -> NoReturn:
+    """Train these configs one after the other and end the process; rank 0 prints peak and checkpoint of each."""
     ranks = join_ranks(World.from_environment(os.environ))
     gc.freeze()  # what imports left behind is many objects, and none of them is counted
     measured = []
-    for text in words:
-        tree = json.loads(text)
+    for tree in trees:
         kind = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[tree["kind"]]
         measured.append(measure(build_config(kind, tree, "test"), ranks))
     if ranks.is_first:
         print(json.dumps(measured))
     leave_ranks()
-    return 0
+    sys.exit(0)
 
 
 def measure(config: RunConfig, ranks: Ranks) -> dict[str, int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mimscale.cli import main
 
+Plant = Callable[[int], None]  # called in the process of each rank, with its number
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -62,13 +63,13 @@ def ignore_known_warnings() -> None:
 
 
 def _be_rank(
-    body: Callable[[list[str]], int],
     words: list[str],
     environment: dict[str, str],
     out: Path,
     err: Path,
     signal_rank: int,
     signal_step: int,
+    plant: Plant | None,
 ) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
@@ -80,7 +81,9 @@ def _be_rank(
     ignore_known_warnings()
     if signal_step >= 0:
         _signal_after(signal_rank, signal_step)
-    sys.exit(body(words))
+    if plant is not None:
+        plant(int(environment["RANK"]))
+    sys.exit(main(words))
 
 
 def _signal_after(rank: int, step: int) -> None:
@@ -98,14 +101,9 @@ def _signal_after(rank: int, step: int) -> None:
 
 
 def start_ranks(
-    words: list[str],
-    *,
-    size: int = 2,
-    signal_rank: int = -1,
-    signal_step: int = -1,
-    body: Callable[[list[str]], int] = main,
+    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, plant: Plant | None = None
 ) -> list[Rank]:
-    """Start `mimscale WORDS`, or another body, as `size` ranks."""
+    """Start `mimscale WORDS` as `size` ranks; `plant` brings a fault of `planted_faults` into them."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     started = []
@@ -123,7 +121,8 @@ def start_ranks(
         out, err = folder / f"{rank}.out", folder / f"{rank}.err"
         out.touch()
         err.touch()
-        process = _CONTEXT.Process(target=_be_rank, args=(body, words, environment, out, err, signal_rank, signal_step))
+        arguments = (words, environment, out, err, signal_rank, signal_step, plant)
+        process = _CONTEXT.Process(target=_be_rank, args=arguments)
         process.start()
         started.append(Rank(process, out, err))
     return started
@@ -143,6 +142,8 @@ def wait_for(started: list[Rank], timeout_s: float = 120) -> list[Ended]:
     return ended
 
 
-def run_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1) -> list[Ended]:
+def run_ranks(
+    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, plant: Plant | None = None
+) -> list[Ended]:
     """Start the ranks and wait for them."""
-    return wait_for(start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step))
+    return wait_for(start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step, plant=plant))

@@ -4,6 +4,7 @@ On a CPU the resident set also holds libraries and what malloc keeps; the tensor
 """
 
 import json
+from functools import partial
 from typing import Any
 
 import memory_of_ranks
@@ -57,7 +58,7 @@ ON_ONE = [_case(stage, ranks=1) for stage in (0, 1, 2, 3)]
 def test_memory_of_a_rank_and_a_checkpoint_are_within_a_tenth_of_the_estimates_at_each_stage(
     cases: list[dict[str, Any]], size: int
 ) -> None:
-    started = start_ranks([json.dumps(case) for case in cases], size=size, body=memory_of_ranks.main)
+    started = start_ranks([], size=size, plant=partial(memory_of_ranks.train_and_leave, cases))
     ended = wait_for(started, timeout_s=240)
     assert [rank.code for rank in ended] == [0] * size, ended[0].err
     misses = []
