@@ -8,17 +8,18 @@ BIN := .venv/bin
 # DeepSpeed chooses its accelerator from what it finds on the machine that it runs on; a login node has no GPU, so say it.
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-# What only root on Debian can install: a second real volume for the tests (Colin27), and Slurm for slurm/devcluster.
-DEBIAN_PACKAGES := mricron-data slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
+# What only root on Debian can install: a second real volume (Colin27), a browser to open reports in, and Slurm for
+# slurm/devcluster.
+DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo test soak check bench-ingest bench-stream format clean debian-packages
+.PHONY: help install demo study-small study-small-quick test soak check bench-ingest bench-stream format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .PRECIOUS: .venv/installed-% .venv/op-built-%
 
-.venv/installed-%: pyproject.toml constraints.txt
+.venv/installed-%: pyproject.toml setup.py mimscale/store/_chunks.c constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
@@ -27,6 +28,13 @@ install: .venv/installed-demo ## install into .venv, with the demo's data
 
 demo: .venv/op-built-demo ## the main job on real data, on this machine, without Slurm
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash mimscale/recipes/demo/run.sh demo
+
+STUDY_DIR ?= study_small
+study-small: .venv/op-built-demo debian-packages ## the paper's claims on deformed brains, about 150 minutes on 2 cores; goes on after a stop
+	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small run_dir=$(STUDY_DIR)
+
+study-small-quick: .venv/op-built-demo debian-packages ## the same in about 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_quick run_dir=$(STUDY_DIR)_quick
 
 # Elsewhere the tests that need them skip; in CI a skip is a failure.
 debian-packages:
@@ -43,7 +51,8 @@ test: .venv/op-built-test debian-packages ## install what tests need and run all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/fault
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
-soak: .venv/op-built-test debian-packages ## the long tests: time limits, dead nodes and crowds on a Slurm of this machine
+soak: .venv/op-built-test debian-packages ## the long tests: hundreds of kills; dead nodes, time limits and crowds on a Slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fault -m soak -o faulthandler_timeout=0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m soak -o faulthandler_timeout=0
 
 check: .venv/installed-check ## formatting, lint, types, layers
@@ -64,4 +73,4 @@ format: .venv/installed-check ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and the demo's output
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo study_small study_small_quick build *.egg-info

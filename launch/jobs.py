@@ -35,6 +35,8 @@ STACKS_SIGNAL = signal.SIGQUIT  # prints the stack of every thread to the log an
 FIRST_PORT = 10_000  # below it, ports belong to services
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Ports that this process has given to jobs, whose ranks may not listen yet: a study starts several at once.
+_given_out: set[int] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,8 @@ def free_port(*, avoid: int | None = None) -> int:
     count = last - FIRST_PORT
     for step in range(count):
         port = FIRST_PORT + (os.getpid() + step) % count
-        if port != avoid and _is_free(port):
+        if port != avoid and port not in _given_out and _is_free(port):
+            _given_out.add(port)
             return port
     raise LaunchError(f"no free TCP port between {FIRST_PORT} and {last - 1} on {socket.gethostname()}; end other jobs")
 

@@ -154,6 +154,13 @@ def start(folder: JobFolder) -> int:
         end_attempt(folder.attempts_file(task), step, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
+    try:
+        folder.run.refuse_foreign([folder.task_file(task), folder.run.code], LaunchError)
+    except LaunchError as error:
+        _say(str(error))
+        end_attempt(folder.attempts_file(task), step, "ended", str(error))
+        folder.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=step, message=str(error)), task)
+        return error.exit_code
     # Submitit looks for the task under the job's id, which nobody knew when it was written.
     name = job_id if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     shutil.copyfile(folder.task_file(task), folder.path / f"{name}_submitted.pkl")

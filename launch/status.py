@@ -20,6 +20,7 @@ from launch.requeue import committed_step
 from launch.slurm_commands import QueuedJob, SlurmSilentError
 from mimscale import console
 from mimscale.errors import ConfigError
+from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import Outcome, RunDir
 
 SUFFIX = ".job"  # of the folder beside what a verb without a run directory writes
@@ -119,6 +120,9 @@ def status_of(run: RunDir, folder: JobFolder | None, cluster: Cluster, now_unix_
     age_s = now_unix_s - beat["time_s"] if "time_s" in beat else None
     if state == "running" and age_s is not None and age_s > STALE_HEARTBEAT_S:
         reason = "; ".join(filter(None, (reason, f"no step for {age_s:.0f} s")))
+    if state == "running" and (events := HealthLog(run.health).read()):
+        last = events[-1]
+        reason = "; ".join(filter(None, (reason, f"health: {last['event']} at step {last['step']}")))
     queued = folder.queued(cluster.jobs) if folder else []
     return RunStatus(
         run_dir=str(run.path),

@@ -53,11 +53,12 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
     """Make the run directory and the job's folder in it.
 
     Raises:
-        LaunchError: a job is alive there.
+        LaunchError: a job is alive there, or somebody else may write to it.
         ConfigError: the run in it has another config, or there is no run to evaluate.
         DataError: no store where the config says.
     """
     root, batch = plan.run.path, plan.profile.executor == "slurm"
+    plan.run.refuse_foreign([plan.run.logs, plan.run.code], LaunchError)
     refuse_while_alive(root, [folder for folder in job_folders(plan.run.logs) if folder not in waiting.beside])
     writers = plan.run.living_ranks()
     if writers and not waiting.beside:

@@ -21,7 +21,7 @@ from types import FrameType
 
 from launch.folder import JobFolder, JobRecord
 from launch.jobs import JOB_SIGNALS, STACKS_SIGNAL
-from mimscale.errors import INTERRUPTED_EXIT_CODE, LostRankError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
 from mimscale.train.run_dir import Outcome, OutcomeName, RunDir
 from mimscale.world import Process
 
@@ -209,9 +209,11 @@ class Supervisor:
 
     def _agrees(self, written: Outcome, code: int) -> bool:
         # What training wrote, with its step and reason, stands unless the ranks tell another story. A rank that is gone
-        # is better named by us: the others only know that they lost somebody.
+        # is better named by us: the others only know that they lost somebody. When all left with that code nobody is
+        # gone: their watchdogs gave up together, and say where they stood.
         ends_well = {end.code for end in self._ends.values()} <= {0, INTERRUPTED_EXIT_CODE}
-        return ends_well or (written.exit_code == code and code != LostRankError.exit_code)
+        gave_up = {end.code for end in self._ends.values() if not end.ended_by_us} == {LostRankError.exit_code}
+        return ends_well or (written.exit_code == code and (gave_up or code != LostRankError.exit_code))
 
 
 def _last_step(run: RunDir) -> int:
@@ -232,6 +234,12 @@ def main(argv: list[str]) -> int:
     """`python -m launch.supervise FOLDER COMMAND`: run the job in FOLDER, each rank by COMMAND."""
     folder, command = argv
     job = JobFolder(Path(folder))
+    try:  # Submitit's pickle of the task appears while the ranks start
+        job.run.refuse_foreign([job.path, job.run.code], LaunchError)
+    except LaunchError as error:
+        _say(str(error))
+        job.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=-1, message=str(error)))
+        return error.exit_code
     return Supervisor(job, job.read(), shlex.split(command)).run()
 
 

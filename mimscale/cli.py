@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("mimscale.bench.stream:main", "bench stream: how fast crops come out of a store, and what limits it"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
     "plan": ("mimscale.bench.plan:main", "what a run needs and how fast it goes, before any job"),
+    "study": ("launch.study:main", "an experiment of many runs, here or on Slurm, and its tables and curves"),
     "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
     "status": ("launch.status:main", "what submitted runs are doing"),
     "logs": ("launch.steer:logs_main", "what a submitted run prints"),

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -49,7 +49,7 @@ def load_config(cls: type[T], recipe: str | None, overrides: Sequence[str] = ())
     origin = "command line" if recipe is None else recipe
     tree = {} if recipe is None else parse_yaml(recipe_text(recipe), origin)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return build_config(cls, tree, origin)
 
 
@@ -60,13 +60,23 @@ def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
         ConfigError: naming every wrong field with its full key.
     """
     try:
-        return TypeAdapter(cls).validate_python(tree, extra="forbid")
+        config: T = _adapter_of(cls).validate_python(tree, extra="forbid")
+        return config
     except ValidationError as error:
         items = error.errors()
         problems = [_problem(cls, item) for item in items]
         parents = dict.fromkeys(item["loc"][:-1] for item in items if item["type"] == UNKNOWN_KEY)
         known = [f"keys {_at(loc)}: {', '.join(_keys_below(cls, loc))}" for loc in parents]
         raise ConfigError("\n  ".join([f"{origin}: {len(problems)} problem(s)", *problems, *known])) from None
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {}  # building one takes far longer than using it
+
+
+def _adapter_of(cls: Any) -> TypeAdapter[Any]:
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    return _adapters[cls]
 
 
 UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's name for it
@@ -94,14 +104,18 @@ def _at(loc: Sequence[Any]) -> str:
 def _keys_below(cls: Any, parents: Sequence[Any]) -> list[str]:
     """Field names of the config that stands at a key path; none where several kinds of value may stand."""
     for parent in parents:
-        kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
-        cls = next((choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)), None)
+        if get_origin(cls) is dict:
+            kind = get_args(cls)[1]
+        else:
+            kind = get_type_hints(cls).get(str(parent)) if dataclasses.is_dataclass(cls) else None
+        choices = (kind, *get_args(kind)) if get_origin(kind) is not dict else (kind,)
+        cls = next((one for one in choices if dataclasses.is_dataclass(one) or get_origin(one) is dict), None)
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
 def config_tree(config: Any) -> dict[str, Any]:
     """A config as plain dictionaries, lists, numbers and text: what `config.yaml` holds."""
-    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
+    tree = _adapter_of(type(config)).dump_python(config, mode="json")
     assert isinstance(tree, dict)
     return tree
 
@@ -133,7 +147,12 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in a plain tree.
+
+    Raises:
+        ConfigError: it is no override, or a value stands where a key below it is meant.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=1e-4")

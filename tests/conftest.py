@@ -1,9 +1,12 @@
 """What every test may use."""
 
 import os
+from collections import Counter
 from collections.abc import Generator
 
 import pytest
+
+SURVIVED = pytest.StashKey[Counter[str]]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -24,3 +27,19 @@ def skip_unless(condition: bool, reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"would skip, and CI may not: {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def survived(request: pytest.FixtureRequest) -> Counter[str]:
+    """Faults that this session has injected and that lost nothing, by kind. A test counts one after it has checked."""
+    return request.config.stash.setdefault(SURVIVED, Counter())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of faults, under the results of a session that has injected some."""
+    counts = config.stash.get(SURVIVED, Counter())
+    if counts:
+        terminalreporter.section("faults injected and survived")
+        for kind, count in sorted(counts.items()):
+            terminalreporter.write_line(f"{count:6} {kind}")
+        terminalreporter.write_line(f"{counts.total():6} in all")

@@ -47,6 +47,9 @@ def fake_run(folder: Path, kind="pretrain", steps=40, store="demo/store", outcom
         scores = {"val_loss": 0.3 + 0.5 * float(np.exp(-step / 10))}
         if kind == "finetune":
             scores["val_dice"] = 0.9 - 0.6 * float(np.exp(-step / 12))
+        else:
+            scores["val_loss_vs_mean_voxel"] = scores["val_loss"] / 0.8
+            scores["val_loss_vs_interpolated"] = scores["val_loss"] / 0.5
         lines.append({"step": step, **scores})
     write_lines(folder / "metrics.jsonl", sorted(lines, key=lambda line: line["step"]))
     codes = {"finished": 0, "interrupted": 75, "failed": 3}

@@ -24,17 +24,21 @@ class OneRank:
 
 
 class FileEngine:
-    """Its state is one number in one file."""
+    """Its state is one number in one file; `ballast_bytes` make the file larger, and its writing slower."""
 
     zero_stage = 1
 
-    def __init__(self) -> None:
+    def __init__(self, ballast_bytes: int = 0) -> None:
         self.state = 0
         self.errors: list[OSError] = []
+        self._ballast = " " * ballast_bytes
 
     def save(self, folder: Path, step: int) -> list[OSError]:
-        (folder / "engine").mkdir()
-        (folder / "engine" / "zero_pp_rank_0_state.json").write_text(json.dumps(self.state))
+        try:
+            (folder / "engine").mkdir()
+            (folder / "engine" / "zero_pp_rank_0_state.json").write_text(json.dumps(self.state) + self._ballast)
+        except OSError as error:
+            return [*self.errors, error]
         return self.errors
 
     def load(self, folder: Path) -> None:
@@ -45,5 +49,6 @@ def write_weights(folder: Path, step: int) -> None:
     (folder / "weights.safetensors").write_text(f"weights of step {step}")
 
 
-def checkpoints_of(run: RunDir, engine: FileEngine, *, every_steps: int = 1, keep: int = 3) -> Checkpoints:
-    return Checkpoints(run, CheckpointConfig(every_steps=every_steps, keep=keep), engine, OneRank(), write_weights)
+def checkpoints_of(run: RunDir, engine: FileEngine, **options: Any) -> Checkpoints:
+    """Checkpoints of a run; `options` are those of `CheckpointConfig`."""
+    return Checkpoints(run, CheckpointConfig(**{"every_steps": 1, **options}), engine, OneRank(), write_weights)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mimscale.config import config_yaml, load_verb_config
-from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError
 from mimscale.store.intensity import IntensityContract
 from mimscale.store.layout import StoreInfo, write_info
 from mimscale.train.config import PretrainConfig
@@ -61,6 +61,10 @@ def _behave(behaviour: list[str], rank: int, run: RunDir, stop: StopRequest) -> 
             saved = Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=7, stopped_by=stop.reason)
             run.write_outcome(saved)
         return INTERRUPTED_EXIT_CODE
+    if what == "gives-up":  # as watchdogs do
+        text = "step 3 was not done within 5 s; rank 1 stood at x"
+        run.write_outcome(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=-1, message=text))
+        return LostRankError.exit_code
     if what != "finish":
         if culprit == [str(rank)]:
             time.sleep(0.3)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from mimscale.config import build_config
 from mimscale.models.config import MaskConfig
 from mimscale.models.masking import draw_masks
-from mimscale.train.build import build_mae, build_unetr
+from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.losses import dice_cross_entropy
@@ -96,14 +96,14 @@ def _ready(config: RunConfig, ranks: Ranks):
     shape = (config.micro_batch, 1, *config.crop_voxels)
     image, valid = torch.randn(shape), torch.ones(shape, dtype=torch.bool)
     if isinstance(config, PretrainConfig):
-        engine = Engine(build_mae(config, 1), config, ranks)
+        engine = Engine(build_pretrain(config, 1), config, ranks)
         seeds = range(config.micro_batch)
         hidden = torch.from_numpy(draw_masks(seeds, config.crop_voxels, config.patch_voxels, MaskConfig()))
 
         def loss():
             return engine(image, hidden, valid).loss
     else:
-        engine = Engine(build_unetr(config, 1), config, ranks)
+        engine = Engine(build_segmenter(config, 1), config, ranks)
         label = torch.zeros((config.micro_batch, *config.crop_voxels), dtype=torch.int64)
 
         def loss():

@@ -20,7 +20,7 @@ from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo, write_info
 from mimscale.store.manifest import OverlayRow, VolumeRow, write_manifest
 from mimscale.store.writer import PackWriter
-from mimscale.train.build import build_mae, build_unetr
+from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.checkpoint import tag_name
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 
@@ -135,7 +135,7 @@ def make_store(folder: Path, split="val", labelled=tuple(SOURCES)):
                     length_bytes=place.length_bytes,
                     fill_value=fill,
                     sha256=place.sha256,
-                    voxels_sha256="0",
+                    voxels_sha256=volume_id,
                     source_sha256=hashlib.sha256(volume_id.encode()).hexdigest(),
                     source_orientation=axis_codes(affine),
                     source_affine=tuple(affine.ravel().tolist()),
@@ -176,14 +176,14 @@ COMMON = {
 def make_finetune_run(folder: Path, store: Path, **changes) -> Path:
     config = FinetuneConfig(store=store, run_dir=folder, unetr=UnetrConfig(feature_size=4, num_classes=3), **COMMON)
     torch.manual_seed(0)
-    return _with_checkpoint(config, build_unetr(config, 1), CLASSES, changes)
+    return _with_checkpoint(config, build_segmenter(config, 1), CLASSES, changes)
 
 
 def make_pretrain_run(folder: Path, store: Path, mae=None, **changes) -> Path:
     mae = mae or MaeConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2)
     config = PretrainConfig(store=store, run_dir=folder, mae=mae, **COMMON)
     torch.manual_seed(0)
-    return _with_checkpoint(config, build_mae(config, 1), None, changes)
+    return _with_checkpoint(config, build_pretrain(config, 1), None, changes)
 
 
 def _with_checkpoint(config, model, class_names, changes) -> Path:

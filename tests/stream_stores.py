@@ -9,7 +9,13 @@ from mimscale.store import layout, shard
 from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo
 from mimscale.store.manifest import Manifest, OverlayRow, VolumeRow, load_manifest, write_manifest
+from mimscale.store.stage import Stage
 from mimscale.store.writer import PackWriter
+from mimscale.stream.config import StreamConfig
+from mimscale.stream.loader import StreamLoader
+from mimscale.stream.plan import SamplePlan
+from mimscale.stream.staging import Copier
+from mimscale.world import World
 
 AIR = -1000.0
 
@@ -81,8 +87,8 @@ def write_store(
                 length_bytes=place.length_bytes,
                 fill_value=fill,
                 sha256=place.sha256,
-                voxels_sha256="0" * 64,
-                source_sha256="0" * 64,
+                voxels_sha256=f"{number:064x}",
+                source_sha256=f"{number:064x}",
                 source_orientation="RAS",
                 source_affine=tuple(np.eye(4).ravel().tolist()),
                 source_shape=(x, y, z),
@@ -107,6 +113,37 @@ def write_store(
     )
     write_manifest(store, rows)
     return load_manifest(store)
+
+
+def open_loader(
+    store: Path,
+    *,
+    crop_voxels: tuple[int, int, int] = (16, 16, 16),
+    workers: int = 1,
+    crops_per_volume: int = 2,
+    global_batch: int = 3,
+    overlay: str | None = None,
+    stage: Stage | None = None,
+    copier: Copier | None = None,
+) -> StreamLoader:
+    """A loader of all volumes of a store, in one process and in one order."""
+    manifest = load_manifest(store)
+    indices = np.arange(len(manifest))
+    config = StreamConfig(workers=workers, crops_per_volume=crops_per_volume)
+    plan = SamplePlan.of(manifest, indices, seed=1, crop_voxels=crop_voxels, config=config, global_batch=global_batch)
+    return StreamLoader(
+        store=store,
+        manifest=manifest,
+        indices=indices,
+        plan=plan,
+        world=World(),
+        micro_batch=global_batch,
+        accumulation=1,
+        config=config,
+        overlay=overlay,
+        stage=stage,
+        copier=copier,
+    )
 
 
 def damage(store: Path, manifest: Manifest, index: int) -> None:

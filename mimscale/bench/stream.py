@@ -24,6 +24,7 @@ from mimscale.bench.crops import MODES, randomness
 from mimscale.bench.readers import unzip_volumes
 from mimscale.config import config_yaml, load_verb_config, verb_parser
 from mimscale.errors import ConfigError, DataError
+from mimscale.store import native
 from mimscale.store.manifest import load_manifest
 from mimscale.train.config import PretrainConfig
 
@@ -299,6 +300,7 @@ def bench_store(config: PretrainConfig, arguments: argparse.Namespace) -> dict[s
         "schema_version": measure.SCHEMA_VERSION,
         "benchmark": "stream",
         "surroundings": measure.surroundings(),
+        "chunks_decoded_by": native.description,
         "config": tree,
         "volumes": len(rows),
         "cold": arguments.cold,
@@ -312,6 +314,7 @@ def _text(result: dict[str, Any]) -> str:
     where = result["surroundings"]
     return (
         f"Crops of {result['config']['crop_voxels']} voxels on one core of {where['cpu']}, load average "
-        f"{where['load_average']:.1f}\n\n{as_markdown(result['contenders'])}\n{costs_as_markdown(result['modes'])}\n"
+        f"{where['load_average']:.1f}; chunks are decoded by {result['chunks_decoded_by']}\n\n"
+        f"{as_markdown(result['contenders'])}\n{costs_as_markdown(result['modes'])}\n"
         f"The recipe's own mode, through the whole loader:\n\n{loader_as_markdown(result['loader'])}"
     )

@@ -3,25 +3,27 @@
 STORE VOLUME out.nii.gz [overlay=NAME]     a volume, or its labels, on the grid of the source file
 STORE part-00042 out_dir                   a pack, unzipped: a Zarr v3 group that any Zarr reader opens
 RUN_DIR out_dir [checkpoint=NAME]          weights.safetensors, contract.json and a model card
+RUN_DIR out_dir --to-monai                 the encoder of a run, for MONAI's ViT and UNETR
+--from-monai FILE out_dir heads=12 crop_voxels=[96,96,96] patch_voxels=[16,16,16]
+                                           a MONAI ViT's weights, for init_from of `mimscale finetune`
 """
 
-import json
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from mimscale import durable
 from mimscale.config import load_config, split_arguments, verb_parser
 from mimscale.console import print_json, say
-from mimscale.errors import CheckpointError, ConfigError, DataError
+from mimscale.errors import ConfigError, DataError
 from mimscale.store import layout
 from mimscale.store.files import open_stream
 
-USAGE = "expected STORE VOLUME out.nii.gz, STORE part-00000 out_dir, or RUN_DIR out_dir"
+USAGE = "expected STORE VOLUME out.nii.gz, STORE part-00000 out_dir, RUN_DIR out_dir, or --from-monai FILE out_dir"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +32,32 @@ class ExportConfig:
 
     overlay: str | None = None  # a volume's overlay instead of the volume itself
     checkpoint: str = "newest"  # of a run: "newest" verified one, or a name such as step_00000100
+    axes: Literal["xyz", "zyx"] = "xyz"  # order of a volume's axes where MONAI's weights are used or come from
+    heads: int | None = None  # --from-monai: attention heads of the ViT
+    crop_voxels: tuple[int, int, int] | None = None  # --from-monai: [Z, Y, X] that the ViT was built for
+    patch_voxels: tuple[int, int, int] | None = None  # --from-monai: [Z, Y, X]
+    prefix: str | None = None  # --from-monai: of the ViT's names (model.encoder., vit.); null: found
+    ignored: tuple[str, ...] = ()  # --from-monai: beginnings of names, after the prefix, that may be left out
+    modality: str | None = None  # --from-monai: what the ViT was trained on, for the model card
 
 
 def main(argv: list[str]) -> int:
     """The verb `export`."""
     parser = verb_parser("export", "A volume as NIfTI, a pack unzipped, or a run's weights.")
     parser.add_argument("--json", action="store_true", help="print the written paths as JSON")
+    parser.add_argument("--to-monai", action="store_true", help="a run's encoder under the names of MONAI's ViT")
+    parser.add_argument("--from-monai", action="store_true", help="weights of a MONAI ViT under our names")
     arguments = parser.parse_args(argv)
     words, overrides = split_arguments(arguments.words)
     config = load_config(ExportConfig, None, overrides)
+    if (arguments.to_monai or arguments.from_monai) and (
+        len(words) != 2 or (arguments.to_monai and arguments.from_monai)
+    ):
+        raise ConfigError(f"{USAGE}, got {words}")
     if len(words) == 2:
-        written = export_weights(Path(words[0]), Path(words[1]), config.checkpoint)
+        written = _export_weights(
+            config, *map(Path, words), to_monai=arguments.to_monai, from_monai=arguments.from_monai
+        )
     elif len(words) == 3 and words[1].startswith("part-"):
         written = export_pack(Path(words[0]), words[1], Path(words[2]))
     elif len(words) == 3:
@@ -54,6 +71,31 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(map(str, written)))
     return 0
+
+
+def _export_weights(config: ExportConfig, given: Path, out: Path, *, to_monai: bool, from_monai: bool) -> list[Path]:
+    from mimscale.evaluate.export_weights import export_to_monai, export_weights, import_from_monai
+
+    if to_monai:
+        return export_to_monai(given, out, config.checkpoint, axes=config.axes)
+    if not from_monai:
+        return export_weights(given, out, config.checkpoint)
+    if config.heads is None or config.crop_voxels is None or config.patch_voxels is None:
+        raise ConfigError(
+            "--from-monai: the file does not tell all of it; give heads=12 crop_voxels=[96,96,96] "
+            "patch_voxels=[16,16,16] as the ViT was built, edges in the order Z, Y, X"
+        )
+    return import_from_monai(
+        given,
+        out,
+        heads=config.heads,
+        crop_voxels=config.crop_voxels,
+        patch_voxels=config.patch_voxels,
+        axes=config.axes,
+        prefix=config.prefix,
+        ignored=config.ignored,
+        modality=config.modality,
+    )
 
 
 def export_volume(store: Path, volume_id: str, out: Path, overlay: str | None = None) -> list[Path]:
@@ -104,6 +146,7 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
     if not number.isdigit() or int(number) >= info.num_parts:
         raise DataError(f"{store}: no pack {name!r}; there are part-00000 to part-{info.num_parts - 1:05d}")
     pack = layout.pack_path(store, int(number))
+    layout.refuse_link_out(store, pack)
     if out.exists():
         raise ConfigError(f"{out}: exists; give a folder that does not, so that nothing is overwritten")
     temporary = out.with_name(f"{durable.TEMPORARY_PREFIX}{out.name}")
@@ -111,6 +154,7 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
         with durable.explained(DataError, out, "free some space, or choose another folder"):
             temporary.mkdir(parents=True)
             with open_stream(pack) as stream, zipfile.ZipFile(stream) as archive:
+                _refuse_strange_entries(pack, archive)
                 archive.extractall(temporary)
             durable.rename_folder(temporary, out)
     except zipfile.BadZipFile as error:
@@ -120,77 +164,11 @@ def export_pack(store: Path, name: str, out: Path) -> list[Path]:
     return [out]
 
 
-def export_weights(run_dir: Path, out: Path, checkpoint: str = "newest") -> list[Path]:
-    """Write weights.safetensors, contract.json and README.md (a model card) of a run's checkpoint into `out`.
-
-    Raises:
-        ConfigError: no run directory.
-        CheckpointError: no usable checkpoint, or a folder that cannot be written.
-    """
-    from mimscale.evaluate.checkpoints import find_checkpoint
-    from mimscale.train.run_dir import RunDir
-
-    run = RunDir(run_dir)
-    run.read_config_tree()
-    tag = find_checkpoint(run, checkpoint)
-    contract = json.loads((tag / "contract.json").read_text())
-    scores_path = run.evaluation / "scores.json"
-    scores = json.loads(scores_path.read_text()) if scores_path.exists() else None
-    if scores is not None and scores["checkpoint"] != tag.name:
-        scores = None  # of other weights
-    with durable.explained(CheckpointError, out, "free some space, or choose another folder"):
-        for name in ("weights.safetensors", "contract.json"):
-            with (tag / name).open("rb") as source, durable.open_atomically(out / name) as target:
-                shutil.copyfileobj(source, target)
-        durable.write_text(out / "README.md", model_card(contract, scores))
-    return [out / name for name in ("weights.safetensors", "contract.json", "README.md")]
-
-
-def model_card(contract: dict[str, Any], scores: dict[str, Any] | None) -> str:
-    """What somebody must know who gets nothing but these weights, as Markdown."""
-    crop, patch = (" x ".join(map(str, contract[key])) for key in ("crop_voxels", "patch_voxels"))
-    model, intensity = contract["model"], contract["intensity"]
-    what = {"pretrain": "masked autoencoder", "finetune": "UNETR for segmentation"}[contract["kind"]]
-    lines = [
-        f"# 3D {what}",
-        "",
-        f"Trained with mimscale for {contract['step']} steps on modality `{contract['modality']}`.",
-        "`weights.safetensors` holds fp32 tensors, `contract.json` what they expect of their input.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| encoder | ViT, dim {model['dim']}, depth {model['depth']}, heads {model['heads']} |",
-        f"| input | {contract['channels']} channel(s), {crop} voxels (Z, Y, X), patch {patch} |",
-        f"| axes | {contract['axis_order']} |",
-        f"| intensity | {', '.join(f'{key}: {value}' for key, value in intensity.items() if value is not None)} |",
-    ]
-    for entry in contract.get("datasets", []):
-        lines.append(f"| trained on | {entry['volumes']} volumes of {entry['dataset']}, licence: {entry['licence']} |")
-    if contract.get("class_names"):
-        lines.append(f"| classes | {', '.join(contract['class_names'])} |")
-    lines += ["", "## Scores", ""]
-    if scores is None:
-        lines.append("These weights have not been evaluated.")
-    elif scores["kind"] == "pretrain":
-        mean = scores["mean"]
-        lines.append(
-            f"{scores['error']} of hidden voxels on {len(scores['crops'])} {scores['split']} crops: "
-            f"{mean['network']:.4f}; {scores['baseline']}: {mean['baseline']:.4f}."
-        )
-    else:
-        lines += [f"On {len(scores['cases'])} whole {scores['split']} volumes:", "", "| class | Dice |", "|---|---|"]
-        for name, entry in scores["per_class"].items():
-            value = entry["dice"]["mean"]
-            lines.append(f"| {name} | {'not defined' if value is None else f'{value:.4f}'} |")
-    lines += [
-        "",
-        "## Use",
-        "",
-        "```",
-        "mimscale finetune finetune_unetr init_from=THIS_FOLDER store=STORE run_dir=DIR",
-        "```",
-        "",
-        "Not a medical device. Scores hold for volumes like those of the store that they were measured on.",
-        "",
-    ]
-    return "\n".join(lines)
+def _refuse_strange_entries(pack: Path, archive: zipfile.ZipFile) -> None:
+    """A pack's entries are plain files below it, not compressed: so none leads elsewhere or grows to a full disk."""
+    for entry in archive.infolist():
+        parts = entry.filename.split("/")
+        if not all(parts) or {".", ".."} & set(parts) or "\\" in entry.filename:
+            raise DataError(f"{pack}: its entry {entry.filename!r} leads elsewhere; mimscale wrote no such pack")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise DataError(f"{pack}: its entry {entry.filename!r} is compressed; mimscale wrote no such pack")

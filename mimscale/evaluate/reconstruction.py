@@ -16,12 +16,15 @@ from mimscale import durable
 from mimscale.console import track
 from mimscale.errors import CheckpointError
 from mimscale.evaluate.config import EvaluateConfig
+from mimscale.models.config import TargetConfig
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks
 from mimscale.models.patches import patchify, unpatchify
+from mimscale.models.simmim import Simmim
+from mimscale.models.trivial import mean_voxel
 from mimscale.store.manifest import Manifest
 from mimscale.stream.config import StreamConfig
-from mimscale.stream.device import normalise
+from mimscale.stream.device import labels, normalise, without_excluded
 from mimscale.stream.loader import Batch, fixed_batches
 from mimscale.stream.plan import FixedPlan
 from mimscale.train.config import PretrainConfig
@@ -35,7 +38,7 @@ ERROR_NAMES = {"l1": "mean absolute error", "l2": "mean squared error"}
 def evaluate_reconstruction(
     config: EvaluateConfig,
     run_config: PretrainConfig,
-    model: MaskedAutoencoder,
+    model: MaskedAutoencoder | Simmim,
     device: torch.device,
     store: Path,
     manifest: Manifest,
@@ -47,6 +50,8 @@ def evaluate_reconstruction(
         DataError: a crop that cannot be read: scores of other crops than asked for would compare with nothing.
         CheckpointError: the network answers with numbers that are not finite.
     """
+    target = run_config.target
+    assert target is not None, "the caller asks no other run"
     stream = StreamConfig(
         workers=0,
         crops_per_volume=config.crops,
@@ -63,19 +68,20 @@ def evaluate_reconstruction(
         world=World(),
         batch=config.batch,
         config=stream,
+        overlay=run_config.exclude_overlay,
         pin_memory=False,
     )
     crops: list[dict[str, Any]] = []
     shown: dict[int, tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]] = {}  # of a volume, the crop to picture
     folder = RunDir(config.run_dir).evaluation
     for batch in track(batches, "reconstruct crops, batches", -(-len(plan) // config.batch)):
-        image, predicted, guess, hidden, valid = _reconstruct(batch.to(device), run_config, model)
+        image, predicted, guess, hidden, valid = _reconstruct(batch.to(device), run_config, target, model)
         for place in np.flatnonzero(batch.counted.numpy()):
             sample = int(batch.sample_ids[place])
             volume, crop = divmod(sample, config.crops)
             counted = (hidden[place] & valid[place]).expand_as(image[place])
             scores = {
-                name: _error(picture[place], image[place], counted, run_config.mae.loss)
+                name: _error(picture[place], image[place], counted, target.loss)
                 for name, picture in (("network", predicted), ("baseline", guess))
             }
             if not np.isfinite(scores["network"]):
@@ -100,11 +106,11 @@ def evaluate_reconstruction(
         spacing_mm = run_config.stream.target_spacing_mm or manifest.row(int(indices[volume])).spacing_mm
         _save(folder / entry["file"], *layers, spacing_mm)
     return {
-        "error": ERROR_NAMES[run_config.mae.loss],
+        "error": ERROR_NAMES[target.loss],
         "unit": "of normalised intensities",
         "baseline": (
             "the mean of the crop's visible voxels"
-            if run_config.mae.target == "raw"
+            if target.target == "raw"
             else "each hidden patch's own mean, which a patch-normalised target gives away"
         ),
         "crops": crops,
@@ -113,10 +119,11 @@ def evaluate_reconstruction(
 
 
 def _reconstruct(
-    batch: Batch, run_config: PretrainConfig, model: MaskedAutoencoder
+    batch: Batch, run_config: PretrainConfig, target: TargetConfig, model: MaskedAutoencoder | Simmim
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image, prediction, simplest guess: [B, C, Z, Y, X]; hidden, valid: bool [B, 1, Z, Y, X]. All on the CPU."""
     image, valid = normalise(batch)
+    valid = without_excluded(valid, None if run_config.exclude_overlay is None else labels(batch))
     # The same ratio for every crop, also where training draws it from a range.
     hidden = torch.from_numpy(
         draw_masks(
@@ -124,11 +131,8 @@ def _reconstruct(
         )
     )
     pictures = model.reconstruct(image, hidden)
-    if run_config.mae.target == "raw":
-        shown = (valid & ~pictures.hidden).expand_as(image)
-        # Of each sample and channel: what a network that learned nothing but brightness would say.
-        mean = (image * shown).sum(dim=(2, 3, 4), keepdim=True) / shown.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
-        guess = mean.expand_as(image)
+    if target.target == "raw":
+        guess = mean_voxel(image, valid & ~pictures.hidden)
     else:
         patches = patchify(image, run_config.patch_voxels)
         guess = unpatchify(patches.mean(dim=2, keepdim=True).expand_as(patches), run_config.patch_voxels, model.grid)

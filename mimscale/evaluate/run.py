@@ -14,7 +14,7 @@ from typing import Any
 from mimscale import durable
 from mimscale.config import config_tree, config_yaml, load_verb_config, verb_parser
 from mimscale.console import print_json, print_table, say
-from mimscale.errors import DataError
+from mimscale.errors import ConfigError, DataError
 from mimscale.evaluate.config import EvaluateConfig
 
 LIBRARIES = ("mimscale", "torch", "monai", "numpy")
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run and write run_dir/evaluate; returns what scores.json holds.
 
     Raises:
-        ConfigError: no run directory, or a store that the weights were not made for.
+        ConfigError: no run directory, a store that the weights were not made for, or a method without a prediction.
         CheckpointError: no usable checkpoint.
         DataError: a volume that cannot be read or has no label.
     """
@@ -53,14 +53,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.evaluate.segmentation import evaluate_segmentation
     from mimscale.evaluate.weights import check_contract, choose_device, cpu_threads, load_model
     from mimscale.models.mae import MaskedAutoencoder
+    from mimscale.models.simmim import Simmim
     from mimscale.store.layout import read_info
     from mimscale.store.manifest import load_manifest
     from mimscale.stream.select import parse_filter
-    from mimscale.train.config import FinetuneConfig, load_run_config
+    from mimscale.stream.subjects import in_split
+    from mimscale.train.config import FinetuneConfig, PretrainConfig, load_run_config
     from mimscale.train.run_dir import RunDir
 
     started_s = time.perf_counter()
     run_config = load_run_config(config.run_dir)
+    if isinstance(run_config, PretrainConfig) and run_config.target is None:
+        raise ConfigError(
+            f"{config.run_dir}: a run of method={run_config.method} predicts no voxels, so there is nothing to score; "
+            "fine-tune it (init_from=RUN_DIR), or see val_cosine_views and val_cosine_crops in its metrics.jsonl"
+        )
+    if isinstance(run_config, FinetuneConfig) and run_config.regions is not None:
+        raise ConfigError(
+            f"{config.run_dir}: whole volumes are scored by classes, and this run has regions that may overlap; see "
+            "val_dice of each region in its metrics.jsonl"
+        )
     run = RunDir(config.run_dir)
     store = config.store or run_config.store
     info, manifest = read_info(store), load_manifest(store)
@@ -68,9 +80,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if run_config.modality is not None:
         wanted["modality"] = run_config.modality
     selected = manifest.equal(**wanted)
+    if run_config.stream.fold is not None and store == run_config.store:
+        wanted["stream.fold"] = run_config.stream.fold
+        selected = in_split(manifest, config.split, run_config.stream)
+        if run_config.modality is not None:
+            selected &= manifest.equal(modality=run_config.modality)
     if run_config.stream.filter is not None:
         wanted["stream.filter"] = run_config.stream.filter
         selected &= parse_filter(run_config.stream.filter).select(manifest)
+    if isinstance(run_config, PretrainConfig) and run_config.exclude_overlay is not None:
+        wanted["exclude_overlay"] = run_config.exclude_overlay
+        selected &= manifest.overlay_parts(run_config.exclude_overlay) >= 0
     indices = np.flatnonzero(selected)
     if not len(indices):
         raise DataError(f"{store}: no volume with {wanted}; see `mimscale inspect {store}` for what there is")
@@ -86,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if isinstance(run_config, FinetuneConfig):
             scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
         else:
-            assert isinstance(model, MaskedAutoencoder)
+            assert isinstance(model, MaskedAutoencoder | Simmim)
             scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
         tree = {
             "kind": run_config.kind,

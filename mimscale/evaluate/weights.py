@@ -14,7 +14,7 @@ from mimscale.console import say
 from mimscale.errors import CheckpointError, ConfigError
 from mimscale.models.transfer import load_weights
 from mimscale.store.layout import StoreInfo
-from mimscale.train.build import build_mae, build_unetr
+from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 
 
@@ -32,7 +32,9 @@ def load_model(
             f"{tag}: trained on {contract['channels']} channel(s), the store has {channels}; give the store of the run"
         )
     model: nn.Module = (
-        build_mae(run_config, channels) if isinstance(run_config, PretrainConfig) else build_unetr(run_config, channels)
+        build_pretrain(run_config, channels)
+        if isinstance(run_config, PretrainConfig)
+        else build_segmenter(run_config, channels)
     )
     try:
         model.load_state_dict(tensors, strict=True)

@@ -79,23 +79,29 @@ def write_cohort(config: CohortConfig) -> list[str]:
         for name, parameters in console.track(results, "derive subjects", config.subjects):
             names[name] = {"kind": "derived", "from": "real_000", **parameters}
     with durable.explained(DataError, out, _WAY_OUT):
-        durable.write_json(out / "dataset.json", _decathlon(real, list(names)))
+        durable.write_json(out / "dataset.json", _decathlon(real, list(names), config.validation))
         durable.write_json(out / "cohort.json", {"seed": config.seed, "subjects": names})
     pairs = [str(out / folder / f"{name}.nii.gz") for name in names for folder in ("imagesTr", "labelsTr")]
     return [*pairs, str(out / "dataset.json"), str(out / "cohort.json")]
 
 
-def _decathlon(real: RealSubject, names: list[str]) -> dict[str, Any]:
+def _decathlon(real: RealSubject, names: list[str], validation: int | None) -> dict[str, Any]:
+    """The list of a cohort; `names` begins with the real subject."""
     pairs = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    training, fixed = pairs, {}
+    if validation is not None:
+        last = len(pairs) - validation
+        training, fixed = pairs[1:last], {"validation": [pairs[0], *pairs[last:]]}
     return {
         "name": "cohort",
         "description": f"real_000 is {real.origin}; all others are derived from it by mimscale cohort",
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
         "labels": {str(value): name for value, name in enumerate(real.class_names)},
-        "numTraining": len(pairs),
+        "numTraining": len(training),
         "numTest": 0,
-        "training": pairs,
+        "training": training,
+        **fixed,
         "test": [],
     }
 

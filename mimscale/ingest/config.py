@@ -106,7 +106,7 @@ class IngestConfig:
             raise ValueError(f"crop_margin_mm={self.crop_margin_mm}: must be at least 0")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.overlay):
+        if not layout.is_plain_name(self.overlay):
             raise ValueError(f"overlay={self.overlay!r}: becomes a folder name; use letters, digits, '_', '-' and '.'")
         if self.overlay != layout.stored_overlay(self.overlay):
             raise ValueError(
@@ -179,6 +179,7 @@ class CohortConfig:
     out: str  # folder for imagesTr/, labelsTr/, dataset.json and cohort.json
     subjects: int = 8  # derived subjects beside the real one
     seed: int = 0  # a subject depends on seed and its number only
+    validation: int | None = None  # the real one and this many derived subjects are for validation; null: not fixed
     image: str | None = None  # real volume (.nii, .nii.gz); null: MNI152 2009a T1, 1 mm, which nilearn ships
     label: str | None = None  # its label map, on the same grid
     class_names: tuple[str, ...] = ()  # of the label's values 0, 1, ...; default: tissues of MNI152, else class_N
@@ -189,6 +190,8 @@ class CohortConfig:
         require_positive("cohort", workers=self.workers)
         if self.subjects < 0:
             raise ValueError(f"subjects={self.subjects}: must be at least 0")
+        if self.validation is not None and not 0 <= self.validation <= self.subjects:
+            raise ValueError(f"validation={self.validation}: must be from 0 to subjects={self.subjects}")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be at least 0")
         if self.spacing_mm is not None:

@@ -39,9 +39,10 @@ def block_bytes(tokens: int, dim: int, heads: int, hidden_dim: int, width: int, 
 def encoder_activations(vit: VitConfig, *, numbers_a_patch: int, tokens: int, width: int) -> Activations:
     """The vision transformer on `tokens` patches."""
     extra = 2 * vit.dim if vit.layer_scale is not None else 0
+    extra += 2 * vit.mlp_dim if vit.mlp == "swiglu" else 0  # the gate, before and after its own bend
     # Turned queries and keys, and the sines and cosines of both.
     extra += 2 * vit.dim + 2 * (vit.dim // vit.heads) if vit.positions == "rope" else 0
-    block = block_bytes(tokens, vit.dim, vit.heads, int(vit.dim * vit.mlp_ratio), width, extra_numbers=extra)
+    block = block_bytes(tokens, vit.dim, vit.heads, vit.mlp_dim, width, extra_numbers=extra)
     ends = tokens * (numbers_a_patch + 2 * vit.dim) * width
     if not vit.checkpoint_activations:
         return Activations(kept=ends + vit.depth * block)
@@ -57,18 +58,31 @@ def mae_activations(
     patch_voxels: Sequence[int],
     channels: int,
     visible_patches: int,
+    decoded_patches: int,
     width: int,
 ) -> Activations:
     """A masked autoencoder with its loss."""
     L, P, E = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(patch_voxels) * channels, mae.decoder_dim
     encoder = encoder_activations(vit, numbers_a_patch=P, tokens=visible_patches, width=width)
-    decoder = mae.decoder_depth * block_bytes(L, E, mae.decoder_heads, 4 * E, width) + 2 * L * E * width
+    block = block_bytes(decoded_patches, E, mae.decoder_heads, 4 * E, width)
+    decoder = mae.decoder_depth * block + 2 * decoded_patches * E * width
     loss = 2 * L * P * FP32_BYTES  # the error and its weight
     # Prediction, target, the error by its sign and weighted.
     return Activations(
         kept=encoder.kept + decoder + loss,
         transient=L * P * (width + 3 * FP32_BYTES),
         recomputed=max(0, encoder.recomputed - decoder - loss),
+    )
+
+
+def simmim_activations(vit: VitConfig, *, numbers_a_patch: int, patches: int, width: int) -> Activations:
+    """SimMIM with its loss."""
+    encoder = encoder_activations(vit, numbers_a_patch=numbers_a_patch, tokens=patches, width=width)
+    loss = patches * numbers_a_patch
+    return Activations(
+        kept=encoder.kept + 2 * loss * FP32_BYTES,
+        transient=loss * (width + 3 * FP32_BYTES),
+        recomputed=max(0, encoder.recomputed - 2 * loss * FP32_BYTES),
     )
 
 

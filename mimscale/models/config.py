@@ -17,6 +17,7 @@ class VitConfig:
     depth: int = 12  # transformer blocks
     heads: int = 12  # attention heads; dim is a multiple of it
     mlp_ratio: float = 4.0  # width of a block's MLP / dim
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: gated (arXiv:2002.05202), 2/3 as wide, so as many weights
     positions: Literal["sincos", "learned", "rope"] = (
         "sincos"  # fixed table, trained table, or rotated queries and keys
     )
@@ -39,6 +40,11 @@ class VitConfig:
                 f"model.heads={self.heads} leaves fewer than 6 numbers; use fewer heads"
             )
 
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of a block's MLP; of a gated one, the width of each of its two halves."""
+        return int(self.dim * self.mlp_ratio * (2 / 3 if self.mlp == "swiglu" else 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
@@ -47,6 +53,10 @@ class MaskConfig:
     ratio: float = 0.75  # share of the units that is hidden
     ratio_range: tuple[float, float] | None = None  # instead of `ratio`: uniform in it, one draw for a global batch
     unit_voxels: Zyx | None = None  # Z, Y, X edges of what is hidden together, a multiple of the patch; null: the patch
+    # which units: any; those under boxes dropped at random; the same ones of every 2 x 2 x 2 units
+    style: Literal["random", "block", "grid"] = "random"
+    predicted_share: float = 1.0  # of the hidden patches; the rest has no part in decoder and loss (arXiv:2303.16727)
+    repeats: int = 1  # masks, and augmentations, of each crop in a step: a decoded crop is used so many times
 
     def __post_init__(self) -> None:
         for name, ratios in (("ratio", (self.ratio,)), ("ratio_range", self.ratio_range or ())):
@@ -58,30 +68,70 @@ class MaskConfig:
             )
         if self.unit_voxels is not None:
             require_positive("mask", unit_voxels=self.unit_voxels)
+        if not 0 < self.predicted_share <= 1:
+            raise ValueError(f"mask.predicted_share={self.predicted_share}: must be above 0 and at most 1")
+        require_positive("mask", repeats=self.repeats)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaeConfig:
-    """The light decoder and the loss of a masked autoencoder."""
+class TargetConfig:
+    """What is predicted, and how its error is measured."""
 
-    decoder_dim: int = 384  # embedding of the decoder
-    decoder_depth: int = 2  # its blocks; it sees all tokens, so at small patches it costs more than the encoder
-    decoder_heads: int = 6  # its attention heads
     target: Literal["raw", "patch_normalised"] = "raw"  # voxels as they are, or each patch with mean 0 and deviation 1
     loss: Literal["l1", "l2"] = "l1"  # absolute or squared error of a voxel
     loss_on: Literal["masked", "all"] = "masked"  # voxels that count: of hidden patches, or of all
 
+
+@dataclass(frozen=True, kw_only=True)
+class MaeConfig(TargetConfig):
+    """The light decoder and the loss of a masked autoencoder."""
+
+    decoder_dim: int = 384  # embedding of the decoder
+    decoder_depth: int = (
+        2  # its blocks; it sees all tokens, so at small patches it costs more than the encoder. 0: linear
+    )
+    decoder_heads: int = 6  # its attention heads
+
     def __post_init__(self) -> None:
-        require_positive("mae", decoder_dim=self.decoder_dim, decoder_depth=self.decoder_depth)
-        require_positive("mae", decoder_heads=self.decoder_heads)
+        require_positive("mae", decoder_dim=self.decoder_dim, decoder_heads=self.decoder_heads)
+        if self.decoder_depth < 0:
+            raise ValueError(f"mae.decoder_depth={self.decoder_depth}: must be 0 (linear) or above")
         _check_heads("mae.decoder_dim", self.decoder_dim, "mae.decoder_heads", self.decoder_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimmimConfig(TargetConfig):
+    """The head and the loss of SimMIM: no decoder, the encoder itself sees mask tokens."""
+
+    head: Literal["linear", "mlp"] = "linear"  # from a token to its voxels: one layer, or two with a GELU between
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimclrConfig:
+    """The projection and the loss of SimCLR: two augmented views of a crop are told from other subjects' crops."""
+
+    # Crops that are told apart at once, over all ranks: micro_batch x ranks must be it. Written down, and not left to
+    # the number of ranks, because the loss depends on it. null: the global batch
+    pool_crops: int | None = None
+    projection_dim: int = 128  # numbers of an embedding
+    hidden_dim: int = 2048  # width of the projection's middle
+    temperature: float = 0.2  # by which cosines are divided; lower looks harder at the nearest negatives
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "simclr",
+            projection_dim=self.projection_dim,
+            hidden_dim=self.hidden_dim,
+            temperature=self.temperature,
+            pool_crops=self.pool_crops or 1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnetrConfig:
     """The segmentation head: convolutions that bring tokens back to voxels, with skips from inside the encoder."""
 
-    num_classes: int  # output channels, background included
+    num_classes: int  # outputs: classes, background included, or `regions`; a linear head takes it from here too
     feature_size: int = 16  # channels at full resolution; doubles at each coarser level
 
     def __post_init__(self) -> None:

@@ -9,11 +9,13 @@ F feature_size | V voxels a crop
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mimscale.models.config import (
     MaeConfig,
+    SimclrConfig,
+    SimmimConfig,
     UnetrConfig,
     VitConfig,
     Zyx,
@@ -86,28 +88,44 @@ def flops_by_part(products: Iterable[Product]) -> dict[str, Flops]:
     return {part: count_flops(product for product in products if product.part == part) for part in parts}
 
 
-def encoder_products(
-    vit: VitConfig, *, crop_voxels: Sequence[int], patch_voxels: Sequence[int], channels: int, tokens: int
-) -> list[Product]:
+@dataclass(frozen=True, kw_only=True)
+class CropShape:
+    """What a model is fed."""
+
+    crop_voxels: Zyx
+    patch_voxels: Zyx
+    channels: int
+
+    @property
+    def patches(self) -> int:
+        """L."""
+        return math.prod(patch_grid(self.crop_voxels, self.patch_voxels))
+
+    @property
+    def numbers_a_patch(self) -> int:
+        """P."""
+        return math.prod(self.patch_voxels) * self.channels
+
+
+def repeated(products: Iterable[Product], times: int) -> list[Product]:
+    """The same products for several masks or views of each sample."""
+    return [replace(product, count=times * product.count) for product in products]
+
+
+def encoder_products(vit: VitConfig, shape: CropShape, *, tokens: int) -> list[Product]:
     """The vision transformer on `tokens` of the crop's patches."""
-    P = math.prod(patch_voxels) * channels
-    embedding = Product(part="encoder", rows=tokens, inner=P, columns=vit.dim, of_image=True)
-    hidden_dim = int(vit.dim * vit.mlp_ratio)
-    block = block_products(
-        "encoder", tokens, vit.dim, vit.heads, hidden_dim, vit.depth, checkpointed=vit.checkpoint_activations
-    )
-    return [embedding, *block]
+    embedding = Product(part="encoder", rows=tokens, inner=shape.numbers_a_patch, columns=vit.dim, of_image=True)
+    return [embedding, *block_products("encoder", vit, tokens)]
 
 
-def block_products(
-    part: str, tokens: int, dim: int, heads: int, hidden_dim: int, depth: int, *, checkpointed: bool = False
-) -> list[Product]:
-    """`depth` transformer blocks.
+def block_products(part: str, vit: VitConfig, tokens: int) -> list[Product]:
+    """The transformer blocks.
 
     Fused attention keeps no scores, so its backward pass computes them again (Dao et al. 2022, arXiv:2205.14135,
     sec. 3.1). A checkpointed block is recomputed up to the last number that its gradients need, which is the input of
     its last product.
     """
+    dim, heads, depth, checkpointed = vit.dim, vit.heads, vit.depth, vit.checkpoint_activations
     again = int(checkpointed)
 
     def linear(inner: int, columns: int, recomputed: int = again) -> Product:
@@ -121,46 +139,59 @@ def block_products(
         attention(dim // heads, tokens, 1 + again),
         attention(tokens, dim // heads, again),
         linear(dim, dim),
-        linear(dim, hidden_dim),
-        linear(hidden_dim, dim, recomputed=0),
+        linear(dim, vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1)),
+        linear(vit.mlp_dim, dim, recomputed=0),
     ]
 
 
 def mae_products(
-    vit: VitConfig,
-    mae: MaeConfig,
-    *,
-    crop_voxels: Sequence[int],
-    patch_voxels: Sequence[int],
-    channels: int,
-    visible_patches: int,
+    vit: VitConfig, mae: MaeConfig, shape: CropShape, *, visible_patches: int, decoded_patches: int
 ) -> list[Product]:
-    """A masked autoencoder: the encoder on visible patches, the decoder and the head on all."""
-    L, P, E = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(patch_voxels) * channels, mae.decoder_dim
-    return [
-        *encoder_products(
-            vit, crop_voxels=crop_voxels, patch_voxels=patch_voxels, channels=channels, tokens=visible_patches
-        ),
-        Product(part="decoder", rows=visible_patches, inner=vit.dim, columns=E),
-        *block_products("decoder", L, E, mae.decoder_heads, 4 * E, mae.decoder_depth),
-        Product(part="head", rows=L, inner=E, columns=P),
+    """A masked autoencoder: the encoder on visible patches, the decoder and the head on those that it decodes."""
+    E, K = mae.decoder_dim, visible_patches
+    decoder = VitConfig(dim=E, heads=mae.decoder_heads, depth=max(mae.decoder_depth, 1))
+    products = [
+        *encoder_products(vit, shape, tokens=K),
+        Product(part="decoder", rows=K, inner=vit.dim, columns=E),
     ]
+    if mae.decoder_depth:
+        products += block_products("decoder", decoder, decoded_patches)
+    else:  # one attention whose weights follow from the positions: only the values have a gradient
+        scores = Product(part="decoder", rows=shape.patches, inner=E, columns=K, of_weight=False)
+        products += [scores, replace(scores, inner=K, columns=E)]
+    return [*products, Product(part="head", rows=decoded_patches, inner=E, columns=shape.numbers_a_patch)]
 
 
-def unetr_products(
-    vit: VitConfig, unetr: UnetrConfig, *, crop_voxels: Sequence[int], patch_voxels: Sequence[int], channels: int
-) -> list[Product]:
+def simmim_products(vit: VitConfig, simmim: SimmimConfig, shape: CropShape) -> list[Product]:
+    """SimMIM: the encoder on all patches, and a light head."""
+    to_voxels = Product(part="head", rows=shape.patches, inner=vit.dim, columns=shape.numbers_a_patch)
+    middle = [replace(to_voxels, columns=vit.dim)] if simmim.head == "mlp" else []
+    return [*encoder_products(vit, shape, tokens=shape.patches), *middle, to_voxels]
+
+
+def simclr_products(vit: VitConfig, simclr: SimclrConfig, shape: CropShape) -> list[Product]:
+    """One view for SimCLR: the encoder on all patches, and the projection of their mean."""
+    first = Product(part="head", rows=1, inner=vit.dim, columns=simclr.hidden_dim)
+    second = Product(part="head", rows=1, inner=simclr.hidden_dim, columns=simclr.projection_dim)
+    return [*encoder_products(vit, shape, tokens=shape.patches), first, second]
+
+
+def probe_products(vit: VitConfig, unetr: UnetrConfig, shape: CropShape) -> list[Product]:
+    """A linear probe: the encoder on all patches, and one layer."""
+    head = Product(part="head", rows=shape.patches, inner=vit.dim, columns=unetr.num_classes)
+    return [*encoder_products(vit, shape, tokens=shape.patches), head]
+
+
+def unetr_products(vit: VitConfig, unetr: UnetrConfig, shape: CropShape) -> list[Product]:
     """A UNETR: the encoder on all patches, and the convolutions of its decoder as the products that they are."""
-    L, V, F = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(crop_voxels), unetr.feature_size
-    strides = upsampling_strides(unetr_halvings(patch_voxels))
+    L, V, F = shape.patches, math.prod(shape.crop_voxels), unetr.feature_size
+    strides = upsampling_strides(unetr_halvings(shape.patch_voxels))
     levels = len(strides)
     widths = [F * 2**level for level in range(levels)] + [vit.dim]
     voxels = [V]  # of each level
     for stride in strides:
         voxels.append(voxels[-1] // math.prod(stride))
-    products = encoder_products(
-        vit, crop_voxels=crop_voxels, patch_voxels=patch_voxels, channels=channels, tokens=L
-    ) + _residual_block(V, channels, F, of_image=True)
+    products = encoder_products(vit, shape, tokens=L) + _residual_block(V, shape.channels, F, of_image=True)
     for level in range(1, levels):  # tokens up to the skip of their level
         coarsest, *others = strides[level:][::-1]
         width, rows = widths[level], L

@@ -6,38 +6,20 @@ D embedding of the encoder | E embedding of the decoder
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimscale.models.config import MaeConfig, VitConfig
-from mimscale.models.patches import hidden_voxels, patchify, unpatchify
 from mimscale.models.positions import add_positions, sincos_table
+from mimscale.models.reconstruction import (
+    Reconstruction,
+    ReconstructionOutput,
+    reconstruction_output,
+    reconstruction_pictures,
+)
 from mimscale.models.vit import Block, Vit, init_linear
-
-# Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
-# deviation of 0.01: a hundredth of a CT window, or of the deviation of a z-scored MR.
-VARIANCE_FLOOR = 1e-4
-
-
-@dataclass(frozen=True)
-class MaeOutput:
-    """What a step of pretraining needs, and what a report may show."""
-
-    loss: Tensor  # [] fp32, the mean of sample_loss
-    sample_loss: Tensor  # [B] fp32, the mean over the voxels of a sample that count; 0 where none does
-    prediction: Tensor  # [B, L, P], in units of the target
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Pictures of one batch, each [B, C, Z, Y, X] fp32."""
-
-    visible: Tensor  # what the encoder saw; hidden voxels are 0
-    predicted: Tensor  # what the decoder says everywhere, in the image's units
-    combined: Tensor  # visible voxels from the image, hidden ones predicted
-    hidden: Tensor  # bool [B, 1, Z, Y, X]: the voxels that were hidden
 
 
 class MaskedAutoencoder(nn.Module):
@@ -66,14 +48,17 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(mae.decoder_dim))
         # The decoder's own: mask tokens are all alike, so only a position tells them what to draw.
         self.register_buffer("decoder_positions", sincos_table(self.grid, mae.decoder_dim), persistent=False)
-        self.decoder_blocks = nn.ModuleList(Block(mae.decoder_dim, mae.decoder_heads) for _ in range(mae.decoder_depth))
-        self.decoder_norm = nn.LayerNorm(mae.decoder_dim)
+        decoder = VitConfig(dim=mae.decoder_dim, heads=mae.decoder_heads)
+        self.decoder_blocks = nn.ModuleList(Block(decoder) for _ in range(mae.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(mae.decoder_dim) if mae.decoder_depth else nn.Identity()
         self.head = nn.Linear(mae.decoder_dim, numbers_a_patch)
         for part in (self.decoder_input, self.decoder_blocks, self.head):
             part.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)  # small beside the positions, which must speak
 
-    def forward(self, image: Tensor, hidden: Tensor, valid: Tensor | None = None) -> MaeOutput:
+    def forward(
+        self, image: Tensor, hidden: Tensor, valid: Tensor | None = None, predicted: Tensor | None = None
+    ) -> ReconstructionOutput:
         """Predict the hidden patches and measure the error.
 
         Args:
@@ -82,67 +67,64 @@ class MaskedAutoencoder(nn.Module):
                 need not be waited for.
             valid: bool [B, 1, Z, Y, X] or None for all. Voxels that are not valid (padding, excluded regions) are no
                 target; the encoder sees them where they are visible.
+            predicted: bool [B, L] on the CPU, as many True in each row, or None for all that are hidden. The decoder
+                works on these and the visible patches alone.
 
         Raises:
             ValueError: rows of `hidden` with different counts, or none hidden, or all hidden.
         """
         visible = visible_indices(hidden).to(image.device, non_blocking=True)  # [B, K]
-        prediction = self._predict(image, visible)  # [B, L, P]
-        weight = self._weight(image, hidden.to(image.device, non_blocking=True), valid)
-        target = self._target(patchify(image, self.patch_voxels).float())
-        error = prediction.float() - target
-        error = error.abs() if self.config.loss == "l1" else error.square()
-        # The mean of each sample first: cutting a global batch into other micro-batches changes nothing.
-        sample_loss = (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
-        return MaeOutput(loss=sample_loss.mean(), sample_loss=sample_loss, prediction=prediction)
+        decoded = None
+        if predicted is not None:
+            decoded = _indices(~hidden | predicted).to(image.device, non_blocking=True)
+            predicted = predicted.to(image.device, non_blocking=True)
+        prediction, tokens = self._predict(image, visible, decoded)  # [B, L, P], [B, K, D]
+        hidden = hidden.to(image.device, non_blocking=True)
+        return reconstruction_output(
+            prediction, tokens, image, hidden, predicted, valid, self.config, self.patch_voxels
+        )
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
-        """Pictures of what was shown and what was predicted, in the image's units.
+        """Pictures of what was shown and what was predicted, in the image's units."""
+        prediction, _ = self._predict(image, visible_indices(hidden).to(image.device), None)
+        hidden = hidden.to(image.device)
+        return reconstruction_pictures(prediction, image, hidden, self.config, self.patch_voxels, self.grid)
 
-        With a patch-normalised target the mean and deviation of each patch come from the image itself: the model
-        predicts only the form.
+    def _predict(self, image: Tensor, visible: Tensor, decoded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Voxels of all patches [B, L, P], and the encoder's tokens of the visible ones [B, K, D].
+
+        Voxels are 0 where `decoded` [B, M], indices of patches, names none.
         """
-        visible = visible_indices(hidden).to(image.device)
-        prediction = self._predict(image, visible).float()
-        if self.config.target == "patch_normalised":
-            mean, deviation = _patch_statistics(patchify(image, self.patch_voxels).float())
-            prediction = prediction * deviation + mean
-        predicted = unpatchify(prediction, self.patch_voxels, self.grid)
-        hidden_mask = hidden_voxels(hidden.to(image.device), self.patch_voxels, self.grid)
-        image = image.float()
-        return Reconstruction(
-            visible=image.masked_fill(hidden_mask, 0),
-            predicted=predicted,
-            combined=torch.where(hidden_mask, predicted, image),
-            hidden=hidden_mask,
-        )
-
-    def _predict(self, image: Tensor, visible: Tensor) -> Tensor:
         tokens, _ = self.encoder(image, visible)
         shown = self.decoder_input(tokens)  # [B, K, E]
         B, _, E = shown.shape
         full = self.mask_token.to(shown.dtype).expand(B, math.prod(self.grid), E)
         full = full.scatter(1, visible[:, :, None].expand(-1, -1, E), shown)  # [B, L, E]
         full = add_positions(full, self.decoder_positions)
+        if not self.decoder_blocks:
+            full = full + self._carried(shown, visible)
+        if decoded is not None:
+            full = full.gather(1, decoded[:, :, None].expand(-1, -1, E))  # [B, M, E]
         for block in self.decoder_blocks:
             full = block(full)
         prediction: Tensor = self.head(self.decoder_norm(full))
-        return prediction
+        if decoded is not None:
+            places = decoded[:, :, None].expand(-1, -1, prediction.shape[2])
+            prediction = prediction.new_zeros(B, math.prod(self.grid), prediction.shape[2]).scatter(
+                1, places, prediction
+            )
+        return prediction, tokens
 
-    def _target(self, patches: Tensor) -> Tensor:
-        if self.config.target == "raw":
-            return patches
-        mean, deviation = _patch_statistics(patches)
-        return (patches - mean) / deviation
+    def _carried(self, shown: Tensor, visible: Tensor) -> Tensor:
+        """What a decoder without blocks knows of the visible patches: [B, K, E] -> [B, L, E].
 
-    def _weight(self, image: Tensor, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """1 for each number of each patch that counts: fp32 [B, L, P]."""
-        voxels = torch.ones_like(image[:, :1], dtype=torch.bool) if valid is None else valid
-        counted = patchify(voxels.expand_as(image), self.patch_voxels)  # [B, L, P]
-        if self.config.loss_on == "masked":
-            counted = counted & hidden[:, :, None]
-        return counted.float()
+        Nothing would bring the image to a hidden patch, and no gradient to the encoder. So one attention does whose
+        weights follow from the positions alone: the prediction stays linear in what the encoder says.
+        """
+        places = self.decoder_positions.flatten(0, 2).to(shown.dtype)  # [L, E]
+        query = places.expand(shown.shape[0], -1, -1)
+        return F.scaled_dot_product_attention(query, places[visible], shown)
 
 
 def visible_indices(hidden: Tensor) -> Tensor:
@@ -156,12 +138,9 @@ def visible_indices(hidden: Tensor) -> Tensor:
         raise ValueError(
             f"each sample must hide the same number of its {hidden.shape[1]} patches, some, not all: {counts}"
         )
-    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # visible patches first, in the order of the grid
-    return order[:, : hidden.shape[1] - counts[0]]
+    return _indices(~hidden)
 
 
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and floored deviation of each patch: [B, L, P] -> two of [B, L, 1]."""
-    mean = patches.mean(dim=2, keepdim=True)
-    variance = patches.var(dim=2, keepdim=True, correction=0)
-    return mean, (variance + VARIANCE_FLOOR).sqrt()
+def _indices(chosen: Tensor) -> Tensor:
+    """The places of True, in the order of the grid: bool [B, L] with as many in each row -> int64 [B, K]."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(chosen[0].sum())]

@@ -5,7 +5,6 @@ A folder of weights holds `weights.safetensors` and `contract.json`; the contrac
 of tensors: another number of heads has the same shapes, would load without a complaint, and compute nonsense.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,15 @@ from torch import Tensor, nn
 from mimscale import console, durable
 from mimscale.config import config_tree, differing_keys
 from mimscale.errors import CheckpointError
+from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION, WEIGHTS_FILE, read_contract
 from mimscale.models.positions import resize_table
 from mimscale.models.vit import Vit
-
-WEIGHTS_FILE = "weights.safetensors"
-CONTRACT_FILE = "contract.json"
-CONTRACT_VERSION = 1
 
 ENCODER = "encoder."  # what every model here calls its Vit
 PROJECTION = "encoder.projection.weight"
 POSITIONS = "encoder.positions"
 TRAINING_ONLY = ("drop_path", "checkpoint_activations")  # may differ: weights mean the same
-ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio")
+ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio", "mlp")
 
 
 @dataclass(frozen=True)
@@ -139,16 +135,7 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: no such file; weights are a folder with {WEIGHTS_FILE} and {CONTRACT_FILE}, as a checkpoint "
                 "or `mimscale export RUN_DIR out/` writes them"
             )
-    try:
-        contract = json.loads(contract_path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{contract_path}: not valid JSON ({error}); export the weights again") from None
-    version = contract.get("contract_version") if isinstance(contract, dict) else None
-    if version != CONTRACT_VERSION:
-        raise CheckpointError(
-            f"{contract_path}: contract version {version}, this mimscale reads version {CONTRACT_VERSION}; "
-            "export the weights again with this version"
-        )
+    contract = read_contract(contract_path)
     try:
         return safetensors.torch.load_file(weights), contract
     except SafetensorError as error:
@@ -172,6 +159,7 @@ def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, 
 
 def _architecture(model: dict[str, Any], patch_voxels: Sequence[int], *, strict: bool) -> dict[str, Any]:
     """What must agree between source and model, under the keys that a user writes."""
+    model = {"mlp": "gelu"} | model  # what encoders were before there was a choice
     if not strict:
         return {f"model.{key}": model.get(key) for key in ALWAYS_ALIKE}
     tree = {f"model.{key}": value for key, value in model.items() if key not in TRAINING_ONLY}

@@ -10,7 +10,6 @@ level 0 takes its skip from the image itself.
 import math
 from collections.abc import Sequence
 
-import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
@@ -52,8 +51,15 @@ class Unetr(nn.Module):
         )
         self.out = UnetOutBlock(3, widths[0], unetr.num_classes)
 
+    @property
+    def output_bias(self) -> Tensor:
+        """[K], where a prior goes."""
+        bias = self.out.conv.conv.bias
+        assert isinstance(bias, Tensor)
+        return bias
+
     def forward(self, image: Tensor) -> Tensor:
-        """Class scores before softmax: [B, C, Z, Y, X] -> fp32 [B, K, Z, Y, X]."""
+        """Scores before softmax or sigmoid: [B, C, Z, Y, X] -> fp32 [B, K, Z, Y, X]."""
         grid = self.encoder.grid
         tokens, states = self.encoder(image, keep=self.skip_states)
         skips = [self.image_skip(image.to(tokens.dtype))]  # from level 0 on
@@ -64,20 +70,6 @@ class Unetr(nn.Module):
             features = up_step(features, skip)
         logits: Tensor = self.out(features)
         return logits.float()
-
-    @torch.no_grad()
-    def set_class_prior(self, fractions: Sequence[float]) -> None:
-        """Start from the classes' shares of the voxels instead of from equal shares: bias = log(share).
-
-        Without it, the first steps of training only learn that most voxels are background.
-
-        Raises:
-            ValueError: not one share a class, or a negative one, or none above zero.
-        """
-        if len(fractions) != self.config.num_classes or min(fractions) < 0 or sum(fractions) <= 0:
-            raise ValueError(f"{list(fractions)}: expected {self.config.num_classes} shares of voxels, none negative")
-        shares = torch.tensor(fractions, dtype=torch.float64) / sum(fractions)
-        self.out.conv.conv.bias.copy_(shares.clamp(min=1e-6).log())  # a class never seen stays possible
 
 
 def _token_skip(dim: int, width: int, strides: list[Zyx]) -> nn.Sequential:

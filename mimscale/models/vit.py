@@ -60,6 +60,21 @@ class Mlp(nn.Module):
         return out
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU: one half of the hidden layer, through a SiLU, multiplies the other (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.rise = nn.Linear(dim, 2 * hidden_dim)
+        self.fall = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, K, D] -> [B, K, D]."""
+        gate, value = self.rise(tokens).chunk(2, dim=-1)
+        out: Tensor = self.fall(F.silu(gate) * value)
+        return out
+
+
 class Branch(nn.Module):
     """How a block adds a branch to its input: scaled by channel if asked, left out for some samples if asked."""
 
@@ -82,15 +97,14 @@ class Branch(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None, drop_path: float = 0.0
-    ) -> None:
+    def __init__(self, config: VitConfig, drop_path: float = 0.0) -> None:
         super().__init__()
+        dim, layer_scale = config.dim, config.layer_scale
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, config.heads)
         self.attention_branch = Branch(dim, layer_scale, drop_path)
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = (GatedMlp if config.mlp == "swiglu" else Mlp)(dim, config.mlp_dim)
         self.mlp_branch = Branch(dim, layer_scale, drop_path)
 
     def forward(self, tokens: Tensor, turns: Tensor | None = None) -> Tensor:
@@ -127,20 +141,17 @@ class Vit(nn.Module):
         # Integers, because casting a model to bf16 casts its float buffers too.
         self.register_buffer("coordinates", grid_coordinates(self.grid), persistent=False)  # [L, 3]
         self.blocks = nn.ModuleList(
-            Block(
-                config.dim,
-                config.heads,
-                config.mlp_ratio,
-                config.layer_scale,
-                config.drop_path * index / max(config.depth - 1, 1),
-            )
-            for index in range(config.depth)
+            Block(config, config.drop_path * index / max(config.depth - 1, 1)) for index in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim)
         self.apply(init_linear)
 
     def forward(
-        self, volume: Tensor, visible: Tensor | None = None, keep: Sequence[int] = ()
+        self,
+        volume: Tensor,
+        visible: Tensor | None = None,
+        keep: Sequence[int] = (),
+        masked: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Tokens of the patches that are shown: [B, C, Z, Y, X] -> [B, K, D].
 
@@ -148,11 +159,12 @@ class Vit(nn.Module):
             volume: [B, C, Z, Y, X], any float type.
             visible: [B, K] int64, indices of the patches that are shown; None shows all.
             keep: after which blocks (1 is the first, 0 the embedding) a hidden state is wanted.
+            masked: bool [B, L] and a token [D] that stands in place of these patches; None where all are what they are.
 
         Returns:
             The tokens after the final norm, and the hidden states in the order of `keep`, not normed.
         """
-        tokens, turns = self._embed(volume, visible), self._turns(visible)
+        tokens, turns = self._embed(volume, visible, masked), self._turns(visible)
         kept = {0: tokens}
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -163,12 +175,15 @@ class Vit(nn.Module):
                 kept[number] = tokens
         return self.norm(tokens), [kept[number] for number in keep]
 
-    def _embed(self, volume: Tensor, visible: Tensor | None) -> Tensor:
+    def _embed(self, volume: Tensor, visible: Tensor | None, masked: tuple[Tensor, Tensor] | None) -> Tensor:
         patches = patchify(volume, self.patch_voxels)  # [B, L, P]
         if visible is not None:
             # Before the projection: at a ratio of 0.75 that saves three quarters of it.
             patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))  # [B, K, P]
         tokens: Tensor = self.projection(patches)
+        if masked is not None:
+            hidden, token = masked
+            tokens = torch.where(hidden[:, :, None], token.to(tokens.dtype), tokens)
         return tokens if self.positions is None else add_positions(tokens, self.positions, visible)
 
     def _turns(self, visible: Tensor | None) -> Tensor | None:

@@ -68,7 +68,32 @@ def loss_chart(runs: Sequence[RunFacts], path: Path) -> None:
                 linestyle=":",
                 label=f"{run.name}, validation",
             )
-    _finish(axes, "optimizer step", "loss")
+    finish_axes(axes, "optimizer step", "loss")
+    save_figure(figure, path)
+
+
+def yardstick_chart(runs: Sequence[RunFacts], path: Path) -> None:
+    """Validation loss relative to two predictors without weights: 1 is a network that knows no more than they do."""
+    figure = new_figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        for name, style, label in (
+            ("val_loss_vs_mean_voxel", "-", "mean of the visible voxels"),
+            ("val_loss_vs_interpolated", ":", "interpolation"),
+        ):
+            lines = [line for line in run.validations if line.get(name) is not None]
+            axes.plot(
+                [line["step"] for line in lines],
+                [float(line[name]) for line in lines],
+                color=colour,
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                label=f"{run.name} / {label}",
+            )
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    finish_axes(axes, "optimizer step", "validation loss, relative")
     save_figure(figure, path)
 
 
@@ -87,7 +112,7 @@ def dice_chart(runs: Sequence[RunFacts], path: Path) -> None:
             label=run.name,
         )
     axes.set_ylim(0, 1)
-    _finish(axes, "optimizer step", "Dice on validation crops")
+    finish_axes(axes, "optimizer step", "Dice on validation crops")
     save_figure(figure, path)
 
 
@@ -113,8 +138,8 @@ def throughput_chart(runs: Sequence[RunFacts], path: Path) -> None:
         )
     speed.set_ylim(bottom=0)
     wait.set_ylim(0, 100)
-    _finish(speed, "", "samples/s")
-    _finish(wait, "optimizer step", "data wait, %", legend=False)
+    finish_axes(speed, "", "samples/s")
+    finish_axes(wait, "optimizer step", "data wait, %", legend=False)
     save_figure(figure, path)
 
 
@@ -126,7 +151,8 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
-def _finish(axes: "Axes", x_label: str, y_label: str, *, legend: bool = True) -> None:
+def finish_axes(axes: "Axes", x_label: str, y_label: str, *, legend: bool = True) -> None:
+    """Labels, grid and legend of all our charts."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x_label, color=INK)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.errors import ConfigError
+from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import Outcome, RunDir
 
 # The first steps of a job fill caches and queues; they are no measure of how fast the run is.
@@ -25,6 +26,7 @@ class RunFacts:
     scores: dict[str, Any] | None  # evaluate/scores.json
     environment: dict[str, Any] | None  # env.json
     jobs: list[dict[str, Any]]  # jobs.jsonl
+    health: list[dict[str, Any]]  # health.jsonl
 
     @property
     def kind(self) -> str:
@@ -91,10 +93,11 @@ def read_run(path: Path) -> RunFacts:
         name=path.resolve().name,
         config=config,
         steps=_last_of_each_step([line for line in lines if "loss" in line]),
-        validations=_last_of_each_step([line for line in lines if "val_loss" in line or "val_dice" in line]),
+        validations=_last_of_each_step([line for line in lines if any(key.startswith("val_") for key in line)]),
         outcome=run.read_outcome(),
         scores=_read_json(run.evaluation / "scores.json"),
         environment=_read_json(path / "env.json"),
+        health=HealthLog(run.health).read(),
         jobs=[json.loads(line) for line in _lines(run.jobs)],
     )
 

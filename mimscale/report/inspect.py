@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from mimscale.config import split_arguments, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.report.store_summary import describe_store, list_volumes
-from mimscale.store import files, layout
+from mimscale.store import files, layout, native
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest, row_tree
 
 MIB = 2**20
 LISTED_VOLUMES = 20
+RETENTION_KEYS = ("every_steps", "keep", "keep_every_steps", "keep_best")
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # reading a store is bound by its file system before that
 
 
@@ -58,26 +60,21 @@ def _positive(text: str) -> int:
     return number
 
 
-def describe_run(folder: Path) -> dict[str, Any]:
-    """Outcome, step and checkpoints of a run; every checkpoint is read and compared with its manifest.
+def describe_run(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
+    """Outcome, step and checkpoints of a run.
+
+    Args:
+        folder: the run directory.
+        hashes: read every byte of every checkpoint; without it only sizes are compared.
 
     Raises:
         ConfigError: no run directory.
     """
-    from mimscale.train.checkpoint import tags, why_not_loadable
     from mimscale.train.run_dir import RunDir
 
     run = RunDir(folder)
     tree = run.read_config_tree()
     outcome, metrics = run.read_outcome(), run.read_metrics()
-    checkpoints = []
-    for tag in tags(run):
-        reason = why_not_loadable(tag)
-        size = sum(path.stat().st_size for path in tag.rglob("*") if path.is_file())
-        step = int(tag.name.removeprefix("step_"))
-        checkpoints.append(
-            {"name": tag.name, "step": step, "bytes": size, "verified": reason is None, "reason": reason}
-        )
     return {
         "kind": tree.get("kind"),
         "store": tree.get("store"),
@@ -85,12 +82,55 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "last_logged_step": max((line["step"] for line in metrics), default=0),
         "outcome": dataclasses.asdict(outcome) if outcome else None,
         "living_ranks": {str(rank): pid for rank, pid in run.living_ranks().items()},
-        "checkpoints": checkpoints,
+        "checked": "sha256 of every byte" if hashes else "sizes",
+        "checkpoints": describe_checkpoints(folder, tree.get("checkpoint") or {}, hashes=hashes),
     }
 
 
+def describe_checkpoints(folder: Path, config_tree: dict[str, Any], *, hashes: bool) -> list[dict[str, Any]]:
+    """Every checkpoint of a run, newest first: step, size, age, why it is kept, whether it is whole or why not.
+
+    Args:
+        folder: the run directory.
+        config_tree: `checkpoint.*` of its config.
+        hashes: read every byte; without it only sizes are compared, and `verified` stays None for a whole one.
+    """
+    from mimscale.config import build_config
+    from mimscale.train.checkpoint import checkpoints_kept, read_manifest, step_of, tags, why_not_loadable
+    from mimscale.train.config import CheckpointConfig
+    from mimscale.train.run_dir import RunDir
+
+    run = RunDir(folder)
+    found = {tag: why_not_loadable(tag, hashes=hashes) for tag in tags(run)}
+    newest_good = next((tag for tag, reason in found.items() if reason is None), None)
+    retention = {key: config_tree[key] for key in RETENTION_KEYS if key in config_tree}
+    config = build_config(CheckpointConfig, retention, f"{run.config}: checkpoint")
+    kept = {} if newest_good is None else checkpoints_kept(run, config, newest_good)
+    checkpoints = []
+    for tag, reason in found.items():
+        whole = reason is None
+        if not tag.exists():
+            continue  # a run that is alive has deleted it meanwhile
+        saved_unix_s = read_manifest(tag).get("saved_unix_s") if whole else None
+        if not isinstance(saved_unix_s, int | float):
+            saved_unix_s = tag.lstat().st_mtime
+        checkpoints.append(
+            {
+                "name": tag.name,
+                "step": step_of(tag),
+                "bytes": sum(path.lstat().st_size for path in tag.rglob("*") if path.is_file()),
+                "saved_unix_s": saved_unix_s,
+                "kept_as": kept.get(step_of(tag), []) if whole else [],
+                "usable": whole,
+                "verified": whole and hashes,
+                "reason": reason,
+            }
+        )
+    return checkpoints
+
+
 def _show_store(store: Path, png: str | None, num_drawn: int, *, as_json: bool) -> int:
-    tree = describe_store(store)
+    tree = {**describe_store(store), "chunks_decoded_by": native.description}
     if png is not None:
         from mimscale.report.store_pictures import draw_contact_sheet
 
@@ -148,17 +188,26 @@ def _show_volume(store: Path, volume_id: str, png: str | None, *, as_json: bool)
 
 
 def _show_run(folder: Path, *, as_json: bool, verify: bool) -> int:
-    tree = describe_run(folder)
-    if verify:
-        bad = [
-            {"volume": "", "path": str(folder / "checkpoints" / tag["name"]), "reason": tag["reason"]}
-            for tag in tree["checkpoints"]
-            if not tag["verified"]
+    tree = describe_run(folder, hashes=verify)
+    bad = [tag for tag in tree["checkpoints"] if not tag["usable"]]
+    if verify and as_json:
+        listed = [
+            {"volume": "", "path": str(folder / "checkpoints" / tag["name"]), "reason": tag["reason"]} for tag in bad
         ]
-        return _report_bad(folder, bad, as_json=as_json)
-    if as_json:
+        print_json({"ok": not bad, "bad": listed, **tree})
+    elif as_json:
         print_json(tree)
+    else:
+        _print_run(folder, tree)
+    if not verify:
         return 0
+    for tag in bad:
+        say(f"damaged: {folder / 'checkpoints' / tag['name']}: {tag['reason']}")
+    say(f"{folder}: {f'{len(bad)} damaged' if bad else 'every byte of every checkpoint is as it was saved'}")
+    return DataError.exit_code if bad else 0
+
+
+def _print_run(folder: Path, tree: dict[str, Any]) -> None:
     outcome = tree["outcome"]
     state = f"{outcome['outcome']} at step {outcome['step']}. {outcome['message']}" if outcome else "no job has ended"
     rows = [["kind", str(tree["kind"])], ["store", str(tree["store"])], ["outcome", state]]
@@ -168,16 +217,28 @@ def _show_run(folder: Path, *, as_json: bool, verify: bool) -> int:
             ["alive on this host", ", ".join(f"rank {r}: pid {pid}" for r, pid in tree["living_ranks"].items())]
         )
     print_table(f"run {folder}", ["", ""], rows)
+    now_s = time.time()
     checkpoints = [
         [
-            tag["name"],
+            str(tag["step"]),
             f"{tag['bytes'] / MIB:.1f} MiB",
-            "verified" if tag["verified"] else f"NOT USABLE: {tag['reason']}",
+            age_text(now_s - tag["saved_unix_s"]),
+            ", ".join(tag["kept_as"]) or "goes with the next save",
+            ("verified" if tag["verified"] else "sizes are right") if tag["usable"] else f"NOT USABLE: {tag['reason']}",
         ]
         for tag in tree["checkpoints"]
     ]
-    print_table("checkpoints, newest first", ["name", "size", "state"], checkpoints)
-    return 0
+    print_table("checkpoints, newest first", ["step", "size", "age", "kept as", "state"], checkpoints)
+    if checkpoints and tree["checked"] == "sizes":
+        say("only sizes were compared; --verify reads and hashes every byte")
+
+
+def age_text(seconds: float) -> str:
+    """An age in the largest unit that it fills twice: 90 s, 5 min, 47 h, 3 d. A clock that went back gives 0 s."""
+    for unit, unit_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def _cell(key: str, value: Any) -> str:

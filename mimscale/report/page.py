@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mimscale.evaluate.slices import cut_planes, grey_levels, load_planes
-from mimscale.report.charts import dice_chart, loss_chart, throughput_chart
+from mimscale.report.charts import dice_chart, loss_chart, throughput_chart, yardstick_chart
 from mimscale.report.data import StoreFacts
 from mimscale.report.facts import WARM_UP_STEPS, RunFacts
 from mimscale.report.pictures import legend, reconstruction_picture, segmentation_picture
@@ -58,8 +58,9 @@ def render(view: dict[str, Any]) -> str:
     """The HTML page."""
     from jinja2 import Environment, StrictUndefined
 
-    template = (resources.files("mimscale.report") / "page.html").read_text()
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(view)
+    template, style = ((resources.files("mimscale.report") / name).read_text() for name in ("page.html", "style.css"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(view | {"style": style})
 
 
 def _subtitle(pretrain: Sequence[RunFacts], finetune: Sequence[RunFacts]) -> str:
@@ -104,6 +105,7 @@ def _run_row(run: RunFacts) -> dict[str, Any]:
         "samples_per_s": number(run.percentile("samples_per_s", 50), 2),
         "data_wait": percent(run.data_wait_percent),
         "substituted": run.substituted,
+        "health": _health(run),
         "config_text": run.config_text,
         "environment_text": yaml.safe_dump(run.environment, sort_keys=True) if run.environment else "",
     }
@@ -112,12 +114,14 @@ def _run_row(run: RunFacts) -> dict[str, Any]:
 def _pretrain_view(runs: Sequence[RunFacts], origins: dict[str, str | None], folder: Path) -> dict[str, Any]:
     return {
         "losses": _loss_chart(runs, folder / "pretrain_loss.png"),
+        "yardsticks": _yardstick_chart(runs, folder / "pretrain_yardsticks.png"),
         "runs": [
             {
                 "name": run.name,
                 "path": run.run.path,
+                "reconstructs": run.config.get("method", "mae") != "simclr",
                 "reconstruction": _reconstruction(run.scores) if run.scores else None,
-                "pictures": _reconstruction_pictures(run, origins, folder),
+                "pictures": reconstruction_pictures(run, origins, folder),
             }
             for run in runs
         ],
@@ -150,7 +154,8 @@ def _reconstruction(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+def reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+    """Draw the reconstructions of a run into `folder`: {"file", "volume", "caption"} each."""
     import numpy as np
 
     if not run.scores:
@@ -195,7 +200,7 @@ def _finetune_view(runs: Sequence[RunFacts], origins: dict[str, str | None], fol
                 "name": run.name,
                 "path": run.run.path,
                 "segmentation": _segmentation(run.scores, origins) if run.scores else None,
-                "pictures": _segmentation_pictures(run, origins, folder),
+                "pictures": segmentation_pictures(run, origins, folder),
             }
             for run in runs
         ],
@@ -284,7 +289,8 @@ def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dic
     }
 
 
-def _segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+def segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
+    """Draw truth and prediction of a run's scored volumes into `folder`: {"file", "volume", "caption"} each."""
     pictures = []
     for case in run.scores["cases"] if run.scores else []:
         if case.get("slices") is None:
@@ -308,6 +314,23 @@ def _loss_chart(runs: Sequence[RunFacts], path: Path) -> str | None:
         return None
     loss_chart(logged, path)
     return path.name
+
+
+def _yardstick_chart(runs: Sequence[RunFacts], path: Path) -> str | None:
+    compared = [run for run in runs if any("val_loss_vs_mean_voxel" in line for line in run.validations)]
+    if not compared:
+        return None
+    yardstick_chart(compared, path)
+    return path.name
+
+
+def _health(run: RunFacts) -> str:
+    """What went wrong, in a sentence; empty when nothing did."""
+    if not run.health:
+        return ""
+    names = [str(event["event"]).replace("_", " ") for event in run.health]
+    counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+    return f"{counts}. The last: {run.health[-1]['message']}"
 
 
 def _throughput_view(runs: Sequence[RunFacts], folder: Path) -> dict[str, Any]:

@@ -205,6 +205,19 @@ def local_path(path: Path) -> Path:
     return Path("/", *path.parts[1:]) if path.parts and path.parts[0] == "file:" else path
 
 
+def leads_out_of(store: Path, path: Path) -> bool:
+    """True when a link somewhere below a store's folder makes `path` a file outside of it. Objects have no links."""
+    if url_of(store) is not None:
+        return False
+    here = local_path(store)
+    there = local_path(path)
+    steps = there.relative_to(here).parts
+    # Two system calls a pack, and no more: the folders above the store are the user's affair.
+    if not any(here.joinpath(*steps[:count]).is_symlink() for count in range(1, len(steps) + 1)):
+        return False
+    return not there.resolve().is_relative_to(here.resolve())
+
+
 def open_file(path: Path) -> OpenFile:
     """Open a file or an object. A missing object is found missing at the first read.
 

@@ -10,6 +10,7 @@ store/receipts/part-00042.jsonl
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ class StoreInfo:
     withdrawn: tuple[str, ...] = ()  # hidden names of subjects that must not come back
     rewritten_parts: dict[int, int] = field(default_factory=dict)  # part -> its successor, while a removal is going on
     removed_parts: tuple[int, ...] = ()  # parts whose successor has taken their place
+
+
+def is_plain_name(text: str) -> bool:
+    """True for what may become the name of a folder or file: it cannot lead to another place."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*", text) is not None
+
+
+def refuse_link_out(store: Path, path: Path) -> None:
+    """Raise DataError when a link in the store makes `path` a file outside of it: a store is not trusted that far."""
+    if files.leads_out_of(store, path):
+        raise DataError(
+            f"{path}: is a link to {files.local_path(path).resolve()}, out of the store; put the file itself there, or "
+            "give the folder that holds all of the store"
+        )
 
 
 def info_path(store: Path) -> Path:
@@ -128,6 +143,10 @@ def read_info(store: Path) -> StoreInfo:
             "ingest the sources again, or use the mimscale that wrote the store"
         )
     try:
-        return build_config(StoreInfo, tree, str(path))
+        info = build_config(StoreInfo, tree, str(path))
     except ConfigError as error:
         raise DataError(f"{error}\nthe file is damaged: restore it, or ingest the sources again") from None
+    for name in info.overlays:
+        if not is_plain_name(name):
+            raise DataError(f"{path}: overlay {name!r} is no name of a folder; this is no store that mimscale wrote")
+    return info

@@ -140,6 +140,7 @@ class SampleRow:
     """What it takes to read crops of a volume and to normalise them: a small part of its row. See `VolumeRow`."""
 
     id: str
+    subject: str
     shape: tuple[int, int, int, int]
     spacing_mm: tuple[float, float, float]
     dtype: str
@@ -384,7 +385,26 @@ def load_manifest(store: Path, columns: Sequence[str] | None = None) -> Manifest
             table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it and run the same ingest command again") from None
-    return Manifest(table.combine_chunks())
+    table = table.combine_chunks()
+    _refuse_names_that_lead_elsewhere(table, path)
+    return Manifest(table)
+
+
+def _refuse_names_that_lead_elsewhere(table: pa.Table, path: Path) -> None:
+    """What the manifest names becomes part of paths: of packs, of pictures and predictions."""
+    names: set[str] = set()
+    for batch in table.to_batches(max_chunksize=ROW_GROUP_ROWS):  # piece by piece, so that no column is copied whole
+        if "id" in batch.schema.names:
+            ids = batch.column("id")
+            strange = pc.invert(pc.match_substring_regex(ids, r"^[A-Za-z0-9][0-9A-Za-z_.-]*$"))
+            names.update(ids.filter(strange).to_pylist())
+        if "overlays" in batch.schema.names:
+            names.update(pc.unique(pc.list_flatten(batch.column("overlays")).field("name")).to_pylist())
+    if (said := Manifest(table).chunk_maps) is not None:
+        names.add(str(said["sha256"]))
+    for name in sorted(names):
+        if not layout.is_plain_name(name):
+            raise DataError(f"{path}: {name!r} is no name that may be part of a path; mimscale wrote no such manifest")
 
 
 def _table_tree(row: VolumeRow) -> dict[str, Any]:

@@ -9,9 +9,10 @@ after a fork, by one thread at a time.
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from mimscale import durable
 from mimscale.errors import DataError
-from mimscale.store import layout, shard
+from mimscale.store import layout, native, shard
 from mimscale.store.files import Files, OpenFile, local_path, url_of
 from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
 
@@ -35,6 +36,8 @@ _LARGEST_READ_BYTES = 4 * 1024 * 1024
 _ADVISE_FROM_S = 50e-6  # from here on the kernel is told of all reads at once, to work on them side by side
 
 _Chunk = tuple[int, int, int]  # its number in C order of the chunk grid, start and stop of its bytes in the shard
+_Triple = tuple[int, int, int]
+_Box = tuple[_Triple, _Triple, NDArray[Any]]  # what [low, stop) of an array is wanted, and the view that it goes to
 # Where decoded voxels go: crop[place] = chunk[cut], once the chunk is decoded.
 _Piece = tuple[NDArray[Any], tuple[int | slice, ...], NDArray[Any], tuple[slice, ...]]
 
@@ -51,6 +54,11 @@ class _Shard:
     dtype: np.dtype[Any]
     fill_value: float
     outside_value: float
+
+    @property
+    def fill(self) -> bytes:
+        """A voxel of air."""
+        return np.array(self.fill_value, dtype=self.dtype).tobytes()
 
     def broken(self, what: str) -> DataError:
         return DataError(
@@ -75,6 +83,7 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files = Files() if files is None else files
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        self._inside: set[Path] = set()  # packs that are known to lie in the store
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
         self.bytes_read = 0
@@ -147,19 +156,17 @@ class ShardReader:
         shape = (target.shape[0], *size_zyx)
         if out is None:
             out = list(np.empty((len(starts_zyx), *shape), dtype=target.dtype))
-        boxes = []
+        boxes: list[_Box] = []
         for start_zyx, crop in zip(starts_zyx, out, strict=True):
             if crop.shape != shape:
                 raise ValueError(f"out has shape {crop.shape}, the box needs {shape}")
-            low = [max(0, start) for start in start_zyx]
-            stop = [
-                min(edge, start + size) for edge, start, size in zip(target.shape[1:], start_zyx, size_zyx, strict=True)
-            ]
-            inside = [slice(a - start, b - start) for a, b, start in zip(low, stop, start_zyx, strict=True)]
-            if any(b - a < size for a, b, size in zip(low, stop, size_zyx, strict=True)):
+            low, stop = _clipped(start_zyx, size_zyx, target.shape[1:])
+            is_inside = all(stop[axis] - low[axis] == size_zyx[axis] for axis in range(3))
+            if not is_inside:
                 crop[...] = target.outside_value
-            if all(a < b for a, b in zip(low, stop, strict=True)):
-                boxes.append((low, stop, crop[:, inside[0], inside[1], inside[2]]))
+            if all(low[axis] < stop[axis] for axis in range(3)):
+                z, y, x = (slice(a - start, b - start) for a, b, start in zip(low, stop, start_zyx, strict=True))
+                boxes.append((low, stop, crop if is_inside else crop[:, z, y, x]))
         if self._info.codec in layout.CODECS:
             with self._explained(target):
                 self._read_chunks(target, boxes)
@@ -189,7 +196,7 @@ class ShardReader:
         """
         target = self._shard(row, overlay)
         if self._info.codec not in layout.CODECS:
-            self._read_with_zarr(target, [0, 0, 0], list(target.shape[1:]), np.empty(target.shape, target.dtype))
+            self._read_with_zarr(target, (0, 0, 0), target.shape[1:], np.empty(target.shape, target.dtype))
             return []
         bad = []
         with self._explained(target):
@@ -204,7 +211,11 @@ class ShardReader:
         return [what for _, what in sorted(bad)]
 
     def _shard(self, row: VolumeRow | SampleRow, overlay: str | None) -> _Shard:
-        return self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+        target = self._volume_shard(row) if overlay is None else self._overlay_shard(row, overlay)
+        if target.path not in self._inside:
+            layout.refuse_link_out(self._store, target.path)
+            self._inside.add(target.path)
+        return target
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
         path = layout.pack_path(self._store, row.part)
@@ -223,11 +234,49 @@ class ShardReader:
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
 
-    def _read_chunks(self, target: _Shard, boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]]) -> None:
+    def _read_chunks(self, target: _Shard, boxes: list[_Box]) -> None:
         """Decode the chunks that the boxes [low, stop) touch into their views [C, Z, Y, X]."""
-        edge = self._info.chunk_voxels
         file = self._files.open(target.path)
         index = self._index(target, file)
+        if native.read_boxes is not None and all(_is_plain(view, target.dtype) for _, _, view in boxes):
+            self._read_chunks_in_c(native.read_boxes, target, boxes, file, index)
+        else:
+            self._read_chunks_in_python(target, boxes, file, index)
+
+    def _read_chunks_in_c(
+        self,
+        read_boxes: Callable[..., Any],
+        target: _Shard,
+        boxes: list[_Box],
+        file: OpenFile,
+        index: NDArray[np.uint64],
+    ) -> None:
+        edge = self._info.chunk_voxels
+
+        def announce(ranges: list[tuple[int, int]]) -> None:
+            file.will_read([(target.offset_bytes + start, length) for start, length in ranges])
+
+        num_decoded, damaged = read_boxes(
+            index,
+            shard.chunk_grid(target.shape, edge),
+            edge,
+            target.fill,
+            boxes,
+            self._gap_bytes(file),
+            _LARGEST_READ_BYTES,
+            announce if self._is_worth_announcing(file) else None,
+            partial(self._pread, target, file),
+        )
+        self.voxels_decoded += num_decoded * edge**3
+        if damaged is not None:
+            number, data = damaged
+            self._decode(target, number, data, memoryview(bytearray(edge**3 * target.dtype.itemsize)))
+            raise AssertionError("the loop in Python takes what the one in C refuses")
+
+    def _read_chunks_in_python(
+        self, target: _Shard, boxes: list[_Box], file: OpenFile, index: NDArray[np.uint64]
+    ) -> None:
+        edge = self._info.chunk_voxels
         scratch = np.empty((edge, edge, edge), dtype=target.dtype.newbyteorder("<"))
         pieces = _pieces(boxes, scratch, shard.chunk_grid(target.shape, edge))
         numbers = np.fromiter(pieces, dtype=np.int64, count=len(pieces))
@@ -239,13 +288,16 @@ class ShardReader:
         numbers = numbers[~empty]
         decoded = scratch.reshape(-1).view(np.uint8).data
         for number, data in self._encoded_chunks(target, file, numbers, index):
-            try:
-                shard.decode_chunk(data, decoded)
-            except ValueError as error:
-                raise target.broken(f"chunk {self._corner(target, number)}: {error}") from None
+            self._decode(target, number, data, decoded)
             for crop, place, chunk, cut in pieces[number]:
                 crop[place] = chunk[cut]
         self.voxels_decoded += len(numbers) * scratch.size
+
+    def _decode(self, target: _Shard, number: int, data: bytes | memoryview, decoded: memoryview) -> None:
+        try:
+            shard.decode_chunk(data, decoded)
+        except ValueError as error:
+            raise target.broken(f"chunk {self._corner(target, number)}: {error}") from None
 
     def _encoded_chunks(
         self, target: _Shard, file: OpenFile, numbers: NDArray[np.int64], index: NDArray[np.uint64]
@@ -256,18 +308,24 @@ class ShardReader:
         ranges = index[numbers].astype(np.int64)
         order = np.argsort(ranges[:, 0])
         starts, stops = ranges[order, 0], ranges[order].sum(axis=1)
-        gap_bytes = self._request_s * _BYTES_PER_S if file.gap_bytes is None else file.gap_bytes
-        breaks = np.flatnonzero(starts[1:] - stops[:-1] > gap_bytes) + 1
+        breaks = np.flatnonzero(starts[1:] - stops[:-1] > self._gap_bytes(file)) + 1
         chunks = list(zip(numbers[order].tolist(), starts.tolist(), stops.tolist(), strict=True))
         edges = [0, *breaks.tolist(), len(chunks)]
         runs = [run for first, last in pairwise(edges) for run in _cut_run(chunks[first:last])]
-        if len(runs) > 1 and (self._request_s > _ADVISE_FROM_S or file.gap_bytes is not None):
+        if len(runs) > 1 and self._is_worth_announcing(file):
             file.will_read([(target.offset_bytes + run[0][1], run[-1][2] - run[0][1]) for run in runs])
         for run in runs:
             base = run[0][1]
             data = self._pread(target, file, base, run[-1][2] - base)
             for number, start, stop in run:
                 yield number, data[start - base : stop - base]
+
+    def _gap_bytes(self, file: OpenFile) -> int:
+        """Chunks nearer than this are read at once."""
+        return int(self._request_s * _BYTES_PER_S) if file.gap_bytes is None else file.gap_bytes
+
+    def _is_worth_announcing(self, file: OpenFile) -> bool:
+        return self._request_s > _ADVISE_FROM_S or file.gap_bytes is not None
 
     def _corner(self, target: _Shard, number: int) -> tuple[int, ...]:
         grid = shard.chunk_grid(target.shape, self._info.chunk_voxels)
@@ -311,7 +369,7 @@ class ShardReader:
     def _explained(self, target: _Shard) -> AbstractContextManager[None]:
         return durable.explained(DataError, target.path, f"volume {target.volume_id} lies in it; restore the pack")
 
-    def _read_with_zarr(self, target: _Shard, low: list[int], high: list[int], view: NDArray[Any]) -> None:
+    def _read_with_zarr(self, target: _Shard, low: _Triple, high: _Triple, view: NDArray[Any]) -> None:
         """Any codec chain that zarr-python knows, several times slower."""
         import zarr
         from zarr.storage import ZipStore
@@ -330,9 +388,21 @@ class ShardReader:
         self.voxels_decoded += voxels.size
 
 
-def _pieces(
-    boxes: Sequence[tuple[list[int], list[int], NDArray[Any]]], chunk: NDArray[Any], grid: tuple[int, int, int, int]
-) -> dict[int, list[_Piece]]:
+def _clipped(start_zyx: _Triple, size_zyx: _Triple, shape_zyx: _Triple) -> tuple[_Triple, _Triple]:
+    """The part of a box that lies in a volume; stop <= low along an axis where none does."""
+    z, y, x = start_zyx
+    dz, dy, dx = size_zyx
+    last_z, last_y, last_x = shape_zyx
+    stop = (min(z + dz, last_z), min(y + dy, last_y), min(x + dx, last_x))
+    return (max(z, 0), max(y, 0), max(x, 0)), stop
+
+
+def _is_plain(view: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """True for memory that holds voxels as the shard does, each row without gaps."""
+    return view.dtype == dtype and view.strides[-1] == view.itemsize
+
+
+def _pieces(boxes: list[_Box], chunk: NDArray[Any], grid: tuple[int, int, int, int]) -> dict[int, list[_Piece]]:
     """What to do with each chunk that a box [low, stop) touches, by its number, when it is decoded into `chunk`."""
     channels, *grid_zyx = grid
     pieces: dict[int, list[_Piece]] = {}

@@ -27,7 +27,7 @@ _WORD_VALUES = 2.0**32
 
 
 def augment_batch(
-    batch: Batch, label: Tensor | None, image: Tensor, valid: Tensor, config: AugmentConfig
+    batch: Batch, label: Tensor | None, image: Tensor, valid: Tensor, config: AugmentConfig, view: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """A training batch as `config` changes it: image, label, valid, of the shapes that they have already.
 
@@ -37,8 +37,9 @@ def augment_batch(
         image: its normalised voxels.
         valid: what lies in the stored volume.
         config: what may happen.
+        view: which of a sample's independent draws.
     """
-    return augment(image, label, valid, draw(batch.seeds, config), np.array(batch.spacing_mm))
+    return augment(image, label, valid, draw(batch.seeds, config, view), np.array(batch.spacing_mm))
 
 
 @dataclass(frozen=True)

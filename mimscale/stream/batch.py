@@ -7,6 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +25,12 @@ from mimscale.store.manifest import Manifest, SampleRow
 from mimscale.store.reader import ShardReader
 from mimscale.store.stage import Stage
 from mimscale.stream.crops import CropSpace, ReadBoxes, Samples
+from mimscale.stream.slots import Reference, Slot, Slots, tensor_of
 
 MOST_ATTEMPTS = 8  # substitutes tried for one sample before the store counts as broken
+
+
+_MOST_ROWS = 1024  # of volumes, kept by each worker
 
 
 class Plan(Protocol):
@@ -65,16 +71,20 @@ class Batch:
     normalisation: Tensor  # [B, C, 4] float32: clip_low, clip_high, shift, scale
     inside: Tensor  # [B, 3, 2] int32: start, stop of the part of `volume` that lies in the stored volume
     volume_ids: list[str]  # B, what was really read
+    subjects: list[str] = field(default_factory=list)  # B keyed hashes: whom it shows
     counted: Tensor  # [B] bool; False for the repeats that fill up a last validation batch
     # At a target spacing `volume` is as stored, with air behind the smaller fields of view; the device resamples it.
     grid: Tensor | None = None  # [B, 3, 2] float64: centre of the crop's first voxel in `volume`, and the step
     crop_voxels: tuple[int, int, int] | None = None  # edges of the resampled crop; None where `grid` is
     batch_index: int = 0  # the global batch that these samples are a part of
+    modalities: tuple[str, ...] = ()  # B, where validation has asked for them
+    foreground_above: Tensor | None = None  # [B, C] float32, likewise: normalised intensity between air and body
     bad: tuple[BadSample, ...] = ()  # what could not be read and was replaced
     voxels_decoded: float = 0.0  # to make this batch; what several batches share counts in equal parts
     bytes_read: float = 0.0
     stage_hits: float = 0.0  # arrays read from a copy on this node; shared like the bytes
     stage_misses: float = 0.0  # and from the store, although there is a stage
+    send: Callable[[str], Reference] | None = None  # in a worker: what its message says of `volume` and `label`
 
     @property
     def substituted(self) -> int:
@@ -100,13 +110,15 @@ class Batch:
         return replace(self, **changed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes each tensor costs a file descriptor and a round trip: only voxels travel as shared memory,
-        # the small ones ride in the message.
-        small: dict[str, Any] = {
-            name: value.numpy() if isinstance(value, Tensor) and name in _SMALL else value
-            for name, value in self.__dict__.items()
-        }
-        return _unpickled, (small,)
+        # Between processes each tensor costs a file descriptor and a round trip: the small ones ride in the message,
+        # and voxels stay where they are, in memory that both sides know.
+        fields: dict[str, Any] = dict(self.__dict__)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor) and name in _SMALL:
+                fields[name] = value.numpy()
+            elif isinstance(value, Tensor) and self.send is not None:
+                fields[name] = self.send(name)
+        return _unpickled, ({**fields, "send": None},)
 
 
 _SMALL = frozenset({"sample_ids", "normalisation", "inside", "counted", "grid"})
@@ -114,7 +126,8 @@ _SMALL = frozenset({"sample_ids", "normalisation", "inside", "counted", "grid"})
 
 def _unpickled(fields: dict[str, Any]) -> Batch:
     tensors: dict[str, Any] = {name: torch.from_numpy(fields[name]) for name in _SMALL if fields[name] is not None}
-    return Batch(**{**fields, **tensors})
+    voxels = {name: tensor_of(value) for name, value in fields.items() if isinstance(value, Reference)}
+    return Batch(**{**fields, **tensors, **voxels})
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ class SampleReader:
         plan: Plan,
         overlay: str | None = None,
         *,
-        shared_memory: bool = False,
+        slots: Slots | None = None,
         stage: Stage | None = None,
         refused: Mapping[int, str] | None = None,
         now: Callable[[int], None] = lambda volume: None,
@@ -172,15 +185,17 @@ class SampleReader:
             indices: the manifest's rows that the plan's volumes stand for [N].
             plan: which crops belong to which sample.
             overlay: name of the label overlay to read, or None.
-            shared_memory: decode straight into memory that another process can map.
+            slots: decode straight into these, which another process can map.
             stage: where copies of packs may lie, or None.
             refused: volumes of the plan that count as unreadable, and why.
             now: told of each volume before it is read, and of -1 when nothing is.
         """
         self._refused, self._now = refused or {}, now
         self._store, self._manifest, self._indices = store, manifest, indices
-        self._plan, self._overlay, self._shared_memory = plan, overlay, shared_memory
+        self._plan, self._overlay, self._slots = plan, overlay, slots
         self._intensity = read_info(store).intensity
+        # Crops of a volume are read near each other, and a row of a manifest takes a while to become an object.
+        self._sample_row = lru_cache(maxsize=_MOST_ROWS)(manifest.sample_row)
         self._stage = stage
         self._files = Files(stage)
         self._reader = ShardReader(store, manifest, self._files)
@@ -203,7 +218,13 @@ class SampleReader:
             DataError: the substitutes cannot be read either, or a volume has no such overlay.
         """
         before = self._counts()
-        drafts = [self._draft(what) for what in micro_batches]
+        # Drawn at once: for a few samples it is the calls that cost.
+        samples = self._plan.samples(np.concatenate([what.sample_ids for what in micro_batches]))
+        ends = np.cumsum([len(what.sample_ids) for what in micro_batches]).tolist()
+        drafts = [
+            self._draft(what, samples.volume[a:b], samples.origin[a:b], samples.seed[a:b])
+            for what, (a, b) in zip(micro_batches, pairwise([0, *ends]), strict=True)
+        ]
         of_volume: dict[int, list[tuple[_Draft, int]]] = defaultdict(list)
         for draft in drafts:
             for place, crop in enumerate(draft.crops):
@@ -218,22 +239,23 @@ class SampleReader:
         counts = {name: (count - before[name]) / len(drafts) for name, count in self._counts().items()}
         return [self._batch(draft, counts) for draft in drafts]
 
-    def _draft(self, what: MicroBatch) -> _Draft:
-        samples = self._plan.samples(what.sample_ids)
+    def _draft(
+        self, what: MicroBatch, volumes: NDArray[np.int64], origins: NDArray[np.int64], seeds: NDArray[np.uint64]
+    ) -> _Draft:
         crops = [
             _Crop(int(sample_id), int(volume), origin, self._row(volume))
-            for sample_id, volume, origin in zip(what.sample_ids, samples.volume, samples.origin, strict=True)
+            for sample_id, volume, origin in zip(what.sample_ids, volumes, origins, strict=True)
         ]
-        sizes = self._plan.crops.read_boxes(samples.volume, samples.origin).size
+        sizes = self._plan.crops.read_boxes(volumes, origins).size
         size = _triple(sizes.max(axis=0))
         filled = bool((sizes != size).any())
         volume = self._empty(
             (len(crops), crops[0].row.shape[0], *size), np.result_type(*(crop.row.dtype for crop in crops)), filled
         )
         label = self._empty((len(crops), *size), np.dtype(np.uint8), filled) if self._overlay else None
-        return _Draft(what, crops, samples.seed, volume, label)
+        return _Draft(what, crops, seeds, volume, label)
 
-    def _batch(self, draft: _Draft, counts: dict[str, float]) -> Batch:
+    def _batch(self, draft: _Draft, counts: dict[str, Any]) -> Batch:
         boxes = self._boxes(draft.crops)
         resampled = self._plan.crops.target_spacing_mm is not None
         counted = draft.what.counted
@@ -248,10 +270,12 @@ class SampleReader:
             ),
             inside=torch.from_numpy(_inside(draft.crops, boxes)),
             volume_ids=[crop.row.id for crop in draft.crops],
+            subjects=[crop.row.subject for crop in draft.crops],
             counted=torch.from_numpy(np.ones(len(draft.crops), dtype=bool) if counted is None else np.array(counted)),
             grid=torch.from_numpy(np.stack([boxes.first, boxes.step], axis=-1)) if resampled else None,
             crop_voxels=_triple(self._plan.crops.crop_voxels) if resampled else None,
             batch_index=draft.what.batch_index,
+            send=None if self._slots is None else partial(_reference, self._slots, draft),
             bad=tuple(draft.bad),
             **counts,
         )
@@ -291,18 +315,21 @@ class SampleReader:
 
     def _make_room(self, draft: _Draft, place: int) -> None:
         """Let the buffers hold the crop in `place`, which may be of a wider dtype, or at another spacing larger."""
-        old = draft.volume.array
-        size = np.maximum(old.shape[2:], self._boxes([draft.crops[place]]).size[0])
-        dtype = np.result_type(old.dtype, draft.crops[place].row.dtype)
-        if dtype == old.dtype and tuple(size) == old.shape[2:]:
+        old = draft.volume
+        shape = old.array.shape
+        size = np.maximum(shape[2:], self._boxes([draft.crops[place]]).size[0])
+        dtype = np.result_type(old.array.dtype, draft.crops[place].row.dtype)
+        if dtype == old.array.dtype and tuple(size) == shape[2:]:
             return
-        z, y, x = old.shape[2:]
-        draft.volume = self._empty((*old.shape[:2], *size), dtype, filled=True)
-        draft.volume.array[:, :, :z, :y, :x] = old
+        z, y, x = shape[2:]
+        draft.volume = self._empty((*shape[:2], *size), dtype, filled=True)
+        draft.volume.array[:, :, :z, :y, :x] = old.array
+        self._let_go(old)
         if draft.label is not None:
-            old_label = draft.label.array
-            draft.label = self._empty((len(old_label), *size), old_label.dtype, filled=True)
-            draft.label.array[:, :z, :y, :x] = old_label
+            old_label = draft.label
+            draft.label = self._empty((shape[0], *size), old_label.array.dtype, filled=True)
+            draft.label.array[:, :z, :y, :x] = old_label.array
+            self._let_go(old_label)
 
     def _why_unreadable(self, draft: _Draft, place: int) -> str | None:
         """Read one crop into its place; None when it worked, else why not, after a second try."""
@@ -358,7 +385,7 @@ class SampleReader:
         }
 
     def _row(self, volume: int | np.int64) -> SampleRow:
-        row = self._manifest.sample_row(int(self._indices[volume]))
+        row = self._sample_row(int(self._indices[volume]))
         if self._overlay is not None and self._overlay not in row.overlays:
             # Nothing is damaged: to train on the rest without a word would be wrong.
             raise DataError(
@@ -370,20 +397,34 @@ class SampleReader:
     def _empty(self, shape: Sequence[int], dtype: np.dtype[Any], filled: bool = False) -> "_Buffer":
         """A new buffer, of zeros where `filled`: what no crop reaches must be the same in every run."""
         shape = tuple(map(int, shape))
-        if not self._shared_memory:
+        if self._slots is None:
             return _Buffer(torch.from_numpy(np.zeros(shape, dtype) if filled else np.empty(shape, dtype)))
         num_bytes = math.prod(shape) * dtype.itemsize
-        storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")  # type: ignore[no-untyped-call]
+        slot = self._slots.take(num_bytes)
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
-        return _Buffer(torch.empty(0, dtype=kind).set_(storage).view(*shape))  # shared memory begins as zeros
+        buffer = _Buffer(slot.memory[:num_bytes].view(kind).view(*shape), slot)
+        if filled:
+            buffer.array.fill(0)
+        return buffer
+
+    def _let_go(self, buffer: "_Buffer") -> None:
+        if self._slots is not None and buffer.slot is not None:
+            self._slots.give_back(buffer.slot)
 
 
 class _Buffer:
     """Memory seen as a tensor and as an array. A tensor made from the array again would no longer count as shared."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, slot: Slot | None = None) -> None:
+        self.tensor, self.slot = tensor, slot
         self.array: NDArray[Any] = tensor.numpy()
+
+
+def _reference(slots: Slots, draft: _Draft, name: str) -> Reference:
+    buffer = {"volume": draft.volume, "label": draft.label}[name]
+    assert buffer is not None
+    assert buffer.slot is not None
+    return slots.reference(buffer.slot, buffer.tensor)
 
 
 def _triple(values: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:

@@ -1,11 +1,24 @@
 """What a recipe may say about the stream. No torch here: the login node reads it."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mimscale.config import require_positive
+
+
+def fold_share(fold: str) -> tuple[int, int]:
+    """`1/5` -> (1, 5): the second of five folds.
+
+    Raises:
+        ValueError: not of this form, or a number out of range.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    if match is None or not (int(match[1]) < int(match[2]) and int(match[2]) > 1):
+        raise ValueError(f"stream.fold={fold}: expected I/N with N at least 2 and I from 0 to N-1, for example 0/5")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +42,8 @@ class StreamConfig:
 
     workers: int = 2  # loader processes a rank; 0 reads in the trainer itself
     filter: str | None = None  # which volumes: modality == "ct" and spacing_mm[0] <= 3 and tags["site"] in ("A", "B")
+    train_fraction: float = 1.0  # share of the training subjects that is used; a smaller share is part of a larger one
+    fold: str | None = None  # 0/5: the first fifth of all subjects validates, the others train; null: the store's split
     weights: WeightsConfig | None = None  # how often volumes of each kind are drawn; null: all equally often
     crops_per_volume: int = 1  # crops of one volume in an epoch; they lie near each other but never in one global batch
     region_voxels: tuple[int, int, int] | None = None  # the crops of a volume come from one region, decoded once
@@ -58,6 +73,10 @@ class StreamConfig:
             region_voxels=self.region_voxels or 1,
             target_spacing_mm=self.target_spacing_mm or 1,
         )
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"stream.train_fraction={self.train_fraction}: must be above 0 and at most 1")
+        if self.fold is not None:
+            fold_share(self.fold)
         for name in ("workers", "max_bad_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stream.{name}={getattr(self, name)}: must not be negative")

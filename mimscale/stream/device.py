@@ -70,6 +70,11 @@ def labels(batch: Batch) -> Tensor:
     return resample_nearest(batch.label[:, None], batch.grid, batch.crop_voxels)[:, 0]
 
 
+def without_excluded(valid: Tensor, excluded: Tensor | None) -> Tensor:
+    """Valid voxels [B, 1, Z, Y, X] but for those that an overlay [B, Z, Y, X] excludes, or does not know: above 0."""
+    return valid if excluded is None else valid & (excluded == 0)[:, None]
+
+
 def resample_linear(image: Tensor, grid: Tensor, crop_voxels: tuple[int, int, int]) -> Tensor:
     """Interpolate [B, C, Z, Y, X] linearly along each axis -> [B, C, *crop_voxels].
 

@@ -28,11 +28,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mimscale import console
 from mimscale.errors import ConfigError, DataError
+from mimscale.store import native
 from mimscale.store.manifest import Manifest
 from mimscale.store.stage import Stage
 from mimscale.stream.batch import BadSample, Batch, MicroBatch, Plan, SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
+from mimscale.stream.slots import MappedSlots, Slots
 from mimscale.stream.staging import Copier
 from mimscale.world import World, die_with_parent
 
@@ -100,6 +102,8 @@ class StreamLoader:
                 f"accumulation steps x {world.size} ranks = {micro_batch * accumulation * world.size}; "
                 "change one of them"
             )
+        if native.read_boxes is None and world.rank == 0:
+            console.say(f"chunks are decoded by {native.description}")
         part = partial(_training_part, plan, world, accumulation, start_batch)
         dataset = _Parts(store, manifest, indices, plan, overlay, part, stage)
         self._plan = plan
@@ -219,6 +223,7 @@ class _Parts(IterableDataset[list[Batch] | _Failure]):
         self._part = part
         self.first = 0  # number of the first part to read
         self.refused: dict[int, str] = {}  # volumes that killed workers, and how
+        self.slots: tuple[int, Any] = (-1, None)  # `loader` and `taken` of the trainer's MappedSlots
         self.reading: Any = None  # [workers] the volume that each worker reads now, -1 at first; in shared memory
         self._manifest, self._indices = manifest, indices
 
@@ -231,7 +236,8 @@ class _Parts(IterableDataset[list[Batch] | _Failure]):
         number, step = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
         told = partial(self.reading.__setitem__, worker.id) if worker is not None else _nobody
         try:
-            reader = self._open(shared_memory=worker is not None, refused=self.refused, now=told)
+            slots = None if worker is None else Slots(self.slots[0], worker.id, self.slots[1])
+            reader = self._open(slots=slots, refused=self.refused, now=told)
             while (part := self._part(number)) is not None:
                 yield reader.read_together(part)
                 number += step
@@ -260,6 +266,7 @@ class _Batches:
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetched_parts = -(-config.prefetch_batches // together)
         self._iterator: Iterator[Any] | None = None
+        self._slots: MappedSlots | None = None
         self._held: list[deque[Batch]] = [deque() for _ in range(accumulation)]
         self._step = 0  # of the accumulation
         self._received = 0
@@ -303,11 +310,16 @@ class _Batches:
             if worker.is_alive():
                 worker.kill()
             worker.join()
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
 
     def _start(self) -> Iterator[Any]:
         if self._config.workers == 0:
             return self._unpinned_or_pinned()
         context = get_context(self._config.start_method)
+        self._slots = MappedSlots(context, self._config.workers)
+        self._dataset.slots = (self._slots.loader, self._slots.taken)
         self._dataset.reading = context.RawArray("q", [-1] * self._config.workers)
         previous = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ with every NumPy release, rank count and worker count. NumPy's own `Generator` m
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,12 +21,13 @@ AUGMENTATION = 7
 KIND = 8
 REGION = 9
 CHUNK = 10
+VIEW = 11
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
-_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _PHILOX_ROUNDS = 10
+_PHILOX_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
+_PHILOX_KEY_STEPS = np.arange(_PHILOX_ROUNDS, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 _FEISTEL_ROUNDS = 8
 
 
@@ -34,21 +36,15 @@ def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[
 
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405.
     """
-    x0, x1, x2, x3 = (np.atleast_1d(counter[..., i]).astype(np.uint64) for i in range(4))
-    key0, key1 = (np.atleast_1d(key[..., i]).astype(np.uint64) for i in range(2))
-    for _ in range(_PHILOX_ROUNDS):
-        product0 = x0 * _PHILOX_MULTIPLIERS[0]  # 32 x 32 bits: fits in 64
-        product1 = x2 * _PHILOX_MULTIPLIERS[1]
-        x0, x1, x2, x3 = (
-            (product1 >> _SHIFT_32) ^ x1 ^ key0,
-            product1 & _LOW_32,
-            (product0 >> _SHIFT_32) ^ x3 ^ key1,
-            product0 & _LOW_32,
-        )
-        key0 = (key0 + _PHILOX_KEY_STEPS[0]) & _LOW_32
-        key1 = (key1 + _PHILOX_KEY_STEPS[1]) & _LOW_32
-    words = np.stack(np.broadcast_arrays(x0, x1, x2, x3), axis=-1).astype(np.uint32)
-    return words.reshape((*np.broadcast_shapes(counter.shape[:-1], key.shape[:-1]), 4))
+    # Words 0 and 2 go through the same steps, and so do 1 and 3: for a few samples the calls count, not the numbers.
+    even, odd = counter[..., 0::2].astype(np.uint64), counter[..., 1::2].astype(np.uint64)
+    for step in _PHILOX_KEY_STEPS:
+        product = even * _PHILOX_MULTIPLIERS  # 32 x 32 bits: fits in 64
+        even = (product >> _SHIFT_32)[..., ::-1] ^ odd ^ ((key + step) & _LOW_32)
+        odd = (product & _LOW_32)[..., ::-1]
+    words = np.empty((*even.shape[:-1], 4), dtype=np.uint32)
+    words[..., 0::2], words[..., 1::2] = even, odd
+    return words
 
 
 def draw(seed: ArrayLike, index: ArrayLike, purpose: int, attempt: int = 0) -> NDArray[np.uint32]:
@@ -113,8 +109,11 @@ def _feistel(
     return row * columns + column
 
 
+@lru_cache(maxsize=64)  # of an epoch: the same for every sample of it
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    return draw_seeds(seed, np.arange(_FEISTEL_ROUNDS) + epoch * _FEISTEL_ROUNDS, PERMUTATION)
+    keys = draw_seeds(seed, np.arange(_FEISTEL_ROUNDS) + epoch * _FEISTEL_ROUNDS, PERMUTATION)
+    keys.flags.writeable = False
+    return keys
 
 
 def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -13,13 +13,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from mimscale import durable
 from mimscale.console import say
 from mimscale.errors import CheckpointError
 from mimscale.train.config import CheckpointConfig
+from mimscale.train.retention import read_scores, why_kept
 from mimscale.train.run_dir import RunDir
 from mimscale.world import World
 
@@ -64,9 +65,27 @@ def tag_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(tag: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(tag.name.removeprefix("step_"))
+
+
 def tags(run: RunDir) -> list[Path]:
     """Committed checkpoints, newest first."""
-    return sorted(run.checkpoints.glob("step_*"), reverse=True)
+    return sorted((tag for tag in run.checkpoints.glob("step_*") if tag.name[5:].isdigit()), key=step_of, reverse=True)
+
+
+def checkpoints_kept(run: RunDir, config: CheckpointConfig, newest_good: Path) -> dict[int, list[str]]:
+    """Step -> why its checkpoint stays, for those that do; see `why_kept`. One that is not whole takes no place."""
+    whole = [tag for tag in tags(run) if tag == newest_good or why_not_loadable(tag, hashes=False) is None]
+    return why_kept(
+        [step_of(tag) for tag in whole],
+        newest_good=step_of(newest_good),
+        keep=config.keep,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=config.keep_best,
+        scores=read_scores(run, config.keep_best),
+    )
 
 
 def read_manifest(tag: Path) -> dict[str, Any]:
@@ -78,7 +97,7 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((tag / MANIFEST).read_text())
         version = manifest["manifest_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{tag}: no readable {MANIFEST} ({error})") from None
     if version != MANIFEST_VERSION:
         raise CheckpointError(f"{tag}: manifest version {version}, this mimscale reads {MANIFEST_VERSION}")
@@ -86,22 +105,48 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     return manifest
 
 
-def why_not_loadable(tag: Path) -> str | None:
-    """None when every file of a checkpoint is there with the size and sha256 of its manifest, else what is wrong."""
+def why_not_loadable(tag: Path, *, hashes: bool = True) -> str | None:
+    """None when every file of a checkpoint is there with the size and sha256 of its manifest, else what is wrong.
+
+    Args:
+        tag: the checkpoint's folder.
+        hashes: False compares the sizes only: milliseconds instead of a read of all bytes.
+    """
+    if tag.is_symlink():
+        return "is a link; a checkpoint lies in its run directory"
     try:
         manifest = read_manifest(tag)
     except CheckpointError as error:
         return str(error).removeprefix(f"{tag}: ")
-    for name, entry in manifest["files"].items():
-        file = tag / name
-        if not file.resolve().is_relative_to(tag.resolve()):
-            return f"{name} points out of the checkpoint"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if durable.sha256_of_file(file) != entry["sha256"]:
-            return f"{name} has other bytes than were saved (sha256 differs)"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        return f"no readable {MANIFEST} (its files are no table of bytes and sha256)"
+    for name, entry in files.items():
+        try:
+            reason = _why_not_as_saved(tag, name, entry, hashes=hashes)
+        except ValueError as error:  # a name with a zero byte
+            reason = f"{name!r} is no name of a file ({error})"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_not_as_saved(tag: Path, name: str, entry: dict[str, Any], *, hashes: bool) -> str | None:
+    # By name and by lstat, without resolving: thousands of files on a parallel file system are looked at.
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return f"{name} points out of the checkpoint"
+    file = tag / path
+    if any((tag / folder).is_symlink() for folder in (path, *path.parents[:-1])):
+        return f"{name} is a link; a checkpoint holds its files itself"
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"{name} has {size} bytes instead of {entry['bytes']}"
+    if hashes and durable.sha256_of_file(file) != entry["sha256"]:
+        return f"{name} has other bytes than were saved (sha256 differs)"
     return None
 
 
@@ -192,6 +237,8 @@ class Checkpoints:
             else:
                 litter.unlink(missing_ok=True)
         tag = newest(self._run)
+        if tag is not None:
+            self._run.refuse_foreign(tag.rglob("*.pt"), CheckpointError)
         return str(tag) if tag else None
 
     def save(self, step: int, position: dict[str, Any]) -> None:
@@ -266,11 +313,11 @@ class Checkpoints:
             say(f"{final}: committed, but clearing up older checkpoints failed ({error}); the next save tries again")
 
     def _prune(self, newest_good: Path) -> None:
-        kept = [tag for tag in tags(self._run) if tag <= newest_good][: self._config.keep]
-        for tag in tags(self._run):
-            if tag not in kept:
+        kept = checkpoints_kept(self._run, self._config, newest_good)
+        for tag in reversed(tags(self._run)):
+            if step_of(tag) not in kept:
                 doomed = tag.with_name(f"{durable.TEMPORARY_PREFIX}doomed-{tag.name}")
-                tag.rename(doomed)  # deletion is atomic as well: half a checkpoint never has a final name
+                durable.rename_folder(tag, doomed)  # deletion is atomic too: half a checkpoint never has a final name
                 shutil.rmtree(doomed)
 
 

@@ -6,8 +6,17 @@ from typing import Any, Literal
 
 from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
-from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
+from mimscale.models.config import (
+    MaeConfig,
+    MaskConfig,
+    SimclrConfig,
+    SimmimConfig,
+    TargetConfig,
+    UnetrConfig,
+    VitConfig,
+)
 from mimscale.stream.config import AugmentConfig, StreamConfig
+from mimscale.train.retention import higher_is_better
 from mimscale.train.run_dir import RunDir
 
 
@@ -39,9 +48,14 @@ class EngineConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
+    # full: all weights from step 0. low_peak: the same at a tenth of `lr`. sawtooth: the head alone for `head_steps`,
+    # then all weights, each with its own rise and fall. frozen: the head alone, always. The last three: fine-tuning
+    schedule: Literal["full", "low_peak", "sawtooth", "frozen"] = "full"
+
     lr: float = 1.5e-4  # peak learning rate
     min_lr_ratio: float = 0.01  # final learning rate as a part of the peak
     warmup_steps: int = 0  # steps of the linear rise from 0
+    head_steps: int = 0  # schedule=sawtooth: steps of the head alone
     weight_decay: float = 0.05  # matrices only: biases, norms, tokens and position tables are left alone
     betas: tuple[float, float] = (0.9, 0.95)
     layer_decay: float = 1.0  # fine-tuning: factor by which the rate falls from each encoder block to the one below
@@ -51,6 +65,11 @@ class OptimConfig:
         require_positive("optim", lr=self.lr, layer_decay=self.layer_decay, head_lr_ratio=self.head_lr_ratio)
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1")
+        if (self.schedule == "sawtooth") != (self.head_steps > 0):
+            raise ValueError(
+                f"optim.schedule={self.schedule} with optim.head_steps={self.head_steps}: sawtooth needs steps of the "
+                "head alone, and no other schedule has them"
+            )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
 
@@ -61,9 +80,32 @@ class CheckpointConfig:
 
     every_steps: int = 1_000  # steps between two saves; a stop and the end save as well
     keep: int = 3  # newest checkpoints that stay
+    keep_every_steps: int | None = None  # checkpoints of multiples of this step stay for good as well; null: none
+    keep_best: str | None = (
+        None  # validation metric (val_loss, val_dice) whose best checkpoint stays as well; null: none
+    )
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", every_steps=self.every_steps, keep=self.keep)
+        if self.keep_every_steps is not None:
+            require_positive("checkpoint", keep_every_steps=self.keep_every_steps)
+            if self.keep_every_steps % self.every_steps:
+                raise ValueError(
+                    f"checkpoint.keep_every_steps={self.keep_every_steps}: must be a multiple of "
+                    f"checkpoint.every_steps={self.every_steps}, or these steps have no checkpoint"
+                )
+        if self.keep_best is not None:
+            higher_is_better(self.keep_best)  # refuses a metric whose direction nobody knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. All jobs of a run directory are one W&B run."""
+
+    project: str  # where the run appears
+    entity: str | None = None  # team or user; null: the default of who is logged in
+    name: str | None = None  # of the run; null: the name of run_dir
+    mode: Literal["offline", "online"] = "offline"  # offline: sent later by `wandb sync`; compute nodes see no internet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +114,7 @@ class MeterConfig:
 
     log_every_steps: int = 1  # steps between two lines of metrics.jsonl
     tensorboard: bool = True  # also write TensorBoard events
+    wandb: WandbConfig | None = None  # also draw the run in Weights & Biases (extra `wandb`)
     record_samples: bool = False  # write every sample id a step and rank to samples/
 
     def __post_init__(self) -> None:
@@ -90,6 +133,39 @@ class ValidationConfig:
         if self.every_steps < 0:
             raise ValueError(f"validation.every_steps={self.every_steps}: must be 0 (off) or above")
         require_positive("validation", crops_per_volume=self.crops_per_volume, max_volumes=self.max_volumes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What counts as ill, and what happens then."""
+
+    max_skipped: int = 10  # steps of a run whose update is left out because it is not finite; one more ends the run
+    on_spike: Literal["report", "rollback"] = "report"  # rollback: weights of the last checkpoint, data go on
+    spike_window: int = 128  # losses that the next one is compared with
+    spike_deviations: float = 8.0  # robust standard deviations above their median that a loss may lie
+    spike_steps: int = 3  # losses in a row above that make a spike
+    max_rollbacks: int = 3  # spikes of a run that are rolled back; one more ends the run
+    hang_timeout_s: float = 1200.0  # without a step for longer, the job ends with all stacks in logs/ and exit code 6
+    first_step_timeout_s: float = 3600.0  # the same for the time from the start of the process to its first step
+    compare_ranks_every_steps: int = 50  # steps between two comparisons of the ranks' times
+    slow_rank_factor: float = 1.5  # times the median of all ranks that a rank's own time may be
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name}={getattr(self, name)}: must be 0 (none) or above")
+        require_positive(
+            "health",
+            spike_deviations=self.spike_deviations,
+            spike_steps=self.spike_steps,
+            hang_timeout_s=self.hang_timeout_s,
+            first_step_timeout_s=self.first_step_timeout_s,
+            compare_ranks_every_steps=self.compare_ranks_every_steps,
+        )
+        if self.spike_window < 4:
+            raise ValueError(f"health.spike_window={self.spike_window}: a median of fewer than 4 losses says nothing")
+        if self.slow_rank_factor <= 1:
+            raise ValueError(f"health.slow_rank_factor={self.slow_rank_factor}: must be above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +190,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "crop_voxels", "patch_voxels"):
@@ -131,16 +208,32 @@ class RunConfig:
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch={self.global_batch} is no multiple of micro_batch={self.micro_batch}")
+        every_steps = self.validation.every_steps
+        if self.checkpoint.keep_best is not None and (every_steps == 0 or self.checkpoint.every_steps % every_steps):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: needs a validation at every checkpoint; let "
+                f"checkpoint.every_steps={self.checkpoint.every_steps} be a multiple of "
+                f"validation.every_steps={every_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """`mimscale pretrain`."""
 
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    method: Literal["mae", "simmim", "simclr"] = "mae"  # the block of that name holds its settings
+    mask: MaskConfig = field(default_factory=MaskConfig)  # of mae and simmim
     mae: MaeConfig = field(default_factory=MaeConfig)
+    simmim: SimmimConfig = field(default_factory=SimmimConfig)
+    simclr: SimclrConfig = field(default_factory=SimclrConfig)
+    exclude_overlay: str | None = None  # its voxels above 0 are no target; volumes without it are left out
 
     kind: Literal["pretrain"] = "pretrain"
+
+    @property
+    def target(self) -> TargetConfig | None:
+        """What voxels are predicted; None where the method predicts none."""
+        return {"mae": self.mae, "simmim": self.simmim}.get(self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +241,34 @@ class FinetuneConfig(RunConfig):
     """`mimscale finetune`."""
 
     overlay: str = "label"  # the store's overlay that holds the class of each voxel
+    # Outputs that may overlap, each a name and the classes of the overlay that belong to it; sigmoid. null: the classes
+    # themselves, which exclude each other; softmax
+    regions: dict[str, list[str]] | None = None
     init_from: Path | None = None  # a pretraining run, or a folder that `mimscale export` made; null: from scratch
+    # random: a control arm. Of `init_from` only the embedding stays, all blocks start as from scratch
+    init_blocks: Literal["pretrained", "random"] = "pretrained"
+    head: Literal["unetr", "linear"] = "unetr"  # linear: one layer on each token and interpolation, a probe
     unetr: UnetrConfig
 
     kind: Literal["finetune"] = "finetune"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_blocks == "random" and self.init_from is None:
+            raise ValueError("init_blocks=random: is a control for init_from, which is not set")
+        if self.optim.schedule == "frozen" and self.model.drop_path > 0:
+            raise ValueError(
+                f"model.drop_path={self.model.drop_path}: would leave out blocks of an encoder that "
+                "optim.schedule=frozen does not train; set it to 0"
+            )
+        if self.regions is not None:
+            if not all(self.regions.values()):
+                raise ValueError(f"regions={self.regions}: each needs at least one class")
+            if len(self.regions) != self.unetr.num_classes:
+                raise ValueError(
+                    f"unetr.num_classes={self.unetr.num_classes}, but there are {len(self.regions)} regions "
+                    f"({', '.join(self.regions)}); make them equal"
+                )
 
 
 # Keys that may differ when a run continues: they change neither the model nor the order of the data. Keys with a dot at
@@ -174,6 +291,7 @@ FREE_KEYS = frozenset(
         "checkpoint.",
         "meter.",
         "validation.",
+        "health.",
     }
 )
 
@@ -185,7 +303,8 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches that each rank computes a step.
 
     Raises:
-        ConfigError: the global batch does not divide among the ranks; the legal rank counts are listed.
+        ConfigError: the global batch does not divide among the ranks; the legal rank counts are listed. Or the crops
+            that SimCLR computes at once are not those that it is to tell apart.
     """
     if config.global_batch % (config.micro_batch * world_size):
         micro_batches = config.global_batch // config.micro_batch
@@ -194,6 +313,14 @@ def accumulation(config: RunConfig, world_size: int) -> int:
             f"global_batch={config.global_batch} with micro_batch={config.micro_batch} does not divide among "
             f"{world_size} ranks; legal rank counts are {', '.join(map(str, legal))}"
         )
+    if isinstance(config, PretrainConfig) and config.method == "simclr":
+        pool_crops, at_once = config.simclr.pool_crops or config.global_batch, config.micro_batch * world_size
+        if at_once != pool_crops:
+            raise ConfigError(
+                f"simclr.pool_crops={config.simclr.pool_crops}: {pool_crops} crops are to be told apart, but "
+                f"micro_batch={config.micro_batch} on {world_size} rank(s) computes {at_once} at once; set "
+                f"micro_batch={pool_crops / world_size:g}, or simclr.pool_crops={at_once} (another loss)"
+            )
     return config.global_batch // (config.micro_batch * world_size)
 
 

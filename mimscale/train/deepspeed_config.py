@@ -29,7 +29,8 @@ def deepspeed_config(
         "gradient_predivide_factor": 1.0,
         # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).
         "communication_data_type": "fp32",
-        "bf16": {"enabled": precision == "bf16"},
+        # fp32 leaves out updates that are not finite in any case, bf16 only when told to.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": config.zero_stage,

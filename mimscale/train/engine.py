@@ -5,6 +5,7 @@ An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward`
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -23,7 +24,7 @@ from mimscale.errors import LaunchError
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import remove_stale_build_locks
-from mimscale.train.optim import learning_rate, parameter_groups
+from mimscale.train.optim import group_rate, learning_rate, parameter_groups
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
@@ -104,13 +105,15 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
-        self._stage_0_norm: Tensor | float = 0.0
+        self._stage_0_norm = 0.0
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         groups = parameter_groups(model, config.optim, config.model.depth)
-        self._lr_scales = [group["lr_scale"] for group in groups]
+        self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas)
+        if self.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._leave_out_stage_0)
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
@@ -154,8 +157,13 @@ class Engine:
             self._deepspeed.train()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; DeepSpeed divides by the number of micro-batches and reduces at the last."""
-        self._deepspeed.backward(loss)
+        """Gradients of one micro-batch; DeepSpeed divides by the number of micro-batches and reduces at the last.
+
+        A loss that is not finite makes every gradient NaN, so that the norm of the reduced gradient tells all ranks. An
+        infinite voxel alone would not: the gradient of an L1 loss is a sign. Times 1 changes no bit, and neither asks
+        the device nor waits for it.
+        """
+        self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
     def seed_micro_batch(self, step: int, micro_index: int) -> None:
         """Seed dropout and drop-path from (seed, step, micro-batch, rank), so that no generator needs saving."""
@@ -168,20 +176,31 @@ class Engine:
         """Set every group's rate for `step`; returns the base rate."""
         rate = learning_rate(self._config.optim, step, self._config.steps)
         groups = self._deepspeed.optimizer.param_groups
-        for group, scale in zip(groups, self._lr_scales, strict=True):
-            group["lr"] = rate * scale
+        for group, ours in zip(groups, self._groups, strict=True):
+            group["lr"] = group_rate(ours, self._config.optim, step, self._config.steps)
         return rate
 
     def step(self) -> None:
-        """End one micro-batch: the last of a step updates the weights."""
+        """End one micro-batch: the last of a step updates the weights, unless the global gradient norm is not finite.
+
+        DeepSpeed looks itself at stages 1-3, where it reads the norm before the update. At stage 0 nobody does, so we
+        read it before the update instead of after: as many waits for the device, but the host launches the update's
+        kernels only after this one.
+        """
         if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
             # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self._stage_0_norm = nn.utils.get_total_norm(gradients)
+            self._stage_0_norm = float(nn.utils.get_total_norm(gradients))
         self._deepspeed.step()
 
+    def _leave_out_stage_0(self, *_: Any) -> None:
+        """Just before an update at stage 0: without gradients AdamW leaves weights and moments alone."""
+        if not math.isfinite(self._stage_0_norm):
+            for parameter in self.module.parameters():
+                parameter.grad = None
+
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping; not finite where its update was left out."""
         return float(self._stage_0_norm if self.zero_stage == 0 else self._deepspeed.get_global_grad_norm())
 
     def save(self, folder: Path, step: int) -> list[OSError]:
@@ -214,9 +233,13 @@ class Engine:
             return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         weights = {}
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            if self.ranks.is_first:
-                weights[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter))
+            # What is not trained has no fp32 copy, and ZeRO-3 has it in pieces.
+            frozen = self.zero_stage == 3 and not parameter.requires_grad
+            with deepspeed.zero.GatheredParameters([parameter], enabled=frozen):
+                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                if self.ranks.is_first:
+                    exact = (parameter if full is None else full).detach().float().cpu()
+                    weights[name] = exact.reshape(_shape(parameter)).clone()
         return weights
 
 

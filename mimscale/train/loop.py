@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mimscale.errors import DataError
 from mimscale.stream.batch import Batch
+from mimscale.train.health import Health
 from mimscale.train.meter import Meter
 from mimscale.world import World
 
@@ -25,10 +27,10 @@ class Stepper(Protocol):
         """Gradients of a micro-batch."""
 
     def step(self) -> None:
-        """End a micro-batch; the last one of a step updates the weights."""
+        """End a micro-batch; the last one of a step updates the weights, unless the gradient is not finite."""
 
     def grad_norm(self) -> float:
-        """Global norm before clipping."""
+        """Global norm before clipping; not finite where the update was left out. The same on every rank."""
 
 
 class Together(Protocol):
@@ -50,63 +52,69 @@ def train(
     batches: Iterator[Batch],
     loss_of: Callable[[Batch], Tensor],
     meter: Meter,
+    health: Health,
     stop_wanted: Callable[[], bool],
     save: Callable[[int], None],
     save_due: Callable[[int], bool],
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
+    alive: Callable[[int], None] = lambda step: None,
     take_counts: Callable[[], dict[str, float]] = dict,
+    take_yardsticks: Callable[[], dict[str, Tensor | float]] = dict,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
-    and nobody waits for it. `take_counts` says what this rank counted in a step, by the same names on every rank.
+    and nobody waits for it. `alive` is told of each step that is done; `take_counts` says what this rank counted in it,
+    by the same names on every rank, and `take_yardsticks` what its loss is to be compared with.
     """
-    pending = _Pending(meter, ranks.world.size)
-    for step in range(first_step, steps):
-        loss_sum: Tensor | float = 0.0
-        substituted, voxels_decoded, bytes_read = 0, 0.0, 0.0
-        sample_ids: list[int] = []
-        volume_ids: list[str] = []
+    pending = _Pending(meter, health, ranks.world.size)
+    for done in range(first_step + 1, steps + 1):
+        micro_batches: list[Batch] = []
+        losses: list[Tensor] = []
         with meter.span("step_s"):
-            rate = engine.set_learning_rate(step)
+            rate = engine.set_learning_rate(done - 1)
             for micro_index in range(accumulation):
                 with meter.span("data_wait_s"):
                     batch = next(batches)
-                engine.seed_micro_batch(step, micro_index)
-                loss = loss_of(batch)
+                engine.seed_micro_batch(done - 1, micro_index)
+                with meter.span("forward_s"):
+                    loss = loss_of(batch)
                 engine.backward(loss)
                 engine.step()
-                loss_sum = loss_sum + loss.detach().double() / accumulation
-                substituted += batch.substituted
-                voxels_decoded += batch.voxels_decoded
-                bytes_read += batch.bytes_read
-                sample_ids += batch.sample_ids.tolist()
-                volume_ids += batch.volume_ids
-            stopping = pending.finish()
-        meter.record_samples(step + 1, sample_ids)
-        counts = {"substituted": float(substituted), **take_counts()}
+                losses.append(loss.detach())
+                micro_batches.append(batch)
+            stopping = pending.finish(done)
+        alive(done)
+        grad_norm = engine.grad_norm()
+        was_made = health.update_was_made(done, grad_norm, losses, micro_batches)
+        sample_ids = [sample_id for batch in micro_batches for sample_id in batch.sample_ids.tolist()]
+        meter.record_samples(done, sample_ids)
+        spans = meter.take_spans()
+        counts = {"substituted": float(sum(batch.substituted for batch in micro_batches)), **take_counts()}
+        yardsticks = take_yardsticks()
         sums = {
-            "loss": loss_sum,
+            "loss": sum(loss.double() / accumulation for loss in losses),
             "stop": float(stop_wanted()),
             **counts,
             "samples": float(len(sample_ids)),
-            "voxels_decoded": voxels_decoded,
-            "bytes_read": bytes_read,
-            **meter.take_spans(),
+            "voxels_decoded": sum(batch.voxels_decoded for batch in micro_batches),
+            "bytes_read": sum(batch.bytes_read for batch in micro_batches),
+            **{f"yardstick_{name}": loss for name, loss in yardsticks.items()},
+            **spans,
         }
-        pending.begin(step + 1, rate, engine.grad_norm(), ranks.sum(sums), tuple(counts), volume_ids)
+        times = health.compare_ranks(done, spans)
+        pending.begin(_Step(done, was_made, rate, grad_norm, ranks.sum(sums), tuple(counts), tuple(yardsticks), times))
 
-        done = step + 1
         if validation_due(done):
-            pending.finish()
+            pending.finish(done)
             meter.log_validation(done, _finite(done, validate()))
         if save_due(done) or done == steps or stopping:
-            pending.finish()
+            pending.finish(done)
             save(done)
         if stopping:
             return done
-    pending.finish()
+    pending.finish(steps)
     return max(first_step, steps)
 
 
@@ -117,44 +125,57 @@ def _finite(step: int, values: dict[str, float]) -> dict[str, float]:
     return values
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is known of a step before its sums are."""
+
+    number: int
+    was_made: bool
+    rate: float
+    grad_norm: float
+    sums: Any
+    counts: tuple[str, ...]  # names of the sums that are logged as sums and not as means
+    yardsticks: tuple[str, ...]  # names of what the loss is compared with
+    rank_times: dict[str, float]
+
+
 class _Pending:
     """The sums of the step before: read once, one step late."""
 
-    def __init__(self, meter: Meter, world_size: int) -> None:
+    def __init__(self, meter: Meter, health: Health, world_size: int) -> None:
         self._meter = meter
+        self._health = health
         self._world_size = world_size
-        self._under_way: tuple[int, float, float, Any, tuple[str, ...], list[str]] | None = None
+        self._under_way: _Step | None = None
         self._stop_seen = False
 
-    def begin(
-        self, step: int, rate: float, grad_norm: float, sums: Any, counts: tuple[str, ...], volume_ids: list[str]
-    ) -> None:
-        """Remember what to read later; `counts` names the sums that are logged as sums and not as means."""
-        self._under_way = (step, rate, grad_norm, sums, counts, volume_ids)
+    def begin(self, step: _Step) -> None:
+        """Remember what to read later."""
+        self._under_way = step
 
-    def finish(self) -> bool:
-        """Read, check and log the sums under way; True once any rank asked to stop.
+    def finish(self, done: int) -> bool:
+        """Read, log and judge the sums under way, when `done` steps were made; True once any rank asked to stop.
 
         Raises:
-            DataError: the loss is not finite; this rank's volumes of that step are named.
+            DataError: as `Health.watch_loss`.
         """
         if self._under_way is not None:
-            step, rate, grad_norm, sums, counts, volume_ids = self._under_way
-            self._under_way = None
-            shared = sums.wait()
-            means = {name: value / self._world_size for name, value in shared.items()}
-            if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
-                raise DataError(
-                    f"step {step}: the loss is {means['loss']}, its gradient norm {grad_norm}; this rank trained on "
-                    f"volumes {', '.join(volume_ids)}. "
-                    "Look at them (`mimscale inspect STORE VOLUME --png FILE`), or lower optim.lr; the last checkpoint "
-                    "lies before it"
-                )
+            step, self._under_way = self._under_way, None
+            shared = step.sums.wait()
             self._stop_seen = self._stop_seen or shared["stop"] > 0
-            values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
-            values |= {"lr": rate, "grad_norm": grad_norm, **{name: shared[name] for name in counts}}
-            values |= {
-                f"{name}_per_crop": shared[name] / shared["samples"] for name in ("voxels_decoded", "bytes_read")
-            }
-            self._meter.log_step(step, values)
+            means = {name: value / self._world_size for name, value in shared.items()}
+            values = {name: means[name] for name in ("step_s", "data_wait_s")}
+            values |= {"lr": step.rate, **{name: shared[name] for name in step.counts}, **step.rank_times}
+            if step.was_made:
+                values |= {"loss": means["loss"], "grad_norm": step.grad_norm}
+                for name in step.yardsticks:
+                    if (guess := means[f"yardstick_{name}"]) > 0:
+                        values[f"loss_vs_{name}"] = means["loss"] / guess
+                values |= {
+                    f"{name}_per_crop": shared[name] / shared["samples"] for name in ("voxels_decoded", "bytes_read")
+                }
+                self._meter.log_step(step.number, values)
+                self._health.watch_loss(step.number, means["loss"], done)
+            else:
+                self._meter.log_skipped(step.number, {**values, "skipped_steps": float(self._health.skipped)})
         return self._stop_seen

@@ -38,6 +38,46 @@ def dice_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return dice.mean() + cross_entropy.mean()
 
 
+def dice_binary_cross_entropy(logits: Tensor, label: Tensor, classes_of_region: Tensor) -> Tensor:
+    """Soft Dice plus binary cross-entropy, equal parts, for regions that may overlap; computed in fp32.
+
+    Both parts are means over a sample's regions, so that the loss of more regions is not larger.
+
+    Args:
+        logits: [B, R, Z, Y, X], before the sigmoid.
+        label: [B, Z, Y, X], integer classes; 255 counts nowhere.
+        classes_of_region: bool [R, 256], the classes that belong to each region.
+
+    Returns:
+        [] the mean over samples.
+    """
+    logits = logits.float()
+    target, counted = region_target(label, classes_of_region)
+    probability = logits.sigmoid() * counted
+    voxels = (2, 3, 4)
+    overlap = (probability * target).sum(voxels)  # [B, R]
+    total = probability.sum(voxels) + target.sum(voxels)
+    dice = 1 - (2 * overlap + 1e-5) / (total + 1e-5)
+    voxel_loss = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * counted
+    cross_entropy = voxel_loss.sum(voxels) / counted.sum(voxels).clamp(min=1)
+    return dice.mean() + cross_entropy.mean()
+
+
+def region_target(label: Tensor, classes_of_region: Tensor) -> tuple[Tensor, Tensor]:
+    """Which voxels lie in which region, and which count: [B, Z, Y, X] -> bool [B, R, Z, Y, X], bool [B, 1, Z, Y, X]."""
+    counted = (label != IGNORED_CLASS)[:, None]
+    return classes_of_region[:, label.long()].movedim(0, 1) & counted, counted
+
+
+@torch.no_grad()
+def region_overlap_counts(logits: Tensor, label: Tensor, classes_of_region: Tensor) -> tuple[Tensor, Tensor]:
+    """As `overlap_counts`, for the voxels whose region has a probability above one half; [R] each, float64."""
+    target, counted = region_target(label, classes_of_region)
+    predicted = (logits > 0) & counted
+    axes = (0, 2, 3, 4)
+    return (predicted & target).sum(axes).double(), (predicted.sum(axes) + target.sum(axes)).double()
+
+
 @torch.no_grad()
 def overlap_counts(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """For Dice over many crops: voxels in both, and voxels in either, summed over the batch; [K] each, float64."""

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, heartbeat, and a line for the person who watches.
+"""What a run says about itself: metrics.jsonl, trackers, heartbeat, and a line for the person who watches.
 
 Only rank 0 writes; the other ranks measure their spans and hand them into the reduction that the loop makes anyway.
 """
@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mimscale import durable
 from mimscale.console import say
 from mimscale.errors import CheckpointError
 from mimscale.train.config import MeterConfig
 from mimscale.train.run_dir import RunDir
+from mimscale.train.trackers import TensorBoard, Tracker, WeightsAndBiases
 from mimscale.world import World
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 HEARTBEAT_EVERY_S = 5.0
 LINE_EVERY_S = 2.0
@@ -45,7 +43,7 @@ class Meter:
         self._global_batch = global_batch
         self._spans: dict[str, float] = defaultdict(float)
         self._last_beat_s = self._last_line_s = float("-inf")
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         self.last_metrics: dict[str, Any] = {}
 
     def start(self, first_step: int) -> None:
@@ -58,11 +56,11 @@ class Meter:
             say(f"{len(metrics) - len(kept)} logged step(s) after step {first_step} were not saved and are repeated")
         with self._writing(self._run.metrics):
             durable.write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        if self._config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with self._writing(self._run.tensorboard):
-                self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=first_step + 1)
+        with self._writing(self._run.path):
+            if self._config.tensorboard:
+                self._trackers.append(TensorBoard(self._run.tensorboard, first_step))
+            if self._config.wandb is not None:
+                self._trackers.append(WeightsAndBiases(self._run, self._config.wandb))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -103,21 +101,26 @@ class Meter:
                     self._run.heartbeat, {"step": step, "steps": self._steps, "time_s": time.time(), **beat}
                 )
 
+    def log_skipped(self, step: int, values: dict[str, float]) -> None:
+        """Write a step whose update was left out: it has no loss."""
+        if self._world.is_first:
+            self._append(step, values)
+
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Write the validation after `step` steps."""
         if not self._world.is_first:
             return
         self.last_metrics |= values
         self._append(step, values)
-        say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        shown = {name: value for name, value in values.items() if "/" not in name}  # groups stand in the files
+        say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         with self._writing(self._run.metrics), self._run.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
-            with self._writing(self._run.tensorboard):
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            with self._writing(self._run.path):
+                tracker.add(step, values)
 
     def record_samples(self, step: int, sample_ids: list[int]) -> None:
         """Write which samples this rank trained on in a step, when the config asks for it."""
@@ -138,8 +141,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
-        if self._tensorboard is None:
-            return
-        # Events that it cannot write any more must not hide the error that ends the run.
-        with suppress(OSError) if error is not None else self._writing(self._run.tensorboard):
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            # Points that it cannot write any more must not hide the error that ends the run.
+            with suppress(OSError) if error is not None else self._writing(self._run.path):
+                tracker.close()

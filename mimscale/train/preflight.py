@@ -21,6 +21,7 @@ from mimscale.train.config import RunConfig
 from mimscale.train.environment import installed_versions
 from mimscale.train.ranks import Ranks
 from mimscale.train.size import checkpoint_bytes
+from mimscale.train.trackers import require_wandb
 
 SEEN_WITHIN_S = 15.0  # a file made on one node is visible on the others; NFS caches for some seconds
 
@@ -47,6 +48,8 @@ def preflight(config: RunConfig, ranks: Ranks) -> None:
     Raises:
         LaunchError: on every rank, naming each problem, its node and the way out.
     """
+    if config.meter.wandb is not None:
+        require_wandb()
     mark = config.run_dir / f".preflight-{os.environ.get('MIMSCALE_JOB_ID', os.getpid())}"
     try:
         ranks.first_does(lambda: _touch(mark))

@@ -72,6 +72,22 @@ class Ranks:
             raise problem
         return result  # type: ignore[no-any-return]
 
+    def total(self, values: dict[str, Tensor | float]) -> dict[str, Any]:
+        """Sums over all ranks: of numbers as floats, of arrays as tensors on the CPU. A name that a rank lacks is 0."""
+        own = {name: torch.as_tensor(value, dtype=torch.float64).to(self.device) for name, value in values.items()}
+        shapes: dict[str, torch.Size] = {}
+        for theirs in self.gather({name: value.shape for name, value in own.items()}):
+            shapes |= theirs
+        names = sorted(shapes)
+        parts = [own.get(name, torch.zeros(shapes[name], dtype=torch.float64, device=self.device)) for name in names]
+        flat = torch.cat([part.flatten() for part in parts])
+        distributed.all_reduce(flat)
+        sums = torch.split(flat.cpu(), [part.numel() for part in parts])
+        return {
+            name: total.reshape(shapes[name]) if shapes[name] else float(total)
+            for name, total in zip(names, sums, strict=True)
+        }
+
     def sum(self, values: dict[str, Tensor | float]) -> PendingSum:
         """Start one small reduction; every rank calls it with the same names."""
         tensors = [torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values.values()]

@@ -6,13 +6,16 @@
     pids/              one file a living rank                 jobs.jsonl      one object a submitted job
     lock.json          the one writer                         env.json        versions and settings of the newest job
     code/              copies of the code that jobs import    logs/, evaluate/, report/
+    health.jsonl       what was wrong, one object an event    diagnostics/    batches of steps that went wrong
 
 No torch here: `status`, `inspect` and `submit` read run directories on login nodes.
 """
 
 import json
+import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ import yaml
 
 from mimscale import durable
 from mimscale.config import differing_keys
-from mimscale.errors import ConfigError, DataError
+from mimscale.errors import ConfigError, DataError, MimscaleError
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.world import Process
 
@@ -67,6 +70,16 @@ class RunDir:
         return self.path / "outcome.json"
 
     @property
+    def health(self) -> Path:
+        """One JSON object an event; see `mimscale.train.health_log`."""
+        return self.path / "health.jsonl"
+
+    @property
+    def diagnostics(self) -> Path:
+        """Batches of steps that went wrong; see `mimscale.train.diagnostics`."""
+        return self.path / "diagnostics"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder a committed checkpoint."""
         return self.path / "checkpoints"
@@ -100,6 +113,11 @@ class RunDir:
     def tensorboard(self) -> Path:
         """Event files of TensorBoard."""
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """What Weights & Biases writes, and the id under which a run continues."""
+        return self.path / "wandb"
 
     @property
     def samples(self) -> Path:
@@ -148,6 +166,34 @@ class RunDir:
         tree = yaml.safe_load(self.config.read_text())
         assert isinstance(tree, dict)
         return tree
+
+    def refuse_foreign(self, files: Iterable[Path], kind: type[MimscaleError]) -> None:
+        """Refuse pickles and code that somebody else could have written: to read them is to run them.
+
+        Args:
+            files: in the run directory; they and the folders above them are looked at, up to the run directory.
+            kind: the error to raise.
+
+        Raises:
+            MimscaleError: one belongs to another user than this one or root, or everybody may write to it.
+        """
+        for path in {self.path, *(place for file in files for place in (file, *file.parents))}:
+            if path != self.path and self.path not in path.parents:
+                continue
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # nothing is read from it
+            if status.st_uid not in (os.geteuid(), 0):
+                raise kind(
+                    f"{path}: belongs to user {status.st_uid}, and what a run directory holds is executed (code, "
+                    "pickles); continue only runs of your own, or take the weights out with `mimscale export`"
+                )
+            if status.st_mode & stat.S_IWOTH:
+                raise kind(
+                    f"{path}: everybody may write to it, and what a run directory holds is executed (code, pickles); "
+                    f"if you trust what is in it: chmod -R o-w {self.path}"
+                )
 
     def living_ranks(self) -> dict[int, int]:
         """Rank -> process id of the ranks on this host that are alive."""

@@ -31,17 +31,21 @@ from mimscale.stream.loader import StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, Position, SamplePlan
 from mimscale.stream.select import parse_attribute, parse_filter, refuse_mixed_spacings
 from mimscale.stream.staging import Copier, upcoming_packs
+from mimscale.stream.subjects import first_subjects, in_split
 from mimscale.train.build import weights_contract
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
+from mimscale.train.health import Health
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
 from mimscale.train.preflight import preflight
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.train.startup import Startup
+from mimscale.train.volume_facts import VolumeFacts
+from mimscale.train.watchdog import Watchdog
 from mimscale.world import StopRequest, World
 
 # When a batch script wants the run to save and leave, in seconds since 1970.
@@ -67,10 +71,13 @@ class Objective(Protocol):
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """[] the mean loss of a micro-batch on the device."""
 
-    def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
-        """Sums over a batch that add up over batches and ranks; `samples` among them."""
+    def take_yardsticks(self) -> dict[str, Tensor | float]:
+        """Trivial losses of the micro-batches since the last call, each [] and comparable with theirs; by name."""
 
-    def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+    def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
+        """Sums (numbers or arrays) over a batch that add up over batches and ranks; `samples` among them."""
+
+    def validation_metrics(self, sums: dict[str, Any]) -> dict[str, float]:
         """The sums over all validation crops -> metrics."""
 
 
@@ -98,14 +105,21 @@ class TrainingData:
         filtered = None if stream.filter is None else parse_filter(stream.filter)
         by = None if stream.weights is None else parse_attribute(stream.weights.by, "stream.weights.by")
         columns = {"spacing_mm"}.union(*(part.columns for part in (filtered, by) if part is not None))
+        if stream.fold is not None or stream.train_fraction < 1:
+            columns = columns | {"subject"}
         self.manifest: Manifest = load_manifest(config.store, sorted(columns.union(TRAINING_COLUMNS)))
         self._kept = np.ones(len(self.manifest), bool) if filtered is None else filtered.select(self.manifest)
-        self.train: NDArray[np.int64] = self._selected("train")
+        self.train: NDArray[np.int64] = first_subjects(self.manifest, self._selected("train"), stream.train_fraction)
         self.validation = self._selected("val")[: config.validation.max_volumes]
         if not len(self.train):
             raise DataError(
                 f"{config.store}: no training volume with modality={config.modality}, overlay={overlay}, "
                 f"stream.filter={stream.filter}; see `mimscale inspect {config.store}`"
+            )
+        if config.checkpoint.keep_best is not None and not len(self.validation):
+            raise DataError(
+                f"{config.store}: no validation volume, so checkpoint.keep_best={config.checkpoint.keep_best} would "
+                "keep nothing; set it to null, or ingest with a validation split"
             )
         refuse_mixed_spacings(self.manifest, self.train, stream)
         self.channels = self.manifest.sample_row(int(self.train[0])).shape[0]
@@ -123,7 +137,8 @@ class TrainingData:
     def _selected(self, split: str) -> NDArray[np.int64]:
         """Volumes of a split that the config asks for, and that have the overlay, when there is one."""
         wanted = {} if self.config.modality is None else {"modality": self.config.modality}
-        indices: NDArray[np.int64] = np.flatnonzero(self._kept & self.manifest.equal(split=split, **wanted))
+        in_its_split = in_split(self.manifest, split, self.config.stream)
+        indices: NDArray[np.int64] = np.flatnonzero(self._kept & in_its_split & self.manifest.equal(**wanted))
         if self.overlay is None:
             return indices
         labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
@@ -183,6 +198,7 @@ class TrainingData:
             precision=precision,
             overlay=self.overlay,
             datasets=self.manifest.datasets(self.train),
+            spacing_mm=np.median(self.manifest.column("spacing_mm")[self.train], axis=0).round(4).tolist(),
         )
 
     def validation_batches(self, world: World) -> Iterator[Batch]:
@@ -197,7 +213,8 @@ class TrainingData:
             store=config.store,
             overlay=self.overlay,
         )
-        return fixed_batches(
+        facts = VolumeFacts(self.manifest, self.validation, self.info.intensity)
+        batches = fixed_batches(
             store=config.store,
             manifest=self.manifest,
             indices=self.validation,
@@ -208,6 +225,7 @@ class TrainingData:
             overlay=self.overlay,
             stage=self.stage,
         )
+        return facts.added(batches)
 
 
 def run_session(
@@ -250,7 +268,8 @@ def run_session(
                 ranks.first_does(lambda: None)
             claimed = True
             stack.enter_context(run.registered(world.rank))
-            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack, fresh_data)
+            watchdog = stack.enter_context(Watchdog(run, config.health, world))
+            outcome, metrics = _train(config, objective, run, ranks, stop, startup, stack, watchdog, fresh_data)
     except Exception as error:
         failure = _as_failure(error, world, config)
         # Before the claim the directory may be another job's. After it, the first rank to fail says why.
@@ -306,6 +325,7 @@ def _train(
     stop: StopRequest,
     startup: Startup,
     stack: ExitStack,
+    watchdog: Watchdog,
     fresh_data: bool,
 ) -> tuple[Outcome, dict[str, Any]]:
     world = ranks.world
@@ -332,6 +352,13 @@ def _train(
     startup.ends("load_s")
     meter = stack.enter_context(Meter(run, config.meter, world, steps=config.steps, global_batch=config.global_batch))
     meter.start(first_step)
+
+    def roll_back() -> int | None:
+        has_saved = ranks.first_does(lambda: any(run.checkpoints.glob("step_*")))
+        return checkpoints.restore().step if has_saved else None
+
+    health = Health(config.health, run, ranks, tree=config_tree(config), rollback=roll_back)
+    health.start(first_step)
     loader = data.loader(world, first_step)
     stack.callback(loader.close)
 
@@ -344,9 +371,15 @@ def _train(
         sums: dict[str, Tensor | float] = {}
         with engine.evaluating():
             for batch in OnDevice(data.validation_batches(world), ranks.device):
+                watchdog.alive()
                 for name, value in objective.validation_sums(engine, batch).items():
                     sums[name] = sums.get(name, 0.0) + value
-        return objective.validation_metrics(ranks.sum(sums).wait())
+        return objective.validation_metrics(ranks.total(sums))
+
+    def save(step: int) -> None:
+        watchdog.alive()
+        checkpoints.save(step, data.plan.position(step).to_dict())
+        watchdog.alive()
 
     def validation_due(step: int) -> bool:
         every = config.validation.every_steps
@@ -361,12 +394,15 @@ def _train(
         batches=startup.watched(OnDevice(loader, ranks.device)),
         loss_of=lambda batch: objective.loss(engine, batch),
         meter=meter,
+        health=health,
         stop_wanted=stop_wanted,
-        save=lambda step: checkpoints.save(step, data.plan.position(step).to_dict()),
+        alive=watchdog.alive,
+        save=save,
         save_due=checkpoints.due,
         validate=validate,
         validation_due=validation_due,
         take_counts=loader.take_counts,
+        take_yardsticks=objective.take_yardsticks,
     )
     finished = done >= config.steps
     outcome = Outcome(

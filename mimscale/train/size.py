@@ -7,7 +7,16 @@ import math
 from dataclasses import replace
 
 from mimscale.models.config import VitConfig, mask_grid, patch_grid, unetr_halvings, upsampling_strides
-from mimscale.models.flops import Product, mae_products, unetr_products
+from mimscale.models.flops import (
+    CropShape,
+    Product,
+    mae_products,
+    probe_products,
+    repeated,
+    simclr_products,
+    simmim_products,
+    unetr_products,
+)
 from mimscale.models.masking import hidden_units
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 
@@ -27,12 +36,10 @@ def parameter_sizes(config: RunConfig, channels: int = 1) -> list[int]:
     sizes = _vit(config, channels)
     numbers_a_patch = math.prod(config.patch_voxels) * channels
     if isinstance(config, PretrainConfig):
-        E = config.mae.decoder_dim
-        block = _block(E, 4.0, layer_scale=False)
-        sizes += [*_linear(config.model.dim, E), E, *config.mae.decoder_depth * block, E, E]
-        sizes += _linear(E, numbers_a_patch)
+        sizes += _pretraining_head(config, numbers_a_patch)
     if isinstance(config, FinetuneConfig):
-        sizes += _unetr_head(config, channels)
+        linear = config.head == "linear"
+        sizes += _linear(config.model.dim, config.unetr.num_classes) if linear else _unetr_head(config, channels)
     return sizes
 
 
@@ -44,17 +51,31 @@ def visible_patches(config: PretrainConfig, ratio: float) -> int:
     return L // units * (units - hidden)
 
 
+def decoded_patches(config: PretrainConfig, visible: int) -> int:
+    """Patches that the decoder works on: the visible ones, and the hidden ones that are predicted."""
+    L = math.prod(patch_grid(config.crop_voxels, config.patch_voxels))
+    return visible + max(1, round(config.mask.predicted_share * (L - visible)))
+
+
 def run_products(config: RunConfig, channels: int = 1) -> list[Product]:
     """The matrix products of one sample; with a range of mask ratios, at its middle."""
-    crop, patch = config.crop_voxels, config.patch_voxels
-    if isinstance(config, PretrainConfig):
-        ratios = config.mask.ratio_range or (config.mask.ratio,)
-        visible = visible_patches(config, sum(ratios) / len(ratios))
-        return mae_products(
-            config.model, config.mae, crop_voxels=crop, patch_voxels=patch, channels=channels, visible_patches=visible
-        )
-    assert isinstance(config, FinetuneConfig)
-    return unetr_products(config.model, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels)
+    shape = CropShape(crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels)
+    if isinstance(config, FinetuneConfig):
+        if config.head == "linear":
+            return probe_products(config.model, config.unetr, shape)
+        return unetr_products(config.model, config.unetr, shape)
+    assert isinstance(config, PretrainConfig)
+    match config.method:
+        case "mae":
+            ratios = config.mask.ratio_range or (config.mask.ratio,)
+            visible = visible_patches(config, sum(ratios) / len(ratios))
+            decoded = decoded_patches(config, visible)
+            products = mae_products(config.model, config.mae, shape, visible_patches=visible, decoded_patches=decoded)
+            return repeated(products, config.mask.repeats)
+        case "simmim":
+            return repeated(simmim_products(config.model, config.simmim, shape), config.mask.repeats)
+        case "simclr":
+            return repeated(simclr_products(config.model, config.simclr, shape), 2)
 
 
 def checkpoint_bytes(config: RunConfig, *, bf16: bool = False) -> int:
@@ -82,18 +103,33 @@ def _linear(inputs: int, outputs: int) -> list[int]:
     return [inputs * outputs, outputs]
 
 
-def _block(dim: int, mlp_ratio: float, *, layer_scale: bool) -> list[int]:
-    hidden = int(dim * mlp_ratio)
-    attention, mlp = _linear(dim, 3 * dim) + _linear(dim, dim), _linear(dim, hidden) + _linear(hidden, dim)
-    return [*4 * [dim], *attention, *mlp, *(2 * [dim] if layer_scale else [])]
+def _block(vit: VitConfig) -> list[int]:
+    dim, rise = vit.dim, vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1)
+    attention, mlp = _linear(dim, 3 * dim) + _linear(dim, dim), _linear(dim, rise) + _linear(vit.mlp_dim, dim)
+    return [*4 * [dim], *attention, *mlp, *(2 * [dim] if vit.layer_scale is not None else [])]
+
+
+def _pretraining_head(config: PretrainConfig, numbers_a_patch: int) -> list[int]:
+    """Everything but the encoder."""
+    D = config.model.dim
+    match config.method:
+        case "mae":
+            E, depth = config.mae.decoder_dim, config.mae.decoder_depth
+            blocks = depth * _block(VitConfig(dim=E, heads=config.mae.decoder_heads)) + (2 * [E] if depth else [])
+            return [*_linear(D, E), E, *blocks, *_linear(E, numbers_a_patch)]
+        case "simmim":
+            middle = _linear(D, D) if config.simmim.head == "mlp" else []
+            return [D, *middle, *_linear(D, numbers_a_patch)]
+        case "simclr":
+            width = config.simclr.hidden_dim
+            return _linear(D, width) + _linear(width, config.simclr.projection_dim)
 
 
 def _vit(config: RunConfig, channels: int) -> list[int]:
     vit: VitConfig = config.model
-    block = _block(vit.dim, vit.mlp_ratio, layer_scale=vit.layer_scale is not None)
     table = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) * vit.dim
     projection = _linear(math.prod(config.patch_voxels) * channels, vit.dim)
-    return [*projection, *([table] if vit.positions == "learned" else []), *vit.depth * block, vit.dim, vit.dim]
+    return [*projection, *([table] if vit.positions == "learned" else []), *vit.depth * _block(vit), vit.dim, vit.dim]
 
 
 def _residual(inputs: int, outputs: int) -> list[int]:

@@ -60,6 +60,15 @@ def test_the_exit_code_and_log_of_a_failing_rank_other_than_0_reach_the_user(
     assert "rank 1" in outcome.message
 
 
+def test_when_all_ranks_give_up_together_what_they_say_is_the_reason(tmp_path: Path) -> None:
+    place = Place(tmp_path, "gives-up")
+    done = place.submit("--wait")
+    assert done.returncode == 6, done.stderr
+    outcome = _only_folder(place).read_outcome()
+    assert outcome is not None
+    assert (outcome.exit_code, outcome.message) == (6, "step 3 was not done within 5 s; rank 1 stood at x")
+
+
 def test_a_stop_before_training_has_its_own_handler_is_an_interruption(tmp_path: Path) -> None:
     place = Place(tmp_path, "slow-start")
     submit = place.start("--wait")

@@ -7,17 +7,13 @@ import fsspec
 import numpy as np
 import pytest
 from s3_server import S3Server, put, upload, use_server
-from stream_stores import write_store
+from stream_stores import open_loader, write_store
 
 from mimscale.errors import DataError
 from mimscale.store import files
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
-from mimscale.stream.config import StreamConfig
-from mimscale.stream.loader import StreamLoader
-from mimscale.stream.plan import SamplePlan
-from mimscale.world import World
 
 SHAPES = [(40, 36, 44)] * 3
 PACK = "stores/one/packs/part-00001.zarr.zip"  # of vol_001
@@ -121,20 +117,7 @@ def test_a_flipped_bit_on_the_way_is_found(server, store, local):
 
 def test_the_stream_replaces_samples_of_a_missing_object_and_says_so(server, store):
     put(server, PACK, None)
-    manifest = load_manifest(store)
-    indices = np.arange(3)
-    config = StreamConfig(workers=1, crops_per_volume=2)
-    plan = SamplePlan.of(manifest, indices, seed=1, crop_voxels=(16, 16, 16), config=config, global_batch=3)
-    with StreamLoader(
-        store=store,
-        manifest=manifest,
-        indices=indices,
-        plan=plan,
-        world=World(),
-        micro_batch=3,
-        accumulation=1,
-        config=config,
-    ) as loader:
+    with open_loader(store) as loader:
         batches = [next(loader) for _ in range(2)]
         assert {bad.volume_id for bad in loader.bad_samples} == {"vol_001"}
     assert all("vol_001" not in batch.volume_ids for batch in batches)

@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 from disks import small_disk
 from processes import is_alive
-from stream_stores import write_store
+from stream_stores import open_loader, write_store
 
 from mimscale.store import files, layout
 from mimscale.store.manifest import load_manifest
 from mimscale.store.stage import STAGE_COLUMNS, Stage, packs_of
-from mimscale.stream.config import StreamConfig
 from mimscale.stream.loader import StreamLoader
-from mimscale.stream.plan import SamplePlan
 from mimscale.stream.staging import Copier
-from mimscale.world import World
 
 SHAPES = [(40, 36, 44)] * 6
 
@@ -36,31 +33,12 @@ def a_stage(store: Path, folder: Path) -> Stage:
     return Stage(folder, 2**30, packs_of(store, load_manifest(store, STAGE_COLUMNS)))
 
 
-def a_loader(store: Path, stage: Stage | None, copier: Copier | None = None) -> StreamLoader:
-    manifest = load_manifest(store)
-    indices = np.arange(len(manifest))
-    config = StreamConfig(workers=1, crops_per_volume=4)
-    plan = SamplePlan.of(manifest, indices, seed=1, crop_voxels=(16, 16, 16), config=config, global_batch=3)
-    return StreamLoader(
-        store=store,
-        manifest=manifest,
-        indices=indices,
-        plan=plan,
-        world=World(),
-        micro_batch=3,
-        accumulation=1,
-        config=config,
-        stage=stage,
-        copier=copier,
-    )
-
-
 def all_packs(store: Path):
     return lambda batch: [layout.pack_path(store, part) for part in range(len(SHAPES))]
 
 
 def same_batches(store: Path, loader: StreamLoader, count: int = 8) -> None:
-    with loader, a_loader(store, None) as plain:
+    with loader, open_loader(store, crops_per_volume=4) as plain:
         for _ in range(count):
             ours, theirs = next(loader), next(plain)
             assert ours.volume_ids == theirs.volume_ids
@@ -78,7 +56,7 @@ def test_a_full_stage_disk_costs_copies_and_no_sample(store, tmp_path, capfd):
         while "no room" not in (said := capfd.readouterr().err) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         assert "no room for more copies yet; the rest is read from the store" in said
-        same_batches(store, a_loader(store, stage, copier))
+        same_batches(store, open_loader(store, crops_per_volume=4, stage=stage, copier=copier))
         left = list((disk / "stage").glob("[0-9a-f]*.zarr.zip"))
         assert left
         for copy in left:
@@ -95,7 +73,7 @@ def test_a_copy_that_went_bad_is_thrown_away_and_no_sample_is_lost(damage, store
         middle = slice(len(data) // 8, len(data) // 2)
         data[middle] = bytes(255 - byte for byte in data[middle])
         copy.write_bytes(data if damage == "flip" else data[: len(data) // 8])
-    same_batches(store, a_loader(store, stage))
+    same_batches(store, open_loader(store, crops_per_volume=4, stage=stage))
     assert not any(stage.copy_of(path) for path in stage.packs)
 
 
@@ -105,7 +83,7 @@ def test_a_killed_copier_is_reported_and_the_run_goes_on(store, tmp_path, capsys
     copier.start()
     os.kill(copier._process.pid, signal.SIGKILL)
     copier._process.join()
-    same_batches(store, a_loader(store, stage, copier))
+    same_batches(store, open_loader(store, crops_per_volume=4, stage=stage, copier=copier))
     said = capsys.readouterr().err
     assert said.count("the process that copies packs ended with code -9; what is not there yet is read from") == 1
 

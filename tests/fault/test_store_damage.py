@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from fault_injector import flip_bit
 from store_samples import config_of, make_store, opened, rows_of, shard_index
 
 from mimscale.errors import DataError
@@ -25,12 +26,6 @@ def store(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "store")
 
 
-def flip(path, byte):
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 0x10
-    path.write_bytes(data)
-
-
 def read_all(store, row, overlay=None):
     return opened(store)[1].read_volume(row, overlay)
 
@@ -39,7 +34,7 @@ def read_all(store, row, overlay=None):
 def test_a_flipped_bit_in_a_chunk_is_named_with_volume_pack_and_chunk(store, where):
     row = load_manifest(store).row(1)
     data_bytes = row.length_bytes - shard.index_bytes(row.shape, 16)
-    flip(layout.pack_path(store, row.part), row.offset_bytes + int(where * data_bytes))
+    flip_bit(layout.pack_path(store, row.part), row.offset_bytes + int(where * data_bytes))
     with pytest.raises(
         DataError, match=rf"volume {row.id}: .*part-0000{row.part}\.zarr\.zip: chunk \(0, .*crc32c.*--verify"
     ):
@@ -52,14 +47,14 @@ def test_chunks_beside_the_damaged_one_can_be_read(store):
     manifest, reader = opened(store)
     row = manifest.row(1)
     whole = reader.read_volume(row)
-    flip(layout.pack_path(store, row.part), row.offset_bytes + 5)  # the first chunk
+    flip_bit(layout.pack_path(store, row.part), row.offset_bytes + 5)  # the first chunk
     box = opened(store)[1].read(row, (16, 16, 16), (5, 16, 16))
     assert np.array_equal(box, whole[:, 16:21, 16:32, 16:32])
 
 
 def test_a_flipped_bit_in_the_index_is_named(store):
     row = load_manifest(store).row(0)
-    flip(layout.pack_path(store, row.part), row.offset_bytes + row.length_bytes - 20)
+    flip_bit(layout.pack_path(store, row.part), row.offset_bytes + row.length_bytes - 20)
     with pytest.raises(DataError, match=rf"volume {row.id}: .*the shard index has a wrong crc32c"):
         read_all(store, row)
     assert row.id in {bad.volume for bad in verify(store)}
@@ -68,7 +63,7 @@ def test_a_flipped_bit_in_the_index_is_named(store):
 def test_a_damaged_overlay_is_named(store):
     row = load_manifest(store).row(2)
     place = row.overlays["label"]
-    flip(layout.overlay_path(store, "label", place.part), place.offset_bytes + 9)
+    flip_bit(layout.overlay_path(store, "label", place.part), place.offset_bytes + 9)
     with pytest.raises(DataError, match=rf"volume {row.id}: .*overlays/label/part"):
         read_all(store, row, "label")
     assert read_all(store, row).shape == row.shape
@@ -107,7 +102,7 @@ def test_verify_sees_a_flipped_bit_outside_of_every_shard(store):
     assert verify(store) == []
     row = load_manifest(store).row(0)
     path = layout.pack_path(store, row.part)
-    flip(path, path.read_bytes().index(b'"millimeter"') + 3)
+    flip_bit(path, path.read_bytes().index(b'"millimeter"') + 3)
     assert [bad.path for bad in verify(store)] == [str(path)]
 
 
@@ -115,7 +110,7 @@ def test_every_bad_chunk_is_named_not_just_the_first(store):
     row = load_manifest(store).row(1)
     path = layout.pack_path(store, row.part)
     for offset, _ in shard_index(path, row, layout.read_info(store).chunk_voxels)[[0, 2]].tolist():
-        flip(path, row.offset_bytes + offset + 9)
+        flip_bit(path, row.offset_bytes + offset + 9)
     assert [bad.volume for bad in verify(store) if "chunk" in bad.reason] == [row.id, row.id]
 
 
@@ -142,7 +137,7 @@ def test_verify_names_a_file_among_the_packs_that_the_manifest_does_not_know(sto
 
 def test_verify_in_several_processes_finds_what_one_finds(store):
     row = load_manifest(store).row(1)
-    flip(layout.pack_path(store, row.part), row.offset_bytes + 5)
+    flip_bit(layout.pack_path(store, row.part), row.offset_bytes + 5)
     layout.overlay_path(store, "label", 1 - row.part).unlink()
     with process_pool(2, 4) as pool:
         assert pool is not None
@@ -155,7 +150,7 @@ def test_a_shard_of_a_volume_that_is_not_in_the_manifest_is_checked_by_its_zip(s
     rows = rows_of(store)
     write_manifest(store, rows[1:])
     assert verify(store) == []
-    flip(layout.pack_path(store, rows[0].part), rows[0].offset_bytes + 5)
+    flip_bit(layout.pack_path(store, rows[0].part), rows[0].offset_bytes + 5)
     (bad,) = verify(store)
     assert (bad.volume, bad.path) == (rows[0].id, str(layout.pack_path(store, rows[0].part)))
 

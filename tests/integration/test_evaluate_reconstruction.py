@@ -16,7 +16,7 @@ from mimscale.stream.config import StreamConfig
 from mimscale.stream.device import normalise
 from mimscale.stream.loader import fixed_batches
 from mimscale.stream.plan import FixedPlan
-from mimscale.train.build import build_mae
+from mimscale.train.build import build_pretrain
 from mimscale.train.config import load_run_config
 from mimscale.world import World
 
@@ -54,7 +54,7 @@ def test_the_networks_error_is_the_training_loss_of_the_same_crops_and_masks(tmp
     torch.manual_seed(0)
     image, valid = normalise(batch)
     hidden = torch.from_numpy(draw_masks(batch.seeds, config.crop_voxels, config.patch_voxels, config.mask))
-    expected = build_mae(config, 1)(image, hidden, valid).sample_loss
+    expected = build_pretrain(config, 1)(image, hidden, valid).sample_loss
 
     assert [crop["network"] for crop in scores["crops"]] == pytest.approx(expected.tolist(), rel=1e-4)
 

@@ -17,6 +17,7 @@ from launch_fake_verb import Place, wait_until
 from launch import follow
 from launch.folder import JobFolder, job_folders
 from mimscale import cli, durable
+from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import Outcome, RunDir
 
 PROFILE = {
@@ -358,6 +359,15 @@ def test_two_hundred_runs_are_shown_in_two_seconds_with_one_question(site: Site)
     assert code == 0
     assert len(answer) == 200
     assert len(site.slurm.calls("squeue")) == asked + 1
+
+
+def test_the_newest_health_event_of_a_running_job_is_shown(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "RUNNING")
+    log = HealthLog(site.run.health)
+    log.append(3, "skipped", "a loss is nan")
+    log.append(50, "slow_rank", "rank 3 on node7 needs 2 s")
+    assert "health: slow_rank at step 50" in str(site.status()["reason"])
 
 
 def test_status_shows_every_job_of_a_run_that_is_not_over(site: Site) -> None:

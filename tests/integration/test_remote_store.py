@@ -12,7 +12,7 @@ import pytest
 from s3_server import S3Server, upload, use_server
 from small_segmentation import make_finetune_run, make_store
 from store_samples import make_store as ingested
-from stream_stores import write_store
+from stream_stores import open_loader, write_store
 
 from mimscale.cli import main
 from mimscale.config import build_config, config_tree, config_yaml, parse_yaml
@@ -24,11 +24,7 @@ from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.stage import STAGE_COLUMNS, Added, Stage, packs_of
 from mimscale.store.verify import verify
-from mimscale.stream.config import StreamConfig
-from mimscale.stream.loader import StreamLoader
-from mimscale.stream.plan import SamplePlan
 from mimscale.train.config import PretrainConfig
-from mimscale.world import World
 
 SHAPES = [(40, 36, 44)] * 6
 
@@ -69,21 +65,7 @@ def remote(request, local, on_s3, in_memory) -> Path:
 
 
 def first_batches(store: Path, count: int, workers: int) -> list:
-    manifest = load_manifest(store)
-    indices = np.arange(len(manifest))
-    config = StreamConfig(workers=workers, crops_per_volume=2)
-    plan = SamplePlan.of(manifest, indices, seed=1, crop_voxels=(16, 24, 20), config=config, global_batch=4)
-    with StreamLoader(
-        store=store,
-        manifest=manifest,
-        indices=indices,
-        plan=plan,
-        world=World(),
-        micro_batch=4,
-        accumulation=1,
-        config=config,
-        overlay="label",
-    ) as loader:
+    with open_loader(store, crop_voxels=(16, 24, 20), workers=workers, global_batch=4, overlay="label") as loader:
         return [next(loader) for _ in range(count)]
 
 

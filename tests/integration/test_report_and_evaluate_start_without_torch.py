@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from fake_runs import add_segmentation_scores, fake_run
-from small_segmentation import make_store
+from small_segmentation import make_pretrain_run, make_store
 
 SCRIPT = """
 import sys
@@ -31,6 +31,12 @@ def test_a_report_with_pictures_needs_no_torch(tmp_path):
 def test_inspecting_a_store_needs_no_torch(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("inspect", make_store(tmp_path / "data"), *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--verify"]])
+def test_inspecting_a_run_needs_no_torch(flags, tmp_path):
+    done = run("inspect", make_pretrain_run(tmp_path / "run", tmp_path / "store"), *flags)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,12 +1,15 @@
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from fault_injector import flip_bit
 from matplotlib.image import imread
 from small_segmentation import SOURCES, make_finetune_run, make_store
 
 from mimscale.cli import main
+from mimscale.report.inspect import age_text
 from mimscale.store import layout
 from mimscale.store.manifest import load_manifest, write_manifest
 
@@ -59,10 +62,7 @@ def test_a_flipped_byte_is_found_named_and_exits_with_3(tmp_path, capsys):
     store = make_store(tmp_path / "data")
     manifest = load_manifest(store)
     row = manifest.row(manifest.index_of("bbbb"))
-    pack = layout.pack_path(store, 0)
-    data = bytearray(pack.read_bytes())
-    data[row.offset_bytes + 50] ^= 1
-    pack.write_bytes(data)
+    flip_bit(layout.pack_path(store, 0), row.offset_bytes + 50)
     assert main(["inspect", str(store), "--verify", "--json"]) == 3
     tree = json.loads(capsys.readouterr().out)
     assert tree["ok"] is False
@@ -138,13 +138,40 @@ def test_a_run_tells_how_it_ended_and_which_checkpoints_are_whole(tmp_path, stor
     assert main(["inspect", str(run), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["outcome"]["outcome"] == "interrupted"
-    assert [(tag["step"], tag["verified"]) for tag in tree["checkpoints"]] == [(7, False), (5, True)]
+    assert [(tag["step"], tag["usable"]) for tag in tree["checkpoints"]] == [(7, False), (5, True)]
+    assert [tag["kept_as"] for tag in tree["checkpoints"]] == [[], ["newest"]]
     assert "manifest.json" in tree["checkpoints"][0]["reason"]
     assert tree["checkpoints"][1]["bytes"] > 0
+    assert abs(tree["checkpoints"][1]["saved_unix_s"] - time.time()) < 600
     assert main(["inspect", str(run)]) == 0
-    assert "NOT USABLE" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "NOT USABLE" in told
+    assert "only sizes were compared" in told
     assert main(["inspect", str(run), "--verify", "--json"]) == 3
-    assert json.loads(capsys.readouterr().out)["bad"][0]["path"].endswith("step_00000007")
+    tree = json.loads(capsys.readouterr().out)
+    assert [item["path"][-13:] for item in tree["bad"]] == ["step_00000007"]
+    assert [tag["verified"] for tag in tree["checkpoints"]] == [False, True]
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_by_verify_and_only_by_it(tmp_path, store, capsys):
+    run = make_finetune_run(tmp_path / "run", store)
+    flip_bit(run / "checkpoints" / "step_00000005" / "weights.safetensors")
+    assert main(["inspect", str(run), "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["checked"], tree["checkpoints"][0]["usable"], tree["checkpoints"][0]["verified"]) == (
+        "sizes",
+        True,
+        False,
+    )
+    assert main(["inspect", str(run), "--verify"]) == 3
+    assert "weights.safetensors has other bytes than were saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-5, "0 s"), (119, "119 s"), (120, "2 min"), (47 * 3600, "47 h"), (3 * 86_400, "3 d")]
+)
+def test_an_age_is_told_in_the_largest_unit_that_it_fills_twice(seconds, text):
+    assert age_text(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from small_segmentation import SOURCES, make_store
 
 from mimscale.cli import main
 from mimscale.report.run import write_report
+from mimscale.train.health_log import HealthLog
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -86,7 +87,7 @@ def page(folder):
 
 
 def test_every_picture_of_the_page_is_a_file_beside_it_and_no_blank(folder, page):
-    assert len(page.pictures) == 4 + 1 + 2 * 2
+    assert len(page.pictures) == 5 + 1 + 2 * 2
     for name in page.pictures:
         assert "/" not in name
         assert imread(folder / "out" / name)[..., :3].std() > 0.05, name
@@ -137,6 +138,21 @@ def test_the_jobs_of_a_run_are_listed(tmp_path):
     job = {"job_id": "4711", "executor": "local", "processes": 2, "folder": "logs/001", "submitted_utc": "2026-01-02"}
     (run / "jobs.jsonl").write_text(json.dumps(job) + "\n")
     assert "run 2026-01-02 local 2 4711 logs/001" in read(write_report([run], tmp_path / "out")).words
+
+
+def test_what_was_wrong_with_a_run_is_said_and_counted(tmp_path):
+    run = fake_run(tmp_path / "run", store="gone")
+    log = HealthLog(run / "health.jsonl")
+    for step in (3, 5):
+        log.append(step, "skipped", f"step {step}: the loss is <nan>")
+    log.append(9, "slow_rank", "rank 3 on node7 needs 2 s")
+    words = read(write_report([run], tmp_path / "out")).words
+    assert "run, health.jsonl: 2 skipped, 1 slow rank. The last: rank 3 on node7 needs 2 s" in words
+
+
+def test_a_pretraining_run_is_shown_beside_predictors_without_a_network(folder, page):
+    assert "Validation loss divided by that of two predictors without a network" in page.words
+    assert "pretrain_yardsticks.png" in page.pictures
 
 
 def test_hidden_patches_are_painted_and_the_reconstruction_is_below(folder):

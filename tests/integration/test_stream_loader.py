@@ -1,5 +1,6 @@
 import os
 import signal
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mimscale.stream.batch import SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.loader import Batch, StreamLoader, fixed_batches
 from mimscale.stream.plan import FixedPlan, SamplePlan
+from mimscale.stream.slots import MappedSlots, Slots
 from mimscale.world import World
 
 SHAPES = [(48, 40, 44), (40, 48, 40), (44, 44, 44), (48, 48, 48), (20, 48, 40), (40, 40, 40)]
@@ -110,12 +112,32 @@ def test_the_number_of_workers_changes_nothing(store: Path, manifest: Manifest, 
 
 
 def test_a_worker_decodes_straight_into_the_memory_that_the_trainer_maps(store: Path, manifest: Manifest) -> None:
-    reader = SampleReader(store, manifest, np.arange(6), a_plan(manifest), "label", shared_memory=True)
+    mapped = MappedSlots(get_context("fork"), workers=1)
+    slots = Slots(mapped.loader, 0, mapped.taken)
+    reader = SampleReader(store, manifest, np.arange(6), a_plan(manifest), "label", slots=slots)
     batch = reader.read(np.arange(4))
     assert batch.volume.is_shared(), "sending it would copy it"
     assert batch.label is not None
     assert batch.label.is_shared()
+    mapped.close()
     assert_equal(batch, SampleReader(store, manifest, np.arange(6), a_plan(manifest), "label").read(np.arange(4)))
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_memory_is_used_again_but_never_while_somebody_looks_at_it(
+    store: Path, manifest: Manifest, start_method: str
+) -> None:
+    expected = take(a_loader(store, manifest, workers=0), 30)
+    with a_loader(store, manifest, workers=1, start_method=start_method) as loader:
+        kept = {0: next(loader).volume[1], 1: next(loader).volume[0, 0, 3:5]}  # views: their batches are gone
+        for number in range(2, 30):
+            assert_equal(next(loader), expected[number])
+        slots = loader._batches._slots
+        assert slots is not None
+        assert sum(slots.taken) < 12
+        assert len(slots._memory) < 12, "each batch takes one for its volumes and one for its labels"
+    assert torch.equal(kept[0], expected[0].volume[1])
+    assert torch.equal(kept[1], expected[1].volume[0, 0, 3:5])
 
 
 def test_ranks_together_read_the_global_batches_of_one_rank(store: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
-from mimscale.models.flops import count_flops, flops_by_part, mae_products, unetr_products
+from mimscale.models.flops import CropShape, count_flops, flops_by_part, mae_products, unetr_products
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks
 from mimscale.models.unetr import Unetr
@@ -30,7 +30,13 @@ def mae_step(vit, mae, crop, patch, channels, batch=2):
     hidden = torch.from_numpy(draw_masks(range(batch), crop, patch, MaskConfig(ratio=0.75)))
     image = torch.randn(batch, channels, *crop)
     visible = int((~hidden[0]).sum())
-    products = mae_products(vit, mae, crop_voxels=crop, patch_voxels=patch, channels=channels, visible_patches=visible)
+    products = mae_products(
+        vit,
+        mae,
+        CropShape(crop_voxels=crop, patch_voxels=patch, channels=channels),
+        visible_patches=visible,
+        decoded_patches=hidden.shape[1],
+    )
     return products, lambda: model(image, hidden).loss.backward()
 
 
@@ -54,7 +60,7 @@ def test_a_unetrs_flops_are_those_that_torch_counts(patch, channels):
     shape = {"crop_voxels": crop, "patch_voxels": patch, "channels": channels}
     model, image = Unetr(vit, unetr, **shape), torch.randn(1, channels, *crop)
     total = counted(lambda: model(image).square().mean().backward())
-    assert count_flops(unetr_products(vit, unetr, **shape)).training == pytest.approx(total, rel=TOLERANCE)
+    assert count_flops(unetr_products(vit, unetr, CropShape(**shape))).training == pytest.approx(total, rel=TOLERANCE)
 
 
 def test_recomputed_blocks_cost_what_torch_counts_on_top():
@@ -68,8 +74,10 @@ def test_recomputed_blocks_cost_what_torch_counts_on_top():
 
 def test_the_encoder_costs_less_the_more_is_hidden_and_the_decoder_does_not():
     vit, mae = VitConfig(), MaeConfig()
-    shape = {"crop_voxels": (96,) * 3, "patch_voxels": (16,) * 3, "channels": 1}
-    few, many = (flops_by_part(mae_products(vit, mae, **shape, visible_patches=count)) for count in (54, 108))
+    shape = CropShape(crop_voxels=(96,) * 3, patch_voxels=(16,) * 3, channels=1)
+    few, many = (
+        flops_by_part(mae_products(vit, mae, shape, visible_patches=count, decoded_patches=216)) for count in (54, 108)
+    )
     assert few["encoder"].training * 2 < many["encoder"].training  # attention grows with the square
     assert few["head"] == many["head"]
 

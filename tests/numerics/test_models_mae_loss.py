@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mimscale.models.config import MaeConfig, VitConfig
-from mimscale.models.mae import VARIANCE_FLOOR, MaskedAutoencoder
+from mimscale.models.mae import MaskedAutoencoder
+from mimscale.models.reconstruction import VARIANCE_FLOOR
 
 CROP, PATCH, GRID, CHANNELS = (4, 6, 16), (2, 3, 4), (2, 2, 4), 2
 VOXELS = list(itertools.product(*map(range, CROP)))

@@ -15,7 +15,7 @@ from mimscale.config import load_config
 from mimscale.models import mae
 from mimscale.models.config import patch_grid
 from mimscale.models.flops import count_flops
-from mimscale.train.build import build_mae, build_unetr
+from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.losses import dice_cross_entropy
 from mimscale.train.memory import run_activations
@@ -25,6 +25,7 @@ RECIPES = {
     "ViT-B/16": (PretrainConfig, "pretrain_mae_vit_b", []),
     "ViT-B/8": (PretrainConfig, "pretrain_mae_vit_b", ["patch_voxels=[8,8,8]"]),
     "ViT-L/16": (PretrainConfig, "pretrain_mae_vit_l", []),
+    "SimMIM": (PretrainConfig, "pretrain_simmim_vit_b", []),
     "UNETR": (FinetuneConfig, "finetune_unetr", []),
 }
 CROPS = 2
@@ -37,7 +38,7 @@ def config(request):
 
 
 def build(config):
-    return build_mae(config, 1) if isinstance(config, PretrainConfig) else build_unetr(config, 1)
+    return build_pretrain(config, 1) if isinstance(config, PretrainConfig) else build_segmenter(config, 1)
 
 
 def loss_of(model, config, monkeypatch):

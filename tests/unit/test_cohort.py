@@ -7,7 +7,7 @@ from store_samples import phantom, write_nifti
 
 from mimscale.cli import main
 from mimscale.config import build_config
-from mimscale.errors import DataError
+from mimscale.errors import ConfigError, DataError
 from mimscale.ingest.cohort import write_cohort
 from mimscale.ingest.config import CohortConfig
 from mimscale.ingest.derive import ELASTIC_SCALES_MM, derive
@@ -121,3 +121,16 @@ def test_json_lists_the_files(tmp_path, real, capsys):
     files = json.loads(capsys.readouterr().out)["files"]
     assert len(files) == 6
     assert files[-2:] == [f"{tmp_path}/dataset.json", f"{tmp_path}/cohort.json"]
+
+
+def test_the_real_subject_and_the_last_derived_ones_are_for_validation_when_asked(tmp_path, real):
+    write_cohort(config_of(tmp_path, real, subjects=3, validation=1))
+    listed = json.loads((tmp_path / "dataset.json").read_text())
+    names = {part: [entry["image"][11:-7] for entry in listed[part]] for part in ("training", "validation")}
+    assert names == {"training": ["derived_001", "derived_002"], "validation": ["real_000", "derived_003"]}
+    assert listed["numTraining"] == 2
+
+
+def test_more_validation_subjects_than_there_are_is_refused(tmp_path, real):
+    with pytest.raises(ConfigError, match="validation=3: must be from 0 to subjects=2"):
+        config_of(tmp_path, real, validation=3)

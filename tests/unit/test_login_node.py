@@ -22,6 +22,13 @@ VERBS = {
     "plan --json": ["plan", "finetune_unetr", "--nodes", "1", "--gpu", "l40s", "--json"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
+    "study --dry-run": [
+        "study",
+        "studies/paper_btcv",
+        "run_dir=/none/study",
+        "data.btcv.config.sources=/none",
+        "--dry-run",
+    ],
     "submit finetune --dry-run": ["submit", "finetune", "demo/finetune", *RUN, "--dry-run"],
 }
 PROGRAM = """

@@ -5,6 +5,8 @@ from mimscale.errors import ConfigError
 from mimscale.models.config import (
     MaeConfig,
     MaskConfig,
+    SimclrConfig,
+    SimmimConfig,
     UnetrConfig,
     VitConfig,
     mask_grid,
@@ -13,7 +15,11 @@ from mimscale.models.config import (
 )
 
 
-@pytest.mark.parametrize("config", [VitConfig(), MaskConfig(), MaeConfig(), UnetrConfig(num_classes=3)], ids=type)
+@pytest.mark.parametrize(
+    "config",
+    [VitConfig(), MaskConfig(), MaeConfig(), SimmimConfig(), SimclrConfig(), UnetrConfig(num_classes=3)],
+    ids=type,
+)
 def test_a_config_survives_its_own_yaml_tree(config):
     assert build_config(type(config), config_tree(config), "test") == config
 
@@ -30,6 +36,11 @@ def test_a_config_survives_its_own_yaml_tree(config):
         (MaskConfig, {"ratio": 1.0}, "mask.ratio=1.0: must be above 0 and below 1"),
         (MaskConfig, {"ratio_range": [0.9, 0.6]}, r"mask.ratio_range=[0.9, 0.6]: the first number"),
         (MaskConfig, {"unit_voxels": [8, 0, 8]}, "mask.unit_voxels=(8, 0, 8): must be above 0"),
+        (MaskConfig, {"style": "blocks"}, "style: Input should be 'random', 'block' or 'grid', got 'blocks'"),
+        (MaskConfig, {"predicted_share": 0.0}, "mask.predicted_share=0.0: must be above 0 and at most 1"),
+        (MaskConfig, {"repeats": 0}, "mask.repeats=0: must be above 0"),
+        (MaeConfig, {"decoder_depth": -1}, "mae.decoder_depth=-1: must be 0 (linear) or above"),
+        (SimclrConfig, {"temperature": 0.0}, "simclr.temperature=0.0: must be above 0"),
         (MaeConfig, {"decoder_dim": 64, "decoder_heads": 6}, "mae.decoder_dim=64 must be a multiple of"),
         (UnetrConfig, {"num_classes": 1}, "unetr.num_classes=1: must be at least 2, background included"),
     ],

@@ -3,7 +3,8 @@ import torch
 
 from mimscale.models.config import MaeConfig, MaskConfig, VitConfig
 from mimscale.models.mae import MaskedAutoencoder, visible_indices
-from mimscale.models.masking import draw_masks
+from mimscale.models.masking import draw_masks, draw_predicted
+from mimscale.models.patches import hidden_voxels
 
 CROP, PATCH = (8, 12, 16), (4, 4, 8)  # a grid of 2 x 3 x 2
 
@@ -85,3 +86,46 @@ def test_a_reconstruction_keeps_visible_voxels_and_predicts_hidden_ones_in_image
     assert torch.equal(pictures.visible, torch.where(mask, 0, image))
     if target == "patch_normalised":
         assert (pictures.predicted - 50).abs().mean() < 10
+
+
+def test_a_linear_decoder_carries_the_image_to_hidden_patches_linearly():
+    model, hidden = small_mae(decoder_depth=0), masks(2)
+    outside = hidden[0].nonzero()[:, 0]
+    image = torch.randn(2, 1, *CROP)
+    assert not torch.allclose(
+        model(image, hidden).prediction[0, outside], model(image + 1, hidden).prediction[0, outside]
+    )
+    model(torch.randn(12, 1, *CROP), masks(12)).loss.backward()
+    without = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert without == []
+    tokens = [torch.randn(1, 3, 36) for _ in range(2)]
+    model.encoder.forward = lambda image, visible: (image, [])
+
+    def decoded(tokens):
+        return model._predict(tokens, visible_indices(hidden[:1]), None)[0]
+
+    middle = decoded((tokens[0] + tokens[1]) / 2)
+    assert torch.allclose(middle, (decoded(tokens[0]) + decoded(tokens[1])) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["masked", "all"])
+def test_what_is_not_predicted_has_no_part_in_decoder_and_loss(loss_on):
+    model, hidden = small_mae(loss_on=loss_on), masks(2)  # 9 of 12 hidden
+    predicted = torch.from_numpy(draw_predicted([5, 6], hidden.numpy(), 0.4))  # 4 of the 9
+    seen = []
+    model.decoder_blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    image = torch.randn(2, 1, *CROP)
+    output = model(image, hidden, None, predicted)
+    assert seen == [(2, 3 + 4, 24)]
+    left_out = hidden & ~predicted
+    assert not output.prediction[left_out].any()
+    mask = hidden_voxels(left_out, PATCH, model.grid)
+    assert torch.equal(model(image + 9 * mask, hidden, None, predicted).sample_loss, output.sample_loss)
+    mask = hidden_voxels(predicted, PATCH, model.grid)
+    assert (model(image + 9 * mask, hidden, None, predicted).sample_loss != output.sample_loss).all()
+
+
+def test_predicting_all_hidden_patches_by_name_is_the_default():
+    model, hidden, image = small_mae(), masks(2), torch.randn(2, 1, *CROP)
+    named = model(image, hidden, None, hidden)
+    assert torch.allclose(named.loss, model(image, hidden).loss, rtol=1e-6)

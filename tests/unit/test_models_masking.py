@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimscale.models.config import MaskConfig
-from mimscale.models.masking import draw_masks, hidden_units
+from mimscale.models.masking import draw_masks, draw_predicted, hidden_units
 
 CROP, PATCH = (32, 96, 64), (4, 16, 16)  # a grid of 8 x 6 x 4 = 192 patches
 SEEDS = st.integers(0, 2**64 - 1)
@@ -70,3 +70,61 @@ def test_at_least_one_unit_stays_visible_and_one_is_hidden():
 def test_a_crop_without_room_for_two_units_is_refused():
     with pytest.raises(ValueError, match="nothing would stay visible"):
         draw_masks([1], (16, 16, 16), (16, 16, 16), MaskConfig())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seeds=st.lists(SEEDS, min_size=1, max_size=3), ratio=st.floats(0.01, 0.99), style=st.sampled_from(["block", "grid"])
+)
+def test_every_style_hides_exactly_the_ratio_and_knows_nothing_of_the_batch(seeds, ratio, style):
+    config = MaskConfig(ratio=ratio, style=style)
+    masks = draw_masks(seeds, CROP, PATCH, config)
+    assert set(masks.sum(axis=1)) == {min(max(round(ratio * 192), 1), 191)}
+    assert np.array_equal(draw_masks(seeds[-1:], CROP, PATCH, config)[0], masks[-1])
+
+
+@pytest.mark.parametrize("style", ["block", "grid"])
+def test_every_patch_is_hidden_about_as_often_as_any_other(style):
+    masks = draw_masks(range(1000), CROP, PATCH, MaskConfig(ratio=0.6, style=style))
+    shares = masks.mean(axis=0)
+    # Exactly so for a grid (5 standard deviations of chance); boxes are cut off when enough is hidden, and what is
+    # left of the last one lies rather at its rim than in its middle.
+    assert np.abs(shares - 115 / 192).max() < (5 * np.sqrt(0.24 / 1000) if style == "grid" else 0.08)
+
+
+def neighbours_alike(masks):
+    """How often neighbours along the axes share their fate."""
+    grids = masks.reshape(-1, 8, 6, 4)
+    pairs = [np.diff(grids.astype(np.int8), axis=axis) == 0 for axis in (1, 2, 3)]
+    return np.concatenate([pair.ravel() for pair in pairs]).mean()
+
+
+def test_blocks_hang_together_and_grids_do_not():
+    shares = {
+        style: neighbours_alike(draw_masks(range(300), CROP, PATCH, MaskConfig(ratio=0.5, style=style)))
+        for style in ("random", "block", "grid")
+    }
+    assert shares["random"] == pytest.approx(0.5, abs=0.02)
+    assert shares["block"] > 0.65
+    assert shares["grid"] < 0.47  # of the 8 places of a cell 4 are hidden: of 7 others, 3 have the same fate
+
+
+def test_a_grid_shows_the_same_places_of_every_cell():
+    masks = draw_masks(range(20), CROP, PATCH, MaskConfig(ratio=0.75, style="grid"))
+    cells = masks.reshape(20, 4, 2, 3, 2, 2, 2).transpose(0, 2, 4, 6, 1, 3, 5).reshape(20, 8, 24)
+    assert np.array_equal(cells.any(axis=2), cells.all(axis=2))
+    assert set(cells.all(axis=2).sum(axis=1)) == {6}
+    assert len(np.unique(masks, axis=0)) > 10
+
+
+def test_the_predicted_patches_are_a_random_part_of_the_hidden_ones():
+    seeds = range(4000)
+    hidden = draw_masks(seeds, (16, 32, 16), (8, 8, 8), MaskConfig(ratio=0.75))  # 12 of 16
+    predicted = draw_predicted(seeds, hidden, 0.5)
+    assert not (predicted & ~hidden).any()
+    assert set(predicted.sum(axis=1)) == {6}
+    assert np.array_equal(draw_predicted([7], hidden[7:8], 0.5)[0], predicted[7])
+    # Given that a patch is hidden, chance alone decides: not how early it was hidden.
+    shares = predicted.sum(axis=0) / hidden.sum(axis=0)
+    assert np.abs(shares - 0.5).max() < 5 * np.sqrt(0.25 / 3000)
+    assert set(draw_predicted(seeds, hidden, 0.01).sum(axis=1)) == {1}

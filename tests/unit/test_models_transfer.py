@@ -117,7 +117,7 @@ def test_an_incomplete_source_is_refused_and_leaves_the_model_untouched():
         "runs/mae: 1 of the encoder's 29 tensors cannot be loaded\n"
         "  encoder.blocks.1.mlp.fall.weight: not in the source\n"
         "give the model the architecture and the patch of the source: patch_voxels=[8, 8, 8] model.dim=24 "
-        "model.depth=2 model.heads=2 model.mlp_ratio=4.0 model.positions=learned model.layer_scale=None"
+        "model.depth=2 model.heads=2 model.mlp_ratio=4.0 model.mlp=gelu model.positions=learned model.layer_scale=None"
     )
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mimscale.models.config import UnetrConfig, VitConfig
+from mimscale.models.prior import set_class_prior
 from mimscale.models.unetr import Unetr, upsampling_strides
 
 
@@ -89,18 +90,18 @@ def test_weights_cast_to_bf16_take_an_fp32_image_and_give_fp32_logits():
 def test_the_class_prior_sets_the_mean_probability_of_each_class():
     model = small_unetr((16, 16, 16), (8, 8, 8))
     torch.nn.init.zeros_(model.out.conv.conv.weight)
-    model.set_class_prior([900, 90, 10])
+    set_class_prior(model.output_bias, [900, 90, 10])
     probabilities = model(torch.randn(1, 1, 16, 16, 16)).softmax(dim=1).mean(dim=(0, 2, 3, 4))
     assert probabilities.tolist() == pytest.approx([0.9, 0.09, 0.01], rel=1e-5)
 
 
 def test_a_class_that_was_never_seen_stays_possible():
     model = small_unetr((16, 16, 16), (8, 8, 8))
-    model.set_class_prior([1.0, 1.0, 0.0])
+    set_class_prior(model.output_bias, [1.0, 1.0, 0.0])
     assert all(math.isfinite(value) for value in model.out.conv.conv.bias.tolist())
 
 
 @pytest.mark.parametrize("shares", [[0.5, 0.5], [0.0, 0.0, 0.0], [1.0, 0.5, -0.5]])
 def test_a_class_prior_that_is_none_is_refused(shares):
     with pytest.raises(ValueError, match="expected 3 shares of voxels, none negative"):
-        small_unetr((16, 16, 16), (8, 8, 8)).set_class_prior(shares)
+        set_class_prior(small_unetr((16, 16, 16), (8, 8, 8)).output_bias, shares)

@@ -128,3 +128,29 @@ def test_resizing_a_table_keeps_what_is_linear_inside():
     assert torch.allclose(finer[1:-1, 0, 0, 0], torch.linspace(0.25, 2.75, 6))
     assert torch.allclose(finer[..., 1], table[:1, :, :, 1].expand(8, -1, -1))
     assert torch.equal(resize_table(table, (4, 4, 2)), table)
+
+
+def test_a_gated_mlp_is_the_formula_and_has_as_many_weights_as_a_plain_one():
+    vit, plain = small_vit(mlp="swiglu", dim=48), small_vit(dim=48)
+    mlp = vit.blocks[0].mlp
+    tokens = torch.randn(2, 3, 48)
+    hidden = tokens @ mlp.rise.weight.T + mlp.rise.bias
+    gate, value = hidden[..., :128], hidden[..., 128:]
+    expected = (gate / (1 + (-gate).exp()) * value) @ mlp.fall.weight.T + mlp.fall.bias
+    assert torch.allclose(mlp(tokens), expected, atol=1e-5)
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in (vit, plain)]
+    assert counts[0] == pytest.approx(counts[1], rel=5e-3)
+
+
+def test_masked_patches_are_the_token_at_their_place_and_nothing_of_the_image():
+    vit, volume = small_vit(), torch.randn(2, 2, *CROP)
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[:, [1, 7]] = True
+    token = torch.randn(24)
+    before, (embedding,) = vit(volume, keep=[0], masked=(hidden, token))
+    assert torch.allclose(embedding[0, 7], token + vit.positions.flatten(0, 2)[7])
+    changed = volume.clone()
+    changed[..., 0:2, 0:3, 4:8] += 1  # patch 1, hidden
+    assert torch.equal(vit(changed, masked=(hidden, token))[0], before)
+    changed[..., 0:2, 3:6, 4:8] += 1  # patch 5, visible
+    assert not torch.allclose(vit(changed, masked=(hidden, token))[0], before, atol=1e-3)

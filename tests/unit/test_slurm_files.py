@@ -31,4 +31,5 @@ def test_the_example_has_every_key_of_a_profile() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_is_valid_bash(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")

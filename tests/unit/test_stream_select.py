@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -9,7 +8,7 @@ from stream_stores import write_store
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError
-from mimscale.store.manifest import Manifest, load_manifest, write_manifest
+from mimscale.store.manifest import SCHEMA, Manifest, load_manifest, write_manifest
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.select import parse_attribute, parse_filter
 from mimscale.stream.shares import WeightedShares, weighted_shares
@@ -120,9 +119,14 @@ def test_a_filter_knows_the_columns_that_it_reads() -> None:
 
 @given(text=st.text(alphabet="abidmoxlty [](){}=<>!'\".,+-*012#\n\\:andornoti", max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_a_filter_or_a_config_error(text: str) -> None:
-    with contextlib.suppress(ConfigError):
-        parse_filter(text)
+def test_any_text_is_a_filter_of_known_columns_or_a_config_error_that_names_the_key(text: str) -> None:
+    columns, said = frozenset(), ""
+    try:
+        columns = parse_filter(text).columns
+    except ConfigError as error:
+        said = str(error)
+    assert bool(columns) != said.startswith("stream.filter=")
+    assert columns <= set(SCHEMA.names)
 
 
 def test_weights_go_by_text_only() -> None:

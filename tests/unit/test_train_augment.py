@@ -6,6 +6,7 @@ import torch
 
 from mimscale.config import build_config, load_config
 from mimscale.errors import ConfigError
+from mimscale.models.reconstruction import ReconstructionOutput
 from mimscale.stream.batch import Batch
 from mimscale.stream.config import AugmentConfig
 from mimscale.train.config import FinetuneConfig, PretrainConfig
@@ -51,12 +52,14 @@ class Seen:
 
     def reconstruct(self, image, hidden, valid):
         self.images.append(image)
-
-        class Output:
-            loss = torch.zeros(())
-            sample_loss = torch.zeros(2)
-
-        return Output()
+        patches = hidden.shape[1]
+        return ReconstructionOutput(
+            loss=torch.zeros(()),
+            sample_loss=torch.zeros(2),
+            prediction=torch.zeros(2, patches, image[0].numel() // patches),
+            tokens=torch.zeros(2, 1, 4),
+            mean_voxel_loss=torch.zeros(()),
+        )
 
 
 def test_finetuning_augments_training_and_not_validation():

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 from fakes import FileEngine, OneRank, checkpoints_of
+from fault_injector import flip_bit
 
 from mimscale.errors import CheckpointError
 from mimscale.train import checkpoint
@@ -43,14 +44,8 @@ def test_only_the_newest_ones_are_kept(run):
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
-def flip_a_byte(file):
-    data = bytearray(file.read_bytes())
-    data[0] ^= 1
-    file.write_bytes(bytes(data))
-
-
 BREAKS = {
-    "sha256 differs": lambda tag: flip_a_byte(tag / "engine" / "zero_pp_rank_0_state.json"),
+    "sha256 differs": lambda tag: flip_bit(tag / "engine" / "zero_pp_rank_0_state.json"),
     "bytes instead of": lambda tag: (tag / "weights.safetensors").write_text(""),
     "is missing": lambda tag: (tag / "weights.safetensors").unlink(),
     "no readable manifest.json": lambda tag: (tag / "manifest.json").unlink(),
@@ -73,7 +68,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_loudly(run, capsys, reason):
 
 def test_when_all_are_broken_each_is_named_and_the_run_does_not_start_from_step_0(run):
     saved(run, 10, 20)
-    flip_a_byte(run.checkpoints / "step_00000010" / "weights.safetensors")
+    flip_bit(run.checkpoints / "step_00000010" / "weights.safetensors")
     (run.checkpoints / "step_00000020" / "manifest.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         checkpoints_of(run, FileEngine()).restore()

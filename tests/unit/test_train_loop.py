@@ -1,14 +1,18 @@
 """The loop with fakes: what happens in which order, whatever engine and data are behind it."""
 
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes import OneRank
+from safetensors.torch import load_file
 
 from mimscale.errors import DataError
-from mimscale.train.config import MeterConfig
+from mimscale.train.config import HealthConfig, MeterConfig
+from mimscale.train.health import Health
+from mimscale.train.health_log import HealthLog
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
 from mimscale.train.run_dir import RunDir
@@ -37,6 +41,8 @@ class Engine:
     state: int = 0
     micro_batches: int = 0
     rates: list = field(default_factory=list)
+    norm: float = 0.0
+    before_step: int = 0
 
     def seed_micro_batch(self, step, micro_index):
         assert micro_index == self.micro_batches % ACCUMULATION
@@ -46,13 +52,18 @@ class Engine:
         return 1.0
 
     def backward(self, loss):
+        if self.micro_batches % ACCUMULATION == 0:
+            self.before_step, self.norm = self.state, 0.0
         self.state = (self.state * 31 + int(loss.nan_to_num())) % 9973
+        self.norm += 0.0 if loss.isfinite() else float("nan")
 
     def step(self):
         self.micro_batches += 1
+        if self.micro_batches % ACCUMULATION == 0 and self.norm != 0.0:
+            self.state = self.before_step
 
     def grad_norm(self):
-        return 0.0
+        return self.norm
 
 
 class Batches:
@@ -62,8 +73,18 @@ class Batches:
     def __next__(self):
         self.next += 1
         sample_ids = torch.tensor([self.next - 1])
-        counts = {"substituted": 0, "voxels_decoded": 100.0, "bytes_read": 30.0}
-        return SimpleNamespace(sample_ids=sample_ids, volume_ids=[f"v{self.next - 1}"], **counts)
+        return SimpleNamespace(
+            sample_ids=sample_ids,
+            volume_ids=[f"v{self.next - 1}"],
+            seeds=[self.next],
+            spacing_mm=[(1.0, 1.0, 1.0)],
+            batch_index=(self.next - 1) // ACCUMULATION,
+            volume=sample_ids,
+            tensors=lambda: {"volume": sample_ids},
+            substituted=0,
+            voxels_decoded=100.0,
+            bytes_read=30.0,
+        )
 
 
 class Keeper:
@@ -73,22 +94,29 @@ class Keeper:
         self.saved = {0: 0}
 
 
-def run(tmp_path, keeper, *, stop_at=None, loss_at=None, every=5):
+def run(tmp_path, keeper, *, stop_at=None, bad=(), jumps=(), every=5, **health):
+    """`bad`: samples whose loss is NaN; `jumps`: samples whose loss is a thousand times as large."""
     first = max(keeper.saved)
     engine = Engine(state=keeper.saved[first])
     seen = []
 
     def loss_of(batch):
         number = int(batch.sample_ids[0])
-        value = float(engine.state + number % 7) if loss_at is None or number != loss_at else float("nan")
-        return torch.tensor(value)
+        value = float(engine.state % 50 + 100 + number % 7) * (1000 if number in jumps else 1)
+        return torch.tensor(float("nan") if number in bad else value)
+
+    def roll_back():
+        engine.state = keeper.saved[max(keeper.saved)]
+        return max(keeper.saved)
 
     def stop_wanted():
         return stop_at is not None and len(engine.rates) + first >= stop_at
 
     run_dir = RunDir(tmp_path)
+    watch = Health(HealthConfig(**health), run_dir, Ranks(), tree={"seed": 1}, rollback=roll_back)
     with Meter(run_dir, MeterConfig(tensorboard=False), World(), steps=STEPS, global_batch=2) as meter:
         meter.start(first)
+        watch.start(first)
         done = train(
             first_step=first,
             steps=STEPS,
@@ -98,11 +126,13 @@ def run(tmp_path, keeper, *, stop_at=None, loss_at=None, every=5):
             batches=Batches(first),
             loss_of=loss_of,
             meter=meter,
+            health=watch,
             stop_wanted=stop_wanted,
             save=lambda step: keeper.saved.update({step: engine.state}),
             save_due=lambda step: step % every == 0,
             validate=lambda: {"val_loss": 1.0},
             validation_due=lambda step: seen.append(step) or False,
+            take_yardsticks=lambda: {"mean_voxel": 200.0},
         )
     return done, [line for line in run_dir.read_metrics() if "loss" in line]
 
@@ -141,13 +171,86 @@ def test_a_stop_at_the_last_step_finishes(tmp_path):
     assert STEPS in keeper.saved
 
 
-def test_a_loss_that_is_not_finite_names_step_and_volumes_and_is_not_saved(tmp_path):
+def test_an_update_that_is_not_finite_is_left_out_and_the_data_go_on(tmp_path, capsys):
+    straight, keeper = Keeper(), Keeper()
+    run(tmp_path / "a", straight, every=1)
+    done, lines = run(tmp_path / "b", keeper, bad=(7,), every=1)
+    assert done == STEPS
+    assert keeper.saved[3] == straight.saved[3]
+    assert keeper.saved[4] == keeper.saved[3], "the update of step 4 was made after all"
+    assert [line["step"] for line in lines] == [1, 2, 3, *range(5, STEPS + 1)], "a step without a loss has one"
+    (skipped,) = [line for line in RunDir(tmp_path / "b").read_metrics() if line.get("skipped_steps")]
+    assert (skipped["step"], skipped["skipped_steps"]) == (4, 1.0)
+    assert "rank 0 on localhost: loss nan on volumes v7\n" in capsys.readouterr().err, "v6 was innocent"
+    (event,) = HealthLog(RunDir(tmp_path / "b").health).read()
+    assert (event["step"], event["event"], event["volume_ids"]) == (4, "skipped", ["v6", "v7"])
+
+
+def test_a_skipped_step_leaves_what_it_trained_on(tmp_path):
+    run(tmp_path, Keeper(), bad=(7,))
+    folder = RunDir(tmp_path).diagnostics / "step_00000004-rank00000"
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["config"] == {"seed": 1}
+    assert [batch["loss"] for batch in facts["micro_batches"]][1] == "nan"
+    assert [batch["seeds"] for batch in facts["micro_batches"]] == [[7], [8]]
+    assert [batch["sample_ids"] for batch in facts["micro_batches"]] == [[6], [7]]
+    assert load_file(folder / "batch-1.safetensors")["volume"].tolist() == [7]
+
+
+def test_one_bad_step_too_many_ends_the_run_and_is_not_saved(tmp_path):
     keeper = Keeper()
-    with pytest.raises(
-        DataError, match=r"step 4: the loss is nan, its gradient norm 0.0; this rank trained on volumes v6, v7"
-    ):
-        run(tmp_path, keeper, loss_at=6, every=4)
+    with pytest.raises(DataError, match=r"(?s)step 4: .*loss nan on volumes v7\n.*health.max_skipped=1") as error:
+        run(tmp_path, keeper, bad=(2, 7), every=4, max_skipped=1)
+    assert error.value.exit_code == 3
     assert max(keeper.saved) == 0
+    assert [event["event"] for event in HealthLog(RunDir(tmp_path).health).read()] == ["skipped", "stopped"]
+
+
+def test_skipped_steps_of_earlier_jobs_count(tmp_path):
+    keeper = Keeper()
+    run(tmp_path, keeper, bad=(2,), stop_at=3, max_skipped=1)
+    with pytest.raises(DataError, match=r"These were 2 such steps"):
+        run(tmp_path, keeper, bad=(2, 15), max_skipped=1)
+
+
+SPIKE = {"spike_window": 6, "spike_steps": 2, "jumps": (12, 13, 14, 15)}  # steps 7 and 8
+
+
+def test_a_spike_is_reported_once_and_changes_nothing_by_default(tmp_path, capsys):
+    done, lines = run(tmp_path, Keeper(), **SPIKE)
+    assert done == STEPS == len(lines)
+    (event,) = HealthLog(RunDir(tmp_path).health).read()
+    assert (event["step"], event["event"]) == (8, "spike")
+    assert event["loss"] > event["threshold"] > event["median"]
+    assert "step 8: loss" in capsys.readouterr().err
+
+
+def test_a_rollback_takes_the_weights_of_the_last_checkpoint_and_the_data_behind_the_spike(tmp_path):
+    keeper = Keeper()
+    done, lines = run(tmp_path, keeper, on_spike="rollback", **SPIKE)
+    assert done == STEPS
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "a batch was trained on twice"
+    spike, back = HealthLog(RunDir(tmp_path).health).read()
+    assert (spike["step"], spike["event"]) == (8, "spike")
+    # The loss of step 8 is read when step 9 has been made.
+    assert (back["step"], back["event"], back["to_step"], back["steps_undone"]) == (9, "rolled_back", 5, 4)
+    engine = Engine(state=keeper.saved[5])
+    for number in range(18, 20):  # step 10 begins where the checkpoint of step 5 ended
+        engine.backward(torch.tensor(float(engine.state % 50 + 100 + number % 7)))
+    after = Engine(state=engine.state)
+    assert lines[9]["loss"] != lines[8]["loss"]
+    assert keeper.saved[10] == after.state
+
+
+def test_a_spike_that_comes_back_after_the_last_rollback_ends_the_run(tmp_path):
+    jumps = tuple(range(12, 24))
+    with pytest.raises(DataError, match=r"1 rollback\(s\) did not help \(health.max_rollbacks=1\); lower optim.lr"):
+        run(tmp_path, Keeper(), on_spike="rollback", max_rollbacks=1, **{**SPIKE, "jumps": jumps})
+
+
+def test_the_loss_is_logged_relative_to_its_yardsticks(tmp_path):
+    _, lines = run(tmp_path, Keeper())
+    assert all(line["loss_vs_mean_voxel"] == pytest.approx(line["loss"] / 200) for line in lines)
 
 
 def test_metrics_carry_the_documented_keys(tmp_path):

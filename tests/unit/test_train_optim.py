@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch import nn
 from mimscale.errors import ConfigError
 from mimscale.train.config import EngineConfig, OptimConfig, PretrainConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
-from mimscale.train.optim import learning_rate, lr_scale, parameter_groups
+from mimscale.train.optim import group_rate, learning_rate, lr_scale, parameter_groups, stage_at, stages
 
 
 def test_the_rate_rises_linearly_then_falls_to_its_minimum():
@@ -56,7 +58,7 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
     assert tree["train_batch_size"] == 24
     assert tree["gradient_accumulation_steps"] == 4
     assert tree["gradient_clipping"] == 0.5
-    assert tree["bf16"] == {"enabled": True}
+    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert tree["communication_data_type"] == "fp32"
     assert tree["zero_optimization"]["stage"] == 2
     assert tree["zero_optimization"]["overlap_comm"] is True
@@ -98,3 +100,72 @@ def test_a_rank_count_that_does_not_divide_lists_the_legal_ones():
     assert accumulation(config, 3) == 2
     with pytest.raises(ConfigError, match="among 4 ranks; legal rank counts are 1, 2, 3, 6"):
         accumulation(config, 4)
+
+
+SCHEDULES = {
+    "full": OptimConfig(schedule="full", lr=1.0, warmup_steps=4, min_lr_ratio=0.1),
+    "low_peak": OptimConfig(schedule="low_peak", lr=1.0, warmup_steps=4, min_lr_ratio=0.1),
+    "sawtooth": OptimConfig(schedule="sawtooth", lr=1.0, warmup_steps=5, head_steps=8, min_lr_ratio=0.1),
+    "frozen": OptimConfig(schedule="frozen", lr=1.0, warmup_steps=4, min_lr_ratio=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [3, 8, 9, 40])
+def test_the_stages_of_a_schedule_cover_every_step_once(name, steps):
+    table = stages(SCHEDULES[name], steps)
+    assert table[0].start == 0
+    assert table[-1].stop == steps
+    assert all(before.stop == after.start for before, after in itertools.pairwise(table))
+    for step in range(steps):
+        stage = stage_at(SCHEDULES[name], step, steps)
+        assert stage.start <= step < stage.stop
+
+
+def test_a_sawtooth_rises_and_falls_twice_and_its_boundaries_belong_to_the_later_stage():
+    config = SCHEDULES["sawtooth"]
+    rates = [learning_rate(config, step, 30) for step in range(31)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]  # the head alone rises for half of its 8 steps
+    assert rates[4:8] == sorted(rates[4:8], reverse=True)
+    assert rates[7] < 0.3
+    assert rates[8:14] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])  # then all weights rise together
+    assert rates[13:] == sorted(rates[13:], reverse=True)
+    assert rates[30] == pytest.approx(0.1)
+    assert [stage_at(config, step, 30).trains_encoder for step in (0, 7, 8, 29, 30)] == [False, False, True, True, True]
+
+
+def test_each_schedule_gives_encoder_and_head_their_rates():
+    def at(name, step):
+        config = SCHEDULES[name]
+        groups = [{"lr_scale": scale, "is_encoder": inside} for scale, inside in ((0.5, True), (2.0, False))]
+        return [group_rate(group, config, step, 24) for group in groups]
+
+    assert at("full", 4) == [0.5, 2.0]
+    assert at("low_peak", 4) == pytest.approx([0.05, 0.2])
+    assert at("sawtooth", 4) == [0.0, 2.0]
+    assert at("sawtooth", 13) == [0.5, 2.0]
+    assert at("frozen", 4) == [0.0, 2.0]
+
+
+def test_a_schedule_without_a_head_stage_has_no_more_groups_than_it_needs():
+    plain, sawtooth = (
+        parameter_groups(Small(), OptimConfig(schedule=name, head_steps=steps), depth=1)
+        for name, steps in (("full", 0), ("sawtooth", 3))
+    )
+    assert [group["is_encoder"] for group in plain] == [False] * 2
+    assert sorted(group["is_encoder"] for group in sawtooth) == [False, False, True, True]
+    inside = [group for group in sawtooth if group["is_encoder"]]
+    assert sum(len(group["params"]) for group in inside) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "sawtooth"}, "sawtooth needs steps of the head alone"),
+        ({"head_steps": 3}, "optim.schedule=full with optim.head_steps=3"),
+        ({"schedule": "frozen", "head_steps": 3}, "optim.schedule=frozen with optim.head_steps=3"),
+    ],
+)
+def test_steps_of_the_head_alone_belong_to_a_sawtooth(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**change)

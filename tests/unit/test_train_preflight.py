@@ -45,8 +45,11 @@ def _facts(rank: int, node: str) -> RankFacts:
 EVERYONE = [_facts(0, "n1"), _facts(1, "n1"), _facts(2, "n2"), _facts(3, "n2")]
 
 
-def test_ranks_that_agree_may_start() -> None:
-    judge(EVERYONE, 4, CONFIG, 10**6)
+def test_ranks_that_agree_may_start_up_to_the_last_byte_and_not_beyond() -> None:
+    free_bytes = min(facts.free_bytes for facts in EVERYONE)
+    judge(EVERYONE, len(EVERYONE), CONFIG, free_bytes)
+    with pytest.raises(LaunchError, match="the disk is full"):
+        judge(EVERYONE, len(EVERYONE), CONFIG, free_bytes + 1)
 
 
 @pytest.mark.parametrize(

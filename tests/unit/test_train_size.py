@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mimscale.models.config import MaeConfig, UnetrConfig, VitConfig
+from mimscale.config import load_config
+from mimscale.models.config import MaeConfig, SimclrConfig, SimmimConfig, UnetrConfig, VitConfig
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.unetr import Unetr
+from mimscale.train.build import build_pretrain
 from mimscale.train.config import EngineConfig, FinetuneConfig, PretrainConfig
 from mimscale.train.memory import estimate_memory
 from mimscale.train.size import checkpoint_bytes, count_parameters, save_seconds
+from mimscale.train.verbs import check_run
 
 VITS = [
     VitConfig(dim=48, depth=3, heads=4),
@@ -74,3 +77,47 @@ def test_a_save_is_faster_on_more_nodes_but_never_faster_than_the_weights_of_the
     one, many = save_seconds(config, 1, 500.0), save_seconds(config, 1000, 500.0)
     assert one == pytest.approx(checkpoint_bytes(config) / 1e6 * (1 / 500 + 1 / 1000))
     assert one / 3 < many < one
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "mae", "mae": MaeConfig(decoder_dim=24, decoder_depth=0, decoder_heads=2)},
+        {"method": "simmim"},
+        {"method": "simmim", "simmim": SimmimConfig(head="mlp")},
+        {"method": "simclr", "simclr": SimclrConfig(projection_dim=6, hidden_dim=10)},
+    ],
+    ids=str,
+)
+def test_the_weights_of_every_method_are_counted_exactly(method: dict[str, object]) -> None:
+    vit = VitConfig(dim=48, depth=2, heads=4, mlp="swiglu")
+    config = PretrainConfig(crop_voxels=(16, 32, 32), patch_voxels=(8, 8, 16), model=vit, **method, **PLACES)
+    model = build_pretrain(config, 2)
+    assert count_parameters(config, 2) == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "millions"),
+    [
+        ("mae_vit_s", 21),
+        ("mae_vit_b", 85),
+        ("mae_vit_l", 302),
+        ("mae_vit_h", 630),
+        ("simmim_vit_b", 85),
+        ("simclr_vit_b", 85),
+    ],
+)
+def test_a_packaged_recipe_has_the_encoder_that_it_names(recipe: str, millions: int) -> None:
+    config = load_config(PretrainConfig, f"pretrain_{recipe}", ["store=s", "run_dir=r"])
+    check_run(config)
+    blocks = config.model.depth * (12 * config.model.dim**2 + 13 * config.model.dim)
+    assert round(blocks / 1e6) == millions
+    assert count_parameters(config) > blocks
+
+
+def test_the_three_methods_see_equally_many_crops() -> None:
+    configs = [
+        load_config(PretrainConfig, f"pretrain_{method}_vit_b", ["store=s", "run_dir=r"])
+        for method in ("mae", "simmim", "simclr")
+    ]
+    assert len({(c.steps, c.global_batch, c.crop_voxels, c.stream, c.optim) for c in configs}) == 1

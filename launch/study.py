@@ -1,0 +1,355 @@
+"""`mimscale study RECIPE run_dir=DIR`: run the graph of a study, here or on Slurm, and write its report.
+
+Each node is a submission of its verb, in a folder of its own, by the same path as `mimscale submit`. What a node has
+come to is read from there each time, so the same command goes on after any interruption.
+"""
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.folder import JobFolder, job_folders
+from launch.jobs import JOB_SIGNALS
+from launch.plan import JOB_VERBS, Plan, make_plan
+from launch.preflight import refuse_inside_allocation
+from launch.profile import Profile, load_profile
+from launch.srun_log import last_message
+from launch.status import Cluster, ask_cluster, status_of
+from launch.submit import prepare, start, submit_batch
+from mimscale import console
+from mimscale.config import config_tree
+from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.lock import sole_writer
+from mimscale.report.study import StudyView
+from mimscale.study.config import StudyConfig, load_study
+from mimscale.study.graph import Graph, Node, expand
+from mimscale.study.nodes import data_problems, leaks, resolve
+from mimscale.study.view import NodeState, study_view, write_study_report
+from mimscale.train.run_dir import RunDir
+
+POLL_S = 0.5
+# The same command goes on after these: stopped by request, or a process was killed.
+GOES_ON = (INTERRUPTED_EXIT_CODE, LostRankError.exit_code)
+AHEAD = ("running", "queued")
+
+
+@dataclass
+class Study:
+    """A study at work: its graph, and what its nodes have come to."""
+
+    config: StudyConfig
+    graph: Graph
+    profile: Profile
+    nodes: int = 1  # of the cluster, a training node
+    retry: bool = False  # try failed nodes again
+    states: dict[str, NodeState] = field(default_factory=dict)
+    started: set[str] = field(default_factory=set)  # by this command
+    refused: dict[str, str] = field(default_factory=dict)  # node -> why this command could not start it
+    # What cannot change while this command works, and would take long to find out again and again.
+    _final: dict[str, NodeState] = field(default_factory=dict)
+    _wrong: dict[str, MimscaleError | None] = field(default_factory=dict)
+    _leaks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Of the study."""
+        return self.config.run_dir.absolute()
+
+    def look(self) -> dict[str, NodeState]:
+        """What every node has come to, parents first."""
+        newest = {node.id: self._newest(node) for node in self.graph.nodes.values() if node.id not in self._final}
+        cluster = ask_cluster(folder for folder in newest.values() if folder is not None)
+        self.states = {}
+        for node in self.graph.nodes.values():
+            state = self._final.get(node.id) or self._state(node, newest[node.id], cluster)
+            if state.name in ("done", "failed"):
+                self._final[node.id] = state
+            self.states[node.id] = state
+        return self.states
+
+    def _state(self, node: Node, newest: JobFolder | None, cluster: Cluster) -> NodeState:
+        if (error := self._config_error(node)) is not None:
+            return NodeState("failed", str(error), error.exit_code)
+        state = self._submitted(node, newest, cluster)
+        if state.name == "done" and node.verb == "ingest":
+            problems = data_problems(self.config, self.graph, self.folder, node.id)
+            return NodeState("failed", "; ".join(problems), DataError.exit_code) if problems else state
+        if state.name in ("done", "failed", *AHEAD):
+            return state
+        missing = [parent for parent in node.parents if self.states[parent].name in ("failed", "left out")]
+        if missing:
+            return NodeState("left out", f"{self.graph.nodes[missing[0]].label} has no result")
+        if node.id in self.refused:
+            return NodeState("failed", self.refused[node.id], 1)
+        if node.verb == "pretrain" and self._data_is_there(node):
+            if node.id not in self._leaks:
+                self._leaks[node.id] = leaks(self.config, self.graph, self.folder, node)
+            if self._leaks[node.id]:
+                return NodeState("failed", self._leaks[node.id], DataError.exit_code)
+        return state
+
+    def _config_error(self, node: Node) -> MimscaleError | None:
+        if node.id not in self._wrong:
+            try:
+                resolve(self.graph, self.folder, node)
+                self._wrong[node.id] = None
+            except MimscaleError as error:
+                self._wrong[node.id] = error
+        return self._wrong[node.id]
+
+    def _submitted(self, node: Node, newest: JobFolder | None, cluster: Cluster) -> NodeState:
+        run = self._run_dir(node)
+        status = None if newest is None else status_of(run, newest, cluster, time.time())
+        # A run is finished some seconds before its processes are gone.
+        if status is not None and status.state in ("running", "queued", "unknown"):
+            return NodeState("queued" if status.state == "queued" else "running", status.reason)
+        if node.verb in ("pretrain", "finetune"):
+            trained = run.read_outcome()
+            if trained is not None and trained.outcome == "finished" and trained.step >= node.config["steps"]:
+                return NodeState("done", "")
+        if newest is None or status is None:
+            return NodeState("to do", "")
+        outcome = newest.read_outcome()
+        if outcome is None or status.state == "cancelled":
+            return NodeState("to do", status.reason)
+        if outcome.exit_code == 0:
+            return NodeState("done", "")
+        reason = self._reason(newest, outcome.message)
+        if outcome.exit_code in GOES_ON or (self.retry and node.id not in self.started):
+            return NodeState("to do", reason)
+        return NodeState("failed", reason, outcome.exit_code)
+
+    def _reason(self, folder: JobFolder, message: str) -> str:
+        """Why a node failed: what its first rank printed, where the launcher only knows its exit code."""
+        log = folder.rank_log(str(folder.read().job_id), 0)
+        printed = last_message(log.read_text(errors="replace")) if log.exists() else ""
+        return printed if printed and "its log says why" in message else message
+
+    def _newest(self, node: Node) -> JobFolder | None:
+        folders = [folder for folder in job_folders(self._run_dir(node).logs) if folder.read().verb == node.verb]
+        return folders[-1] if folders else None
+
+    def _run_dir(self, node: Node) -> RunDir:
+        place = self.graph.folder(self.folder, node)
+        return RunDir(place.with_name(place.name + JOB_VERBS[node.verb].suffix))
+
+    def _data_is_there(self, node: Node) -> bool:
+        """Every store that its results are trained, validated or tested on."""
+        wanted = {node.id}.union(*({t.finetune, t.evaluate} for t in self.graph.trials if t.pretrain == node.id))
+        parents = {parent for one in wanted for parent in self.graph.nodes[one].parents}
+        return all(self.states[p].name == "done" for p in parents if self.graph.nodes[p].verb in ("cohort", "ingest"))
+
+    def plan(self, node: Node) -> Plan:
+        """The submission of a node.
+
+        Raises:
+            MimscaleError: it cannot be submitted so.
+        """
+        profile, trains = self.profile, node.verb in ("pretrain", "finetune")
+        tree = config_tree(resolve(self.graph, self.folder, node))
+        if profile.executor != "slurm" and profile.threads_per_process is None:
+            at_once = self.config.workers * (self.config.processes if trains else 1)
+            profile = replace(profile, threads_per_process=max(1, len(os.sched_getaffinity(0)) // at_once))
+            if node.verb == "evaluate" and tree["threads"] is None:
+                tree["threads"] = profile.threads_per_process
+        return make_plan(
+            node.verb,
+            tree,
+            profile,
+            nodes=self.nodes if trains else 1,
+            processes=self.config.processes if trains and profile.executor != "slurm" else None,
+        )
+
+    def ready(self, *, submitted_parents: bool) -> list[Node]:
+        """Nodes that can be started now: with all parents done, or, on Slurm, submitted."""
+        enough = ("done", *AHEAD) if submitted_parents else ("done",)
+        return [
+            node
+            for node in self.graph.nodes.values()
+            if self.states[node.id].name == "to do"
+            and node.id not in self.started
+            and all(self.states[parent].name in enough for parent in node.parents)
+        ]
+
+
+def run_here(study: Study) -> bool:
+    """Run all nodes on this machine, several at once; returns whether it was asked to stop before the end.
+
+    Raises:
+        LaunchError: another command runs this study.
+    """
+    asked: list[signal.Signals] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, remember) for number in JOB_SIGNALS}
+    try:
+        with sole_writer(study.folder / "lock.json", "mimscale study"):
+            passed_on = 0
+            while True:
+                states = study.look()
+                running = [node_id for node_id, state in states.items() if state.name == "running"]
+                if len(asked) > passed_on:
+                    passed_on = len(asked)
+                    # The second request ends at once what the first let save.
+                    _signal_nodes(study, running, signal.SIGUSR2 if passed_on == 1 else signal.SIGINT)
+                ready = [] if asked else study.ready(submitted_parents=False)[: study.config.workers - len(running)]
+                for node in ready:
+                    _start_here(study, node)
+                if not running and not ready:
+                    return bool(asked)
+                time.sleep(POLL_S)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start_here(study: Study, node: Node) -> None:
+    study.started.add(node.id)
+    done = sum(state.name == "done" for state in study.states.values())
+    console.say(f"[{done} of {len(study.graph.nodes)} done] {node.label} ({node.id})")
+    # A signal that comes now waits until the node is recorded; its supervisor starts with these blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        plan = study.plan(node)
+        folder = prepare(plan, fresh=False)
+        start(plan, folder, [node.verb, str(folder.config)])
+    except MimscaleError as error:
+        study.refused[node.id] = str(error)
+        console.say(f"{node.label}: {error}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+
+
+def _signal_nodes(study: Study, node_ids: Sequence[str], number: signal.Signals) -> None:
+    for node_id in node_ids:
+        folder = study._newest(study.graph.nodes[node_id])
+        supervisor = folder.read().supervisor if folder else None
+        if supervisor is not None and supervisor.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(supervisor.pid, number)
+    console.say(f"asked {len(node_ids)} node(s) to {'save and stop' if number == signal.SIGUSR2 else 'end at once'}")
+
+
+def submit_all(study: Study) -> int:
+    """Submit every node that can be submitted, each to wait for its parent; returns how many.
+
+    Training waits until its data are there, because what they are is checked before anything trains on them.
+    """
+    count = 0
+    study.look()
+    for node in list(study.graph.nodes.values()):
+        if node not in study.ready(submitted_parents=True):
+            continue
+        waiting = [study.graph.nodes[p] for p in node.parents if study.states[p].name != "done"]
+        if node.verb not in ("cohort", "ingest") and any(p.verb in ("cohort", "ingest") for p in waiting):
+            continue
+        assert len(waiting) <= 1, f"{node.label} waits for {[parent.label for parent in waiting]}"
+        study.started.add(node.id)
+        after = study.graph.folder(study.folder, waiting[0]) if waiting else None
+        try:
+            folder, job_id = submit_batch(study.plan(node), [node.verb, node.id], fresh=False, after=after)
+        except MimscaleError as error:
+            study.refused[node.id] = str(error)
+            study.states[node.id] = NodeState("failed", str(error), error.exit_code)
+            console.say(f"{node.label}: {error}")
+            continue
+        count += 1
+        study.states[node.id] = NodeState("queued", f"job {job_id}")
+        console.say(f"job {job_id}: {node.label} ({folder.run.path})")
+    return count
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `mimscale study`."""
+    parser = argparse.ArgumentParser(
+        prog="mimscale study",
+        description="Run an experiment: many runs by one plan, and a report. The same command continues it.",
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="the study's RECIPE, run_dir=DIR, key=value overrides")
+    parser.add_argument("--profile", default="local", metavar="NAME_OR_FILE", help="where to run (default: local)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of each training job on Slurm (default: 1)")
+    parser.add_argument("--retry", action="store_true", help="try nodes again that have failed")
+    parser.add_argument("--inside-allocation", action="store_true", help="submit although this shell is itself a job")
+    parser.add_argument("--dry-run", action="store_true", help="show the graph and the state of each node, start none")
+    parser.add_argument("--json", action="store_true", help="nodes with their state, and the tables, on stdout")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`mimscale study RECIPE run_dir=DIR [--profile P] [--dry-run] [--json]`; returns the exit code."""
+    arguments = parser().parse_intermixed_args(argv)
+    config, profile = load_study(arguments.words), load_profile(arguments.profile)
+    study = Study(config, expand(config), profile, nodes=arguments.nodes, retry=arguments.retry)
+    if problems := data_problems(config, study.graph, study.folder):
+        raise DataError("\n  ".join(["the data are not what the study takes them for:", *problems]))
+    stopped, report = False, None
+    if arguments.dry_run:
+        study.look()
+    elif profile.executor == "slurm":
+        if not arguments.inside_allocation:
+            refuse_inside_allocation(os.environ)
+        count = submit_all(study)
+        console.say(f"{count} job(s) submitted; the same command shows how they are, and goes on")
+    else:
+        stopped = run_here(study) or any(state.name == "to do" for state in study.states.values())
+    view = study_view(config, study.graph, study.folder, study.states)
+    if not arguments.dry_run:
+        report = write_study_report(view, study.folder)
+    _show(study, view, report, everything=arguments.dry_run)
+    if arguments.json:
+        console.print_json(_result(study, view, report))
+    return exit_code(study.states, stopped=stopped)
+
+
+def exit_code(states: Mapping[str, NodeState], *, stopped: bool) -> int:
+    """75 when there is more to do, else the code of the first node that failed, else 0."""
+    failed = [state.exit_code for state in states.values() if state.name == "failed"]
+    if stopped:
+        return INTERRUPTED_EXIT_CODE
+    return failed[0] if failed else 0
+
+
+def _show(study: Study, view: StudyView, report: Path | None, *, everything: bool) -> None:
+    counts: dict[str, int] = {}
+    for state in study.states.values():
+        counts[state.name] = counts.get(state.name, 0) + 1
+    rows = [
+        [node.id, node.label, study.states[node.id].name, study.states[node.id].reason]
+        for node in study.graph.nodes.values()
+        if everything or study.states[node.id].name != "done"
+    ]
+    if rows:
+        console.print_table(study.config.title, ["node", "what", "state", "reason"], rows)
+    console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
+    for table in view.tables if any(state.name == "done" for state in study.states.values()) else []:
+        console.print_table(table.title, table.columns, table.rows)
+    if report is not None:
+        console.say(f"report: {report}")
+
+
+def _result(study: Study, view: StudyView, report: Path | None) -> dict[str, Any]:
+    return {
+        "nodes": [
+            {
+                "id": node.id,
+                "verb": node.verb,
+                "label": node.label,
+                "parents": list(node.parents),
+                "folder": str(study.graph.folder(study.folder, node)),
+                "state": study.states[node.id].name,
+                "reason": study.states[node.id].reason,
+            }
+            for node in study.graph.nodes.values()
+        ],
+        "tables": [asdict(table) for table in view.tables],
+        "report": None if report is None else str(report),
+    }

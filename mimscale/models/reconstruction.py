@@ -1,0 +1,143 @@
+"""Hidden voxels as a training target, and as pictures: what MAE and SimMIM share.
+
+B batch | C channels | Z Y X crop, voxels | L patches a crop | K tokens | P numbers a patch | D embedding
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimscale.models.config import TargetConfig, patch_grid
+from mimscale.models.patches import hidden_voxels, patchify, unpatchify
+from mimscale.models.trivial import mean_voxel
+
+# Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
+# deviation of 0.01: a hundredth of a CT window, or of the deviation of a z-scored MR.
+VARIANCE_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class ReconstructionOutput:
+    """What a step of pretraining needs, and what a report may show."""
+
+    loss: Tensor  # [] fp32, the mean of sample_loss
+    sample_loss: Tensor  # [B] fp32, the mean over the voxels of a sample that count; 0 where none does
+    prediction: Tensor  # [B, L, P], in units of the target; 0 where nothing was predicted
+    tokens: Tensor  # [B, K, D], the encoder's answer
+    mean_voxel_loss: Tensor  # [] fp32, what the loss would be if each hidden voxel were the mean of the visible ones
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures of one batch, each [B, C, Z, Y, X] fp32."""
+
+    visible: Tensor  # what the encoder saw; hidden voxels are 0
+    predicted: Tensor  # what the model says everywhere, in the image's units
+    combined: Tensor  # visible voxels from the image, hidden ones predicted
+    hidden: Tensor  # bool [B, 1, Z, Y, X]: the voxels that were hidden
+
+
+def reconstruction_output(
+    prediction: Tensor,
+    tokens: Tensor,
+    image: Tensor,
+    hidden: Tensor,
+    predicted: Tensor | None,
+    valid: Tensor | None,
+    config: TargetConfig,
+    patch_voxels: Sequence[int],
+) -> ReconstructionOutput:
+    """Measure the error of a prediction, and beside it that of the mean of the visible voxels.
+
+    Args:
+        prediction: [B, L, P], in units of the target.
+        tokens: [B, K, D], what the encoder says.
+        image: [B, C, Z, Y, X], normalised.
+        hidden: bool [B, L], on the image's device as all that follow.
+        predicted: bool [B, L], the hidden patches that count; None for all of them.
+        valid: bool [B, 1, Z, Y, X], voxels that count; None for all.
+        config: target and error.
+        patch_voxels: edges of a patch.
+    """
+    voxels = torch.ones_like(image[:, :1], dtype=torch.bool) if valid is None else valid
+    weight = counted_numbers(voxels.expand_as(image), counted_patches(hidden, predicted, config), patch_voxels)
+    target = patch_target(image, config, patch_voxels)
+    sample_loss = sample_error(prediction.float(), target, weight, config)
+    with torch.no_grad():  # one pass over the voxels, beside a network's hundreds
+        shown = voxels & ~hidden_voxels(hidden, patch_voxels, patch_grid(image.shape[2:], patch_voxels))
+        guess = patch_target(mean_voxel(image.float(), shown), config, patch_voxels)
+        mean_voxel_loss = sample_error(guess, target, weight, config).mean()
+    return ReconstructionOutput(
+        loss=sample_loss.mean(),
+        sample_loss=sample_loss,
+        prediction=prediction,
+        tokens=tokens,
+        mean_voxel_loss=mean_voxel_loss,
+    )
+
+
+def patch_target(image: Tensor, config: TargetConfig, patch_voxels: Sequence[int]) -> Tensor:
+    """What is to be said of an image: [B, C, Z, Y, X] -> fp32 [B, L, P], patch-normalised where the config says so."""
+    patches = patchify(image, patch_voxels).float()
+    if config.target == "raw":
+        return patches
+    mean, deviation = _patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def counted_numbers(voxels: Tensor, counted: Tensor, patch_voxels: Sequence[int]) -> Tensor:
+    """1 for each number that counts: voxels bool [B, C, Z, Y, X] and patches bool [B, L] -> fp32 [B, L, P]."""
+    return (patchify(voxels, patch_voxels) & counted[:, :, None]).float()
+
+
+def sample_error(prediction: Tensor, target: Tensor, weight: Tensor, config: TargetConfig) -> Tensor:
+    """Mean error of each sample over the numbers that count; 0 where none does: three of [B, L, P] -> [B].
+
+    The mean of each sample first: cutting a global batch into other micro-batches changes nothing.
+    """
+    error = prediction - target
+    error = error.abs() if config.loss == "l1" else error.square()
+    return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
+
+
+def reconstruction_pictures(
+    prediction: Tensor,
+    image: Tensor,
+    hidden: Tensor,
+    config: TargetConfig,
+    patch_voxels: Sequence[int],
+    grid: Sequence[int],
+) -> Reconstruction:
+    """Pictures of what was shown and what was predicted, in the image's units.
+
+    With a patch-normalised target the mean and deviation of each patch come from the image itself: the model predicts
+    only the form.
+    """
+    prediction = prediction.float()
+    if config.target == "patch_normalised":
+        mean, deviation = _patch_statistics(patchify(image, patch_voxels).float())
+        prediction = prediction * deviation + mean
+    predicted = unpatchify(prediction, patch_voxels, grid)
+    hidden_mask = hidden_voxels(hidden, patch_voxels, grid)
+    image = image.float()
+    return Reconstruction(
+        visible=image.masked_fill(hidden_mask, 0),
+        predicted=predicted,
+        combined=torch.where(hidden_mask, predicted, image),
+        hidden=hidden_mask,
+    )
+
+
+def counted_patches(hidden: Tensor, predicted: Tensor | None, config: TargetConfig) -> Tensor:
+    """Patches that the loss covers: bool [B, L], from those that are hidden and the part of them that is predicted."""
+    answered = hidden if predicted is None else predicted
+    return answered if config.loss_on == "masked" else answered | ~hidden
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and floored deviation of each patch: [B, L, P] -> two of [B, L, 1]."""
+    mean = patches.mean(dim=2, keepdim=True)
+    variance = patches.var(dim=2, keepdim=True, correction=0)
+    return mean, (variance + VARIANCE_FLOOR).sqrt()

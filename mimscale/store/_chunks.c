@@ -1,0 +1,455 @@
+/* The loop over the chunks of some boxes of one shard: read, check, decode, put in place.
+ *
+ * What takes time in a crop of 64 chunks is 64 times the Python between two C calls. Here one call does them all and
+ * holds the GIL only to ask for bytes. The work itself is that of libraries, whose functions are passed as addresses:
+ * `blosc_decompress_ctx` of C-Blosc and `crc32c_extend` of crc32c. No state outlives a call and no thread is started,
+ * so that a process may fork at any time.
+ *
+ * Nothing that comes from a file is trusted: the crc32c is checked first, then the sizes in Blosc's header against those
+ * that are expected, and C-Blosc is told how much it may write. What comes from Python is checked too.
+ *
+ *     C channels | Z Y X voxels; all lengths, offsets and strides in bytes unless named otherwise
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EMPTY UINT64_MAX
+#define CRC_BYTES 4
+#define CRC_RESIDUE 0x48674BC7u /* the crc32c of any data with its own crc32c behind it */
+#define BLOSC_HEADER_BYTES 16
+#define MOST_EDGE_VOXELS 1024
+#define CHUNKS_AT_ONCE 4 /* decoded before they are put in place; all must stay in a cache of the core */
+
+typedef int (*Decompress)(const void *from, void *to, size_t most, int threads);
+typedef uint32_t (*Crc32c)(uint32_t crc, const uint8_t *data, size_t count);
+
+typedef struct {
+    Py_buffer view;                  /* [C, Z, Y, X], where its voxels go */
+    Py_ssize_t low[3], stop[3];      /* of the shard's voxels along Z, Y, X */
+} Box;
+
+typedef struct {                     /* what one box takes of one chunk */
+    uint64_t offset, length;         /* of the encoded chunk in the shard */
+    Py_ssize_t number;               /* in C order of the chunk grid */
+    const Box *box;
+} Piece;
+
+typedef struct {
+    Decompress decompress;
+    Crc32c crc32c;
+    Py_ssize_t grid[4];              /* chunks along C, Z, Y, X */
+    Py_ssize_t edge;                 /* voxels of a chunk along Z, Y and X */
+    Py_ssize_t voxel, row, plane, chunk;
+    Box *boxes;
+    Py_ssize_t num_boxes;
+    Piece *pieces;
+    Py_ssize_t num_pieces;
+    char *scratch;                   /* decoded chunks */
+    const char **decoded;            /* where each piece of those that are worked on lies; NULL: in its place */
+} Work;
+
+/* ---------------------------------------------------------------------------------------------- placing voxels */
+
+/* A box's piece of a chunk as two places in memory. */
+typedef struct {
+    char *to;
+    const char *from;
+    Py_ssize_t count[3];             /* voxels along Z, Y, X */
+} Copy;
+
+static Copy copy_of(const Work *work, const Piece *piece, const char *from, const Py_ssize_t from_stride[3])
+{
+    const Box *box = piece->box;
+    Copy copy = {box->view.buf, from, {0}};
+    Py_ssize_t number = piece->number;
+    for (int axis = 2; axis >= 0; axis--) {
+        Py_ssize_t corner = number % work->grid[axis + 1] * work->edge;
+        number /= work->grid[axis + 1];
+        Py_ssize_t first = corner > box->low[axis] ? corner : box->low[axis];
+        Py_ssize_t stop = corner + work->edge < box->stop[axis] ? corner + work->edge : box->stop[axis];
+        copy.count[axis] = stop - first;
+        copy.to += (first - box->low[axis]) * box->view.strides[axis + 1];
+        copy.from += (first - corner) * from_stride[axis];
+    }
+    copy.to += number * box->view.strides[0]; /* what is left is the channel */
+    return copy;
+}
+
+static inline void copy_row(char *restrict to, const char *restrict from, size_t bytes)
+{
+    switch (bytes) { /* rows of whole chunks: a length that the compiler knows is a few moves instead of a call */
+    case 32: memcpy(to, from, 32); break;
+    case 64: memcpy(to, from, 64); break;
+    case 128: memcpy(to, from, 128); break;
+    default: memcpy(to, from, bytes);
+    }
+}
+
+/* Put pieces that lie side by side along X in place: row by row of the box, so that memory is written in order.
+ * A `from_stride` of 0 repeats one row. */
+static void place(const Work *work, const Piece *const *pieces, const char *const *from, Py_ssize_t num_pieces,
+                  const Py_ssize_t from_stride[3])
+{
+    Copy copies[CHUNKS_AT_ONCE];
+    for (Py_ssize_t n = 0; n < num_pieces; n++)
+        copies[n] = copy_of(work, pieces[n], from[n], from_stride);
+    const Py_ssize_t *to_stride = pieces[0]->box->view.strides;
+    for (Py_ssize_t z = 0; z < copies[0].count[0]; z++)
+        for (Py_ssize_t y = 0; y < copies[0].count[1]; y++)
+            for (Py_ssize_t n = 0; n < num_pieces; n++)
+                copy_row(copies[n].to + z * to_stride[1] + y * to_stride[2],
+                         copies[n].from + z * from_stride[0] + y * from_stride[1],
+                         (size_t)(copies[n].count[2] * work->voxel));
+}
+
+/* Where a chunk may be decoded straight into its box, or NULL: all of it is wanted, and lies there without a gap. */
+static char *own_place(const Work *work, const Piece *piece)
+{
+    const Box *box = piece->box;
+    const Py_ssize_t *strides = box->view.strides;
+    Py_ssize_t number = piece->number;
+    char *to = box->view.buf;
+    if (strides[2] != work->row || strides[1] != work->plane)
+        return NULL;
+    for (int axis = 2; axis >= 0; axis--) {
+        Py_ssize_t corner = number % work->grid[axis + 1] * work->edge;
+        number /= work->grid[axis + 1];
+        if (corner < box->low[axis] || corner + work->edge > box->stop[axis])
+            return NULL;
+        to += (corner - box->low[axis]) * strides[axis + 1];
+    }
+    return to + number * strides[0];
+}
+
+/* ------------------------------------------------------------------------------------------------ decoding */
+
+static uint32_t little_endian_32(const uint8_t *at)
+{
+    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+}
+
+/* Check and decode one chunk into `to`, which has room for exactly one. Returns 0 when it is damaged. */
+static int decode(const Work *work, const uint8_t *data, uint64_t length, char *to)
+{
+    if (length < BLOSC_HEADER_BYTES + CRC_BYTES || length > INT32_MAX)
+        return 0;
+    if (work->crc32c(0, data, length) != CRC_RESIDUE)
+        return 0;
+    /* Blosc trusts its header: it would fill a part of `to`, or read beyond the data, without a word. */
+    if (little_endian_32(data + 4) != (uint64_t)work->chunk || little_endian_32(data + 12) != length - CRC_BYTES)
+        return 0;
+    return work->decompress(data, to, (size_t)work->chunk, 1) == work->chunk;
+}
+
+/* Decode pieces [first, stop), whose bytes lie in `data`, which begins at byte `base` of the shard.
+ * Returns the first piece of a damaged chunk, or `stop`; counts chunks. */
+static Py_ssize_t decode_run(const Work *work, Py_ssize_t first, Py_ssize_t stop, const uint8_t *data, uint64_t base,
+                             Py_ssize_t *num_decoded)
+{
+    const Py_ssize_t stride[3] = {work->plane, work->row, work->voxel};
+    while (first < stop) {
+        /* Some chunks that lie side by side along X, so that whole rows of a box can be written. */
+        const Piece *pieces = work->pieces;
+        const Py_ssize_t line = pieces[first].number / work->grid[3];
+        Py_ssize_t num_chunks = 0, next = first;
+        for (; next < stop && pieces[next].number / work->grid[3] == line; next++) {
+            if (next > first && pieces[next].number == pieces[next - 1].number) {
+                work->decoded[next - first] = work->decoded[next - first - 1];
+                continue;
+            }
+            if (num_chunks == CHUNKS_AT_ONCE)
+                break;
+            int is_shared = next + 1 < stop && pieces[next + 1].number == pieces[next].number;
+            char *own = is_shared ? NULL : own_place(work, &pieces[next]);
+            char *scratch = work->scratch + num_chunks++ * work->chunk;
+            if (!decode(work, data + (pieces[next].offset - base), pieces[next].length, own ? own : scratch))
+                return next;
+            ++*num_decoded;
+            work->decoded[next - first] = own ? NULL : scratch;
+        }
+        for (Py_ssize_t n = 0; n < work->num_boxes; n++) {
+            const Piece *side[CHUNKS_AT_ONCE];
+            const char *from[CHUNKS_AT_ONCE];
+            Py_ssize_t count = 0;
+            for (Py_ssize_t each = first; each < next; each++)
+                if (pieces[each].box == &work->boxes[n] && work->decoded[each - first]) {
+                    side[count] = &pieces[each];
+                    from[count++] = work->decoded[each - first];
+                }
+            if (count)
+                place(work, side, from, count, stride);
+        }
+        first = next;
+    }
+    return stop;
+}
+
+/* ------------------------------------------------------------------------------------------------ planning */
+
+static int by_offset(const void *one, const void *other)
+{
+    const Piece *a = one, *b = other;
+    if (a->offset != b->offset)
+        return a->offset < b->offset ? -1 : 1;
+    if (a->number != b->number) /* two chunks at one place: only another writer does that */
+        return a->number < b->number ? -1 : 1;
+    return a->box < b->box ? -1 : a->box > b->box;
+}
+
+/* List what the boxes want of which chunk, sorted by where it lies; empty chunks are filled at once.
+ * Returns 0, or -1 with an exception. */
+static int plan(Work *work, const uint64_t *index, const char *fill_row)
+{
+    Py_ssize_t most = 0;
+    for (Py_ssize_t n = 0; n < work->num_boxes; n++) {
+        Py_ssize_t chunks = work->grid[0];
+        for (int axis = 0; axis < 3; axis++)
+            chunks *= (work->boxes[n].stop[axis] - 1) / work->edge - work->boxes[n].low[axis] / work->edge + 1;
+        most += chunks; /* at most the grid for each box, and the grid lies in memory as index */
+    }
+    work->pieces = PyMem_New(Piece, most > 0 ? most : 1);
+    if (!work->pieces) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t n = 0; n < work->num_boxes; n++) {
+        const Box *box = &work->boxes[n];
+        Py_ssize_t from[3], to[3];
+        for (int axis = 0; axis < 3; axis++) {
+            from[axis] = box->low[axis] / work->edge;
+            to[axis] = (box->stop[axis] - 1) / work->edge + 1;
+        }
+        for (Py_ssize_t c = 0; c < work->grid[0]; c++)
+            for (Py_ssize_t z = from[0]; z < to[0]; z++)
+                for (Py_ssize_t y = from[1]; y < to[1]; y++)
+                    for (Py_ssize_t x = from[2]; x < to[2]; x++) {
+                        Py_ssize_t number = ((c * work->grid[1] + z) * work->grid[2] + y) * work->grid[3] + x;
+                        Piece piece = {index[2 * number], index[2 * number + 1], number, box};
+                        if (piece.offset == EMPTY)
+                            place(work, &(const Piece *){&piece}, &fill_row, 1, (const Py_ssize_t[3]){0});
+                        else if (piece.length > UINT64_MAX - piece.offset || piece.offset + piece.length > PY_SSIZE_T_MAX) {
+                            PyErr_SetString(PyExc_ValueError, "index: points beyond any file");
+                            return -1;
+                        } else
+                            work->pieces[work->num_pieces++] = piece;
+                    }
+    }
+    qsort(work->pieces, (size_t)work->num_pieces, sizeof(Piece), by_offset);
+    return 0;
+}
+
+/* The end of the run of pieces that begins at `first` and is read at once, and where its bytes end. */
+static Py_ssize_t end_of_run(const Work *work, Py_ssize_t first, uint64_t gap, uint64_t most, uint64_t *end)
+{
+    const Piece *pieces = work->pieces;
+    Py_ssize_t next = first + 1;
+    *end = pieces[first].offset + pieces[first].length;
+    for (; next < work->num_pieces; next++) {
+        uint64_t stop = pieces[next].offset + pieces[next].length;
+        if (pieces[next].number != pieces[next - 1].number) {
+            if (pieces[next].offset > *end && pieces[next].offset - *end > gap)
+                break;
+            if (stop - pieces[first].offset > most)
+                break;
+        }
+        if (stop > *end)
+            *end = stop;
+    }
+    return next;
+}
+
+/* Tell `announce` of all ranges, when there are several. Returns 0, or -1 with an exception. */
+static int announce_runs(const Work *work, uint64_t gap, uint64_t most, PyObject *announce)
+{
+    PyObject *ranges = PyList_New(0);
+    if (!ranges)
+        return -1;
+    uint64_t end;
+    for (Py_ssize_t first = 0, next; first < work->num_pieces; first = next) {
+        next = end_of_run(work, first, gap, most, &end);
+        uint64_t start = work->pieces[first].offset;
+        PyObject *range = Py_BuildValue("(KK)", (unsigned long long)start, (unsigned long long)(end - start));
+        if (!range || PyList_Append(ranges, range) < 0) {
+            Py_XDECREF(range);
+            Py_DECREF(ranges);
+            return -1;
+        }
+        Py_DECREF(range);
+    }
+    PyObject *done = PyList_GET_SIZE(ranges) > 1 ? PyObject_CallOneArg(announce, ranges) : Py_NewRef(Py_None);
+    Py_DECREF(ranges);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* Read and decode all runs. Returns None, or (number, encoded bytes) of a damaged chunk, or NULL with an exception. */
+static PyObject *decode_all(const Work *work, uint64_t gap, uint64_t most, PyObject *read, Py_ssize_t *num_decoded)
+{
+    uint64_t end;
+    for (Py_ssize_t first = 0, next; first < work->num_pieces; first = next) {
+        next = end_of_run(work, first, gap, most, &end);
+        uint64_t start = work->pieces[first].offset;
+        PyObject *bytes = PyObject_CallFunction(read, "KK", (unsigned long long)start, (unsigned long long)(end - start));
+        if (!bytes)
+            return NULL;
+        Py_buffer data;
+        if (PyObject_GetBuffer(bytes, &data, PyBUF_SIMPLE) < 0) {
+            Py_DECREF(bytes);
+            return NULL;
+        }
+        PyObject *answer = NULL;
+        if ((uint64_t)data.len < end - start) {
+            PyErr_SetString(PyExc_ValueError, "read: returned fewer bytes than were asked for");
+        } else {
+            Py_ssize_t done;
+            Py_BEGIN_ALLOW_THREADS
+            done = decode_run(work, first, next, data.buf, start, num_decoded);
+            Py_END_ALLOW_THREADS
+            if (done == next)
+                answer = Py_NewRef(Py_None);
+            else {
+                const Piece *bad = &work->pieces[done];
+                const char *at = (const char *)data.buf + (bad->offset - start);
+                answer = Py_BuildValue("(ny#)", bad->number, at, (Py_ssize_t)bad->length);
+            }
+        }
+        PyBuffer_Release(&data);
+        Py_DECREF(bytes);
+        if (answer != Py_None)
+            return answer;
+        Py_DECREF(answer);
+    }
+    return Py_NewRef(Py_None);
+}
+
+/* ------------------------------------------------------------------------------------------------ the call */
+
+static int refuse(const char *why)
+{
+    PyErr_SetString(PyExc_ValueError, why);
+    return -1;
+}
+
+/* Take over the boxes, a list of (low, stop, view). Returns 0, or -1 with an exception. */
+static int take_boxes(Work *work, PyObject *list)
+{
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    work->boxes = PyMem_New(Box, count > 0 ? count : 1);
+    if (!work->boxes) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t n = 0; n < count; n++) {
+        Box *box = &work->boxes[n];
+        PyObject *view;
+        PyObject *item = PyList_GET_ITEM(list, n);
+        if (!PyTuple_Check(item))
+            return refuse("boxes: not a tuple");
+        if (!PyArg_ParseTuple(item, "(nnn)(nnn)O", &box->low[0], &box->low[1], &box->low[2], &box->stop[0],
+                              &box->stop[1], &box->stop[2], &view))
+            return -1;
+        if (PyObject_GetBuffer(view, &box->view, PyBUF_STRIDED | PyBUF_WRITABLE) < 0)
+            return -1;
+        work->num_boxes = n + 1; /* from here on it is released */
+        if (box->view.ndim != 4 || box->view.shape[0] != work->grid[0] || box->view.itemsize != work->voxel ||
+            box->view.strides[3] != work->voxel)
+            return refuse("boxes: a view is not [C, Z, Y, X] of the voxels of the shard with rows without gaps");
+        for (int axis = 0; axis < 3; axis++) {
+            Py_ssize_t low = box->low[axis], stop = box->stop[axis];
+            if (low < 0 || low >= stop || stop > work->grid[axis + 1] * work->edge ||
+                stop - low != box->view.shape[axis + 1])
+                return refuse("boxes: a box is empty, reaches beyond the chunks, or is not as large as its view");
+        }
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(read_boxes_doc,
+"read_boxes(decompress, crc32c, index, grid, edge, fill, boxes, gap_bytes, largest_read_bytes, announce, read)\n\n"
+"Decode the chunks that boxes touch; see the stub.");
+
+static PyObject *read_boxes(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long decompress, crc32c, gap, most;
+    PyObject *list, *announce, *read, *answer = NULL, *result = NULL;
+    Py_buffer index = {0}, fill = {0};
+    Work work = {0};
+    char *fill_row = NULL;
+    Py_ssize_t num_decoded = 0;
+    if (!PyArg_ParseTuple(arguments, "KKy*(nnnn)ny*O!KKOO", &decompress, &crc32c, &index, &work.grid[0], &work.grid[1],
+                          &work.grid[2], &work.grid[3], &work.edge, &fill, &PyList_Type, &list, &gap, &most, &announce,
+                          &read))
+        return NULL;
+    work.decompress = (Decompress)(uintptr_t)decompress;
+    work.crc32c = (Crc32c)(uintptr_t)crc32c;
+    if (!work.decompress || !work.crc32c) {
+        refuse("decompress, crc32c: no address");
+        goto done;
+    }
+    if (work.edge < 1 || work.edge > MOST_EDGE_VOXELS || fill.len < 1 || fill.len > 8) {
+        refuse("edge, fill: no chunk of voxels");
+        goto done;
+    }
+    Py_ssize_t entries = index.len / 16, chunks = 1;
+    for (int axis = 0; axis < 4; axis++) {
+        if (work.grid[axis] < 1 || work.grid[axis] > entries / chunks) {
+            refuse("grid: not that of the index");
+            goto done;
+        }
+        chunks *= work.grid[axis];
+    }
+    if (chunks != entries || index.len % 16 || (uintptr_t)index.buf % sizeof(uint64_t)) {
+        refuse("index: not [chunks, 2] of 64 bits");
+        goto done;
+    }
+    work.voxel = fill.len;
+    work.row = work.edge * work.voxel;
+    work.plane = work.edge * work.row;
+    work.chunk = work.edge * work.plane;
+    if (work.chunk > INT32_MAX) {
+        refuse("edge: a chunk is larger than Blosc can decode");
+        goto done;
+    }
+    if (take_boxes(&work, list) < 0)
+        goto done;
+    work.scratch = PyMem_Malloc((size_t)work.chunk * CHUNKS_AT_ONCE);
+    work.decoded = PyMem_New(const char *, work.num_boxes * CHUNKS_AT_ONCE + 1);
+    fill_row = PyMem_Malloc((size_t)work.row);
+    if (!work.scratch || !work.decoded || !fill_row) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t voxel = 0; voxel < work.edge; voxel++)
+        memcpy(fill_row + voxel * work.voxel, fill.buf, (size_t)work.voxel);
+    if (plan(&work, index.buf, fill_row) < 0)
+        goto done;
+    if (announce != Py_None && announce_runs(&work, gap, most, announce) < 0)
+        goto done;
+    answer = decode_all(&work, gap, most, read, &num_decoded);
+    if (answer)
+        result = Py_BuildValue("(nN)", num_decoded, answer);
+done:
+    PyMem_Free(work.scratch);
+    PyMem_Free(work.decoded);
+    PyMem_Free(fill_row);
+    PyMem_Free(work.pieces);
+    for (Py_ssize_t n = 0; n < work.num_boxes; n++)
+        PyBuffer_Release(&work.boxes[n].view);
+    PyMem_Free(work.boxes);
+    PyBuffer_Release(&fill);
+    PyBuffer_Release(&index);
+    return result;
+}
+
+static PyMethodDef methods[] = {{"read_boxes", read_boxes, METH_VARARGS, read_boxes_doc}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_chunks", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__chunks(void)
+{
+    return PyModule_Create(&module);
+}

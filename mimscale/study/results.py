@@ -1,0 +1,283 @@
+"""What the finished nodes of a study have measured: read from their run directories, never from elsewhere.
+
+P pretraining seeds | F fine-tuning seeds | N cases
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimscale.report.facts import RunFacts, read_run
+from mimscale.study.config import ExperimentConfig, StudyConfig
+from mimscale.study.graph import Graph, Trial
+from mimscale.study.statistics import (
+    Floats,
+    Interval,
+    Ratio,
+    Spread,
+    Time,
+    median_time,
+    paired_bootstrap,
+    spread,
+    time_ratio,
+    time_to_target,
+)
+
+METRICS = ("dice", "hd95_mm", "nsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A trial that has been trained, and its scores once it has been scored."""
+
+    trial: Trial
+    run: RunFacts
+    pretraining: RunFacts | None
+    scores: dict[str, Any] | None
+
+    @cached_property
+    def curve(self) -> list[tuple[int, float]]:
+        """Step and validation Dice, without background."""
+        lines = self.run.validations
+        return [(int(line["step"]), float(line["val_dice"])) for line in lines if line.get("val_dice") is not None]
+
+    @property
+    def last_validation(self) -> float | None:
+        """Validation Dice at the last validation: the headline is never the best."""
+        return self.curve[-1][1] if self.curve else None
+
+    @property
+    def best_validation(self) -> tuple[int, float] | None:
+        """Step and value of the highest validation Dice."""
+        return max(self.curve, key=lambda point: point[1]) if self.curve else None
+
+    def mean(self, metric: str, *, background: bool = False) -> float | None:
+        """A score's mean over classes, of the last checkpoint on the test volumes."""
+        if self.scores is None:
+            return None
+        value = self.scores["mean"]["with_background" if background else "without_background"][metric]
+        return None if value is None else float(value)
+
+    def class_mean(self, name: str, metric: str) -> float | None:
+        """A score's mean over the cases, of one class."""
+        if self.scores is None or name not in self.scores["per_class"]:
+            return None
+        value = self.scores["per_class"][name][metric]["mean"]
+        return None if value is None else float(value)
+
+    @property
+    def case_dice(self) -> dict[str, float]:
+        """Volume -> Dice, the mean over the classes but the background that the volume has a score of."""
+        if self.scores is None:
+            return {}
+        found = {}
+        for case in self.scores["cases"]:
+            values = [score["dice"] for score in list(case["scores"].values())[1:] if score["dice"] is not None]
+            if values:
+                found[str(case["volume"])] = float(np.mean(values))
+        return found
+
+    @property
+    def finetune_s(self) -> float | None:
+        """Computing time of fine-tuning: median step x steps."""
+        return compute_s(self.run)
+
+    @property
+    def pretrain_s(self) -> float:
+        """Computing time of its pretraining, 0 from scratch."""
+        return (compute_s(self.pretraining) or 0.0) if self.pretraining else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All trials of one arm under one setting of an experiment."""
+
+    experiment: str
+    setting: str
+    arm: str
+    planned: int
+    results: tuple[Result, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the arm, with its setting."""
+        return f"{self.arm}, {self.setting}" if self.setting else self.arm
+
+    def spread(self, metric: str, *, background: bool = False) -> Spread:
+        """Over the runs, each with its own seeds."""
+        return spread([result.mean(metric, background=background) for result in self.results])
+
+    def class_spread(self, name: str, metric: str) -> Spread:
+        """Of one class, over the runs."""
+        return spread([result.class_mean(name, metric) for result in self.results])
+
+    @property
+    def last_validation(self) -> Spread:
+        """Over the runs."""
+        return spread([result.last_validation for result in self.results])
+
+    def times(self, target: float) -> list[Time]:
+        """Of every run the step at which it reached a validation Dice."""
+        return [
+            time_to_target(result.curve, target, int(result.run.config["steps"]))
+            for result in self.results
+            if result.curve
+        ]
+
+    def seconds_to(self, target: float) -> list[Time]:
+        """The same in seconds of computing, pretraining included."""
+        found = []
+        for result, time in zip([r for r in self.results if r.curve], self.times(target), strict=True):
+            step_s = result.run.percentile("step_s", 50) or 0.0
+            found.append(Time(value=result.pretrain_s + step_s * time.value, censored=time.censored))
+        return found
+
+    @property
+    def seeds(self) -> tuple[list[int | None], list[int]]:
+        """Pretraining and fine-tuning seeds of the runs that were scored."""
+        scored = [result.trial for result in self.results if result.scores]
+        first = dict.fromkeys(trial.pretrain_seed for trial in scored)
+        return list(first), list(dict.fromkeys(trial.finetune_seed for trial in scored))
+
+    def scores(self, pretrain: Sequence[int | None], finetune: Sequence[int], cases: Sequence[str]) -> Floats:
+        """[P, F, N] Dice of these seeds and cases; NaN where there is none."""
+        table = np.full((len(pretrain), len(finetune), len(cases)), np.nan)
+        for result in self.results:
+            if result.trial.pretrain_seed not in pretrain or result.trial.finetune_seed not in finetune:
+                continue
+            where = pretrain.index(result.trial.pretrain_seed), finetune.index(result.trial.finetune_seed)
+            dice = result.case_dice
+            # Of folds several runs have these seeds, each with cases of its own.
+            table[where] = [dice.get(case, before) for case, before in zip(cases, table[where], strict=True)]
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two groups that the same cases tell apart."""
+
+    ours: Group
+    theirs: Group
+    dice: Interval
+    target: float | None  # validation Dice; None where the arm that sets it has no run
+    steps: Ratio  # how many times sooner ours reaches the target
+    seconds: Ratio  # the same with what pretraining took
+
+
+def compute_s(run: RunFacts) -> float | None:
+    """Median step time x steps that were done."""
+    step_s = run.percentile("step_s", 50)
+    return None if step_s is None else step_s * run.last_step
+
+
+def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collection[str]) -> list[Group]:
+    """What there is of every arm and setting, in the order of the recipe."""
+    runs: dict[str, RunFacts] = {}
+
+    def run_of(node_id: str) -> RunFacts:
+        if node_id not in runs:
+            runs[node_id] = read_run(graph.folder(study_dir, graph.nodes[node_id]))
+        return runs[node_id]
+
+    def place(trial: Trial) -> tuple[str, str, str]:
+        pooled = config.experiments[trial.experiment].pool_settings
+        return trial.experiment, "" if pooled else trial.setting, trial.arm
+
+    groups = []
+    for experiment, setting, arm in dict.fromkeys(map(place, graph.trials)):
+        trials = [trial for trial in graph.trials if place(trial) == (experiment, setting, arm)]
+        results = [
+            Result(
+                trial=trial,
+                run=run_of(trial.finetune),
+                pretraining=run_of(trial.pretrain) if trial.pretrain is not None and trial.pretrain in done else None,
+                scores=run_of(trial.finetune).scores if trial.evaluate in done else None,
+            )
+            for trial in trials
+            if trial.finetune in done
+        ]
+        groups.append(
+            Group(experiment=experiment, setting=setting, arm=arm, planned=len(trials), results=tuple(results))
+        )
+    return groups
+
+
+def target_dice(config: StudyConfig, groups: Sequence[Group], place: Group) -> float | None:
+    """The validation Dice that a group is to reach; None while the arm that sets it has no run.
+
+    It is what that arm ends at under the same setting, or, where it has no part in the experiment, in the first
+    experiment in which it has.
+    """
+    if config.target.dice is not None:
+        return config.target.dice
+    by_target = [group for group in groups if group.arm == config.target.arm]
+    own = [g for g in by_target if (g.experiment, g.setting) == (place.experiment, place.setting)]
+    return next((group.last_validation.mean for group in (*own, *by_target)), None)
+
+
+def compare(config: StudyConfig, ours: Group, theirs: Group, target: float | None) -> Comparison:
+    """The difference of two groups on the cases and fine-tuning seeds that both have."""
+    our_pretrain, our_finetune = ours.seeds
+    their_pretrain, their_finetune = theirs.seeds
+    paired = set(our_pretrain) == set(their_pretrain)
+    if paired:
+        their_pretrain = our_pretrain
+    finetune = [seed for seed in our_finetune if seed in their_finetune]
+    cases = sorted(set(_cases(ours)) & set(_cases(theirs)))
+    interval = Interval(difference=None, low=None, high=None, pretrain_seeds=0, finetune_seeds=0, cases=0)
+    if our_pretrain and their_pretrain and finetune and cases:
+        interval = paired_bootstrap(
+            ours.scores(our_pretrain, finetune, cases),
+            theirs.scores(their_pretrain, finetune, cases),
+            replicates=config.bootstrap.replicates,
+            seed=config.bootstrap.seed,
+            level=config.bootstrap.level,
+            same_pretraining=paired,
+        )
+    none = Ratio(value=None)
+    return Comparison(
+        ours=ours,
+        theirs=theirs,
+        dice=interval,
+        target=target,
+        steps=none
+        if target is None
+        else time_ratio(median_time(theirs.times(target)), median_time(ours.times(target))),
+        seconds=none
+        if target is None
+        else time_ratio(median_time(theirs.seconds_to(target)), median_time(ours.seconds_to(target))),
+    )
+
+
+def _cases(group: Group) -> list[str]:
+    return [case for result in group.results for case in result.case_dice]
+
+
+def reference_setting(recipe: ExperimentConfig) -> str:
+    """The setting that others are compared with."""
+    return "" if recipe.pool_settings else recipe.reference_setting or next(iter(recipe.points))
+
+
+def comparisons(config: StudyConfig, experiment: str, everything: Sequence[Group]) -> list[Comparison]:
+    """Every arm against the reference arm of its setting, and every setting against the reference setting.
+
+    Args:
+        config: of the study.
+        experiment: whose groups are compared.
+        everything: the groups of all experiments.
+    """
+    groups = [group for group in everything if group.experiment == experiment]
+    by_place: Mapping[tuple[str, str], Group] = {(group.setting, group.arm): group for group in groups}
+    recipe = config.experiments[experiment]
+    arm, setting = recipe.reference_arm or recipe.arms[0], reference_setting(recipe)
+    found = []
+    for group in groups:
+        others = [(group.setting, arm)] if group.arm != arm else []
+        others += [(setting, group.arm)] if group.setting != setting else []
+        for place in others:
+            found.append(compare(config, group, by_place[place], target_dice(config, everything, by_place[place])))
+    return found

@@ -1,0 +1,205 @@
+"""The tables of a study's report: all formatting of its numbers happens here."""
+
+from collections.abc import Mapping, Sequence
+
+from mimscale.report.study import Table
+from mimscale.study.config import StudyConfig
+from mimscale.study.results import Comparison, Group, compute_s
+from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
+
+NOTHING = "n/a"
+
+
+def score_table(groups: Sequence[Group]) -> Table:
+    """Test scores of every arm and setting."""
+    rows = []
+    for group in groups:
+        best = [result.best_validation for result in group.results if result.best_validation is not None]
+        rows.append(
+            [
+                group.arm,
+                group.setting,
+                f"{sum(result.scores is not None for result in group.results)} of {group.planned}",
+                _spread(group.spread("dice")),
+                _spread(group.spread("dice", background=True)),
+                _spread(group.spread("hd95_mm"), 2),
+                _spread(group.spread("nsd")),
+                _spread(group.last_validation),
+                _spread(spread([value for _, value in best])),
+            ]
+        )
+    return Table(
+        title="Test scores of the last checkpoint",
+        columns=[
+            "arm",
+            "setting",
+            "runs",
+            "Dice",
+            "Dice with background",
+            "HD95, mm",
+            "NSD",
+            "validation Dice, last",
+            "validation Dice, best",
+        ],
+        rows=rows,
+        note="Mean +/- standard deviation over runs, which differ by their seeds. Each run is scored on whole volumes, "
+        "on the grid and against the labels of the source files; a mean over classes leaves out the background unless "
+        "it says otherwise. Validation Dice is that of fixed crops; the best of it chose nothing.",
+        text_columns=2,
+    )
+
+
+def comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
+    """Differences with their intervals."""
+    rows = [
+        [
+            one.ours.name,
+            one.theirs.name,
+            signed(one.dice.difference),
+            interval_text(one.dice),
+            f"{one.dice.pretrain_seeds} x {one.dice.finetune_seeds}, {one.dice.cases} cases",
+            ratio_text(one.steps),
+            ratio_text(one.seconds),
+        ]
+        for one in found
+    ]
+    return Table(
+        title="Differences",
+        columns=[
+            "arm",
+            "against",
+            "difference in Dice",
+            f"{100 * config.bootstrap.level:g} % interval",
+            "seeds and cases",
+            "sooner at the target, steps",
+            "sooner, pretraining included",
+        ],
+        rows=rows,
+        note=f"Paired percentile bootstrap, {config.bootstrap.replicates} replicates: pretraining seeds are drawn, "
+        "fine-tuning seeds within them, and cases, the same for both arms. Sooner: steps (or seconds of computing) of "
+        "the other arm over those of this one until validation Dice reaches the target, medians over runs; at least "
+        "and at most where one of them never did.",
+        text_columns=2,
+    )
+
+
+def time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> Table:
+    """Steps until validation Dice reached the target."""
+    rows = []
+    for group in groups:
+        target = targets[group.setting]
+        if target is None:
+            continue
+        times = group.times(target)
+        rows.append(
+            [
+                group.arm,
+                group.setting,
+                f"{target:.3f}",
+                _time(median_time(times)),
+                _time(median_time(group.seconds_to(target))),
+                f"{sum(time.censored for time in times)} of {len(times)}",
+                ", ".join(_time(time) for time in times),
+            ]
+        )
+    return Table(
+        title="Steps to the target",
+        columns=["arm", "setting", "target", "steps, median", "seconds, median", "never reached", "each run"],
+        rows=rows,
+        note="The first validation at which Dice is at least the target; > marks a run that ended before. Seconds: of "
+        "computing, pretraining included.",
+        text_columns=2,
+    )
+
+
+def class_table(groups: Sequence[Group]) -> Table:
+    """Scores of each class."""
+    names = list(
+        dict.fromkeys(name for group in groups for r in group.results if r.scores for name in r.scores["classes"])
+    )
+    rows = [
+        [
+            name,
+            group.name,
+            *(_spread(group.class_spread(name, m), d) for m, d in (("dice", 3), ("hd95_mm", 2), ("nsd", 3))),
+        ]
+        for name in names
+        for group in groups
+        if any(result.scores for result in group.results)
+    ]
+    return Table(title="Each class", columns=["class", "arm", "Dice", "HD95, mm", "NSD"], rows=rows, text_columns=2)
+
+
+def cost_table(groups: Sequence[Group]) -> Table:
+    """What training and scoring took."""
+    rows = []
+    for group in groups:
+        pretraining = list({r.trial.pretrain: r.pretraining for r in group.results if r.pretraining}.values())
+        rows.append(
+            [
+                group.experiment,
+                group.arm,
+                group.setting,
+                _cost([float(run.last_step) for run in pretraining], 0),
+                _cost([float(run.last_step * run.config["global_batch"]) for run in pretraining], 0),
+                _cost([run.percentile("samples_per_s", 50) for run in pretraining], 2),
+                _cost([compute_s(run) for run in pretraining], 0),
+                _cost([float(result.run.last_step) for result in group.results], 0),
+                _cost([result.finetune_s for result in group.results], 0),
+                _cost([r.scores.get("seconds") for r in group.results if r.scores], 0),
+            ]
+        )
+    return Table(
+        title="",
+        columns=[
+            "experiment",
+            "arm",
+            "setting",
+            "pretraining steps",
+            "samples",
+            "samples/s",
+            "pretraining, s",
+            "fine-tuning steps",
+            "fine-tuning, s",
+            "scoring, s",
+        ],
+        rows=rows,
+        note="Means over the runs. Seconds of training are the median step times the steps; start, validation and "
+        "saves are not in them. Nodes that ran at the same time on one machine slowed each other down.",
+        text_columns=3,
+    )
+
+
+def _cost(values: Sequence[float | None], digits: int) -> str:
+    mean = spread(values).mean
+    return NOTHING if mean is None else f"{mean:.{digits}f}"
+
+
+def _spread(value: Spread, digits: int = 3) -> str:
+    if value.mean is None:
+        return NOTHING
+    return f"{value.mean:.{digits}f}" + ("" if value.std is None else f" +/- {value.std:.{digits}f}")
+
+
+def three(value: float | None) -> str:
+    """A score."""
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    """A difference of scores."""
+    return NOTHING if value is None else f"{value:+.3f}"
+
+
+def interval_text(interval: Interval) -> str:
+    """An interval in brackets."""
+    return NOTHING if interval.low is None else f"[{signed(interval.low)}, {signed(interval.high)}]"
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """A ratio of times, and whether it is only a bound."""
+    return NOTHING if ratio.value is None else f"{ratio.bound} {ratio.value:.2f}".strip()
+
+
+def _time(time: Time | None) -> str:
+    return NOTHING if time is None else f"{'> ' if time.censored else ''}{time.value:.0f}"

@@ -1,0 +1,287 @@
+"""What a study's nodes have measured -> the tables and sentences of its report."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from mimscale.config import config_yaml
+from mimscale.errors import MimscaleError
+from mimscale.report.facts import RunFacts, read_run
+from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
+from mimscale.store.manifest import Manifest, load_manifest
+from mimscale.study.checks import VolumeUse, used_rows
+from mimscale.study.config import ExperimentConfig, StudyConfig
+from mimscale.study.graph import Graph
+from mimscale.study.nodes import resolve, tested_on, use_of
+from mimscale.study.results import (
+    Comparison,
+    Group,
+    Result,
+    comparisons,
+    read_groups,
+    reference_setting,
+    target_dice,
+)
+from mimscale.study.tables import (
+    NOTHING,
+    class_table,
+    comparison_table,
+    cost_table,
+    interval_text,
+    ratio_text,
+    score_table,
+    signed,
+    three,
+    time_table,
+)
+from mimscale.train.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What a node has come to: done, failed, left out, running, queued or to do."""
+
+    name: str
+    reason: str
+    exit_code: int = 0
+
+
+def write_study_report(view: StudyView, study_dir: Path) -> Path:
+    """Write report/index.html of a study; returns its path.
+
+    Raises:
+        DataError: the disk is full or not writable.
+    """
+    return write_study_page(view, study_dir / "report")
+
+
+def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[str, NodeState]) -> StudyView:
+    """All that the report of a study shows, from what its finished nodes have written."""
+    done = {node_id for node_id, state in states.items() if state.name == "done"}
+    groups = read_groups(config, graph, study_dir, done)
+    sections, shown = [], []
+    for experiment in dict.fromkeys(group.experiment for group in groups):
+        section = _section(config, experiment, groups)
+        sections.append(section)
+        shown += section.tables[:2]
+    results = list({r.trial.finetune: r for group in groups for r in group.results}.values())
+    uses = _Uses()
+    provenance = [_trials_table(graph, study_dir, groups, uses)]
+    pictured = [graph.folder(study_dir, graph.nodes[node]) for node in graph.reconstructions if node in done]
+    return StudyView(
+        title=config.title,
+        question=" ".join(dict.fromkeys(config.experiments[section.name].question for section in sections[:1])),
+        notes=_notes(config, graph, states),
+        nodes=_node_table(graph, states),
+        sections=sections,
+        costs=cost_table(groups),
+        provenance=provenance,
+        pictures=_pictures(graph, groups, [RunDir(path) for path in pictured]),
+        classes=next((list(r.scores["classes"]) for r in results if r.scores), []),
+        volumes=uses.listed(),
+        configs=[("the study's recipe, resolved", config_yaml(config)), *_run_configs(graph, groups)],
+        footer=f"mimscale {version('mimscale')}, written {time.strftime('%Y-%m-%d %H:%M %Z')}.",
+        tables=shown,
+    )
+
+
+def _section(config: StudyConfig, experiment: str, everything: list[Group]) -> Section:
+    recipe = config.experiments[experiment]
+    groups = [group for group in everything if group.experiment == experiment]
+    found = comparisons(config, experiment, everything)
+    settings = list(dict.fromkeys(group.setting for group in groups))
+    targets = {group.setting: target_dice(config, everything, group) for group in groups}
+    points = {
+        arm: [
+            Point(setting=g.setting, mean=s.mean, std=s.std)
+            for g in groups
+            if g.arm == arm and (s := g.spread("dice")).mean
+        ]
+        for arm in recipe.arms
+    }
+    curves = [curve for group in groups if (curve := _curve(group)) is not None]
+    tables = [
+        score_table(groups),
+        comparison_table(config, found),
+        time_table(groups, targets),
+        class_table(groups),
+    ]
+    return Section(
+        name=experiment,
+        question=_question(recipe),
+        answers=[_answer(one) for one in found] or ["One arm under one setting: there is nothing to compare."],
+        tables=tables,
+        curves=curves,
+        target=targets[reference_setting(recipe)],
+        points={arm: line for arm, line in points.items() if line} if len(settings) > 1 else {},
+        settings=settings,
+    )
+
+
+def _question(recipe: ExperimentConfig) -> str:
+    if not recipe.claim:
+        return recipe.question
+    value = "" if recipe.paper_value is None else f" ({recipe.paper_value:g})"
+    return f"{recipe.question} The paper: {recipe.claim}{value}."
+
+
+def _answer(one: Comparison) -> str:
+    interval = one.dice
+    if interval.difference is None:
+        return f"{one.ours.name} against {one.theirs.name}: not measured yet."
+    said = {
+        "higher": "higher",
+        "lower": "lower",
+        "nothing": "not shown to differ: the interval holds 0" if interval.low is not None else "of unknown certainty",
+    }[interval.shows]
+    difference = f"Dice {signed(interval.difference)} {interval_text(interval)}"
+    text = f"{one.ours.name} against {one.theirs.name}: {difference}, {said}"
+    if one.steps.value is not None:
+        text += (
+            f"; the target is reached {ratio_text(one.steps)} times as fast, {ratio_text(one.seconds)} with pretraining"
+        )
+    elif one.target is not None:
+        text += "; neither reaches the target"
+    return text + "."
+
+
+def _curve(group: Group) -> Curve | None:
+    curves = [result.curve for result in group.results if result.curve]
+    if not curves:
+        return None
+    steps = [step for step, _ in max(curves, key=len)]
+    runs = [[value for _, value in curve] for curve in curves if [step for step, _ in curve] == steps]
+    return Curve(name=group.name, steps=steps, runs=runs)
+
+
+def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: "_Uses") -> Table:
+    rows = []
+    for group in groups:
+        for result in group.results:
+            trial = result.trial
+            run = resolve(graph, study_dir, graph.nodes[trial.finetune])
+            evaluation = resolve(graph, study_dir, graph.nodes[trial.evaluate])
+            pretraining = None if trial.pretrain is None else resolve(graph, study_dir, graph.nodes[trial.pretrain])
+            rows.append(
+                [
+                    group.experiment,
+                    group.name,
+                    str(trial.pretrain_seed) if trial.pretrain else "",
+                    str(trial.finetune_seed),
+                    three(result.mean("dice")),
+                    result.scores["checkpoint"] if result.scores else NOTHING,
+                    trial.pretrain or "",
+                    trial.finetune,
+                    _commit(result),
+                    uses.name(use_of(pretraining, "train")) if pretraining else "",
+                    uses.name(use_of(run, "train")),
+                    uses.name(use_of(run, "val")),
+                    uses.name(tested_on(run, evaluation)),
+                ]
+            )
+    return Table(
+        title="Runs",
+        columns=[
+            "experiment",
+            "arm",
+            "pretraining seed",
+            "fine-tuning seed",
+            "test Dice",
+            "checkpoint",
+            "pretraining",
+            "fine-tuning",
+            "commit",
+            "pretrained on",
+            "trained on",
+            "validated on",
+            "tested on",
+        ],
+        rows=rows,
+        note="Folders are nodes/NAME in the study's folder: config.yaml, metrics.jsonl, jobs.jsonl and env.json of "
+        "each run, its scores in evaluate/scores.json and evaluate/cases.csv. The volumes of each use stand below.",
+        text_columns=2,
+    )
+
+
+class _Uses:
+    """Names of sets of volumes, and what is in them."""
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[str, ...], str] = {}
+        self._manifests: dict[Path, Manifest] = {}
+
+    def name(self, use: VolumeUse) -> str:
+        """The name of a set of volumes; the same volumes have one name."""
+        try:
+            manifest = self._manifests.setdefault(use.store, load_manifest(use.store))
+            ids = tuple(sorted(manifest.column("id")[used_rows(use, manifest)]))
+        except MimscaleError:
+            return "its store is gone"
+        return self._ids.setdefault(ids, f"set {len(self._ids) + 1}")
+
+    def listed(self) -> list[tuple[str, list[str]]]:
+        """Every named set."""
+        return [(name, list(ids)) for ids, name in self._ids.items()]
+
+
+def _commit(result: Result) -> str:
+    commits = {
+        str(run.environment.get("commit") or "unknown")[:12]
+        for run in (result.run, result.pretraining)
+        if run is not None and run.environment
+    }
+    return ", ".join(sorted(commits)) or "unknown"
+
+
+def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
+    return Table(
+        title="",
+        columns=["node", "what", "state", "reason"],
+        rows=[[node.id, node.label, states[node.id].name, states[node.id].reason] for node in graph.nodes.values()],
+        text_columns=4,
+    )
+
+
+def _notes(config: StudyConfig, graph: Graph, states: Mapping[str, NodeState]) -> list[str]:
+    notes = [config.caveat] if config.caveat else []
+    if config.pretrain_on_validation is not None:
+        notes.append(f"Pretraining may read volumes that are validated or tested on: {config.pretrain_on_validation}")
+    for key, reason in config.may_differ.items():
+        arms = [name for name, arm in config.arms.items() if arm.finetune]
+        notes.append(f"{key} of fine-tuning differs in {', '.join(arms) or 'no arm'}: {reason}")
+    counts: dict[str, int] = {}
+    for state in states.values():
+        counts[state.name] = counts.get(state.name, 0) + 1
+    if counts.keys() - {"done"}:
+        text = ", ".join(f"{count} {name}" for name, count in counts.items())
+        notes.append(f"Not all {len(states)} nodes are done ({text}); what is missing is in no number below.")
+    notes += [
+        f"{graph.nodes[node_id].label} failed: {state.reason}"
+        for node_id, state in states.items()
+        if state.name == "failed"
+    ]
+    return notes
+
+
+def _pictures(graph: Graph, groups: Sequence[Group], reconstructed: Sequence[RunDir]) -> list[tuple[str, RunFacts]]:
+    labels = {node.folder_id: node.label for node in graph.nodes.values() if node.id in graph.reconstructions}
+    found = [(labels[run.path.name], read_run(run.path)) for run in reconstructed]
+    first = groups[0].experiment if groups else ""
+    for group in groups:
+        scored = [result for result in group.results if result.scores]
+        if group.experiment == first and scored:
+            seeds = f"fine-tuning seed {scored[0].trial.finetune_seed}"
+            found.append((f"{group.name}, {seeds}: image, truth, prediction", scored[0].run))
+    return found
+
+
+def _run_configs(graph: Graph, groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """The configs of the first run of each group."""
+    texts: dict[str, str] = {}
+    for group in groups:
+        for result in group.results[:1]:
+            for run in filter(None, (result.pretraining, result.run)):
+                texts.setdefault(f"{run.name} ({graph.nodes[run.name].label})", run.config_text)
+    return list(texts.items())

@@ -1,0 +1,201 @@
+"""One rank of two goes wrong: what both do, what they say, and how long it takes."""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import planted_faults
+import pytest
+import torch
+from rank_pool import run_ranks
+from safetensors.torch import load_file
+from stream_stores import write_store
+from tiny_runs import SHAPES, pretrain_words
+
+from mimscale.store.manifest import write_manifest
+from mimscale.train import checkpoint
+from mimscale.train.health_log import HealthLog
+from mimscale.train.run_dir import RunDir
+
+pytestmark = pytest.mark.two_process
+
+# Of a wait: the start of two ranks on a busy machine.
+START_S = 100
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    bare = write_store(folder, SHAPES)
+    rows = [replace(bare.row(number), split="val" if number == 7 else "train") for number in range(len(SHAPES))]
+    write_manifest(folder, rows)
+    return folder
+
+
+def optimizer_state(run: RunDir, step: int) -> list[Any]:
+    """Every tensor of the optimizer, on all ranks; at stage 0 it stands beside the weights."""
+    states = []
+    for path in sorted((run.checkpoints / checkpoint.tag_name(step) / "engine").glob("*states.pt")):
+        states += _tensors(
+            torch.load(path, weights_only=False)["optimizer_state_dict" if "optim" in path.name else "optimizer"]
+        )
+    return states
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else []
+    return [tensor for child in children for tensor in _tensors(child)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "fault"),
+    [
+        (0, "fp32", planted_faults.infinite_loss),
+        (1, "bf16", planted_faults.infinite_loss),
+        (2, "fp32", planted_faults.nan_voxel),
+        (3, "fp32", planted_faults.infinite_loss),
+    ],
+)
+def test_a_step_that_is_not_finite_on_one_rank_changes_neither_weights_nor_optimizer_on_any(
+    stage, precision, fault, store, tmp_path
+):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "steps=4", "checkpoint={every_steps: 1, keep: 9}")
+    words += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    ended = run_ranks(words, plant=partial(fault, 1, 2))  # the global batch of step 3, on rank 1
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    weights = {
+        step: load_file(run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors") for step in (2, 3, 4)
+    }
+    assert all(torch.equal(weights[2][name], weights[3][name]) for name in weights[2])
+    assert not any(
+        torch.equal(weights[3][name], weights[4][name]) for name in weights[2] if name.endswith("qkv.weight")
+    )
+    assert all(value.isfinite().all() for value in weights[4].values())
+    states = {step: optimizer_state(run, step) for step in (2, 3, 4)}
+    assert len(states[2]) > 2
+    assert all(map(torch.equal, states[2], states[3]))
+    assert not all(map(torch.equal, states[3], states[4]))
+
+    (event,) = HealthLog(run.health).read()
+    assert (event["step"], event["event"]) == (3, "skipped")
+    assert "\n  rank 1 on " in event["message"]
+    assert "rank 0 on " not in event["message"]
+    (folder,) = run.diagnostics.iterdir()
+    assert folder.name == "step_00000003-rank00001"
+    facts = json.loads((folder / "facts.json").read_text())
+    batches = facts["micro_batches"]
+    assert [batch["batch_index"] for batch in batches] == [2, 2]
+    assert set(batches[0]["volume_ids"]) <= set(event["volume_ids"])
+    assert load_file(folder / "batch-0.safetensors")["volume"].shape == (2, 1, 16, 24, 32)
+    recorded = [json.loads(line) for line in (run.samples / "rank00001.jsonl").read_text().splitlines()]
+    assert [number for batch in batches for number in batch["sample_ids"]] == recorded[2]["sample_ids"]
+    *lines, validation = run.read_metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["loss" in line for line in lines] == [True, True, False, True]
+    assert all("loss_vs_mean_voxel" in line for line in lines if "loss" in line)
+    for name in ("val_loss", "val_loss_vs_mean_voxel", "val_loss_vs_interpolated"):
+        assert {name, f"{name}/ct", f"{name}/foreground"} <= validation.keys()
+        assert validation[f"{name}/ct"] == pytest.approx(validation[name]), "all crops are of one modality"
+    assert 1 < validation["val_feature_rank"] <= 24
+
+
+@pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
+def test_a_rollback_brings_back_weights_and_optimizer_and_training_goes_on(stage, size, store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "steps=6", "checkpoint={every_steps: 1, keep: 9}")
+    words += [f"engine.zero_stage={stage}", "health={on_spike: rollback, spike_window: 4, spike_steps: 1}"]
+    ended = run_ranks(words, size=size, plant=partial(planted_faults.large_loss, 0, 4))
+    assert [rank.code for rank in ended] == [0] * size, ended[0].err
+    spike, back = HealthLog(run.health).read()
+    assert (spike["event"], spike["step"]) == ("spike", 5)
+    # A save reads the loss of its step first, so what a spike has done is never saved.
+    assert (back["event"], back["step"], back["to_step"], back["steps_undone"]) == ("rolled_back", 5, 4, 1)
+    weights = {
+        step: load_file(run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors") for step in (4, 5, 6)
+    }
+    assert all(torch.equal(weights[4][name], weights[5][name]) for name in weights[4])
+    assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[4])
+    assert all(map(torch.equal, optimizer_state(run, 4), optimizer_state(run, 5)))
+    assert not all(map(torch.equal, optimizer_state(run, 5), optimizer_state(run, 6)))
+    assert [line["step"] for line in run.read_metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "steps=4", "health.max_skipped=0")
+    ended = run_ranks(words, plant=partial(planted_faults.nan_voxel, 1, 1))
+    assert [rank.code for rank in ended] == [3, 3]
+    for rank in ended:
+        assert "step 2: the loss or its gradient (norm inf) is not finite" in rank.err
+        assert "rank 1 on " in rank.err
+        assert "health.max_skipped=0" in rank.err
+    outcome = run.read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 3)
+    assert not checkpoint.tags(run)
+
+
+def test_a_rank_that_hangs_ends_all_ranks_with_their_stacks_and_exit_code_6(store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "health.hang_timeout_s=5")
+    start = time.monotonic()
+    ended = run_ranks(words, plant=partial(planted_faults.hang_in_step, 1, 2))
+    assert time.monotonic() - start < START_S
+    assert [rank.code for rank in ended] == [6, 6]
+    outcome = run.read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 6)
+    assert "step 3 was not done within 5 s (health.hang_timeout_s); rank 1 on " in outcome.message
+    assert "in tests/planted_faults.py:" in outcome.message
+    assert "hang_forever" in outcome.message
+    stacks = [(run.logs / f"stacks-rank{rank:05d}.txt").read_text() for rank in range(2)]
+    assert "in hang_forever" in stacks[1]
+    assert "in hang_forever" not in stacks[0]
+    assert "mimscale/train/loop.py" in stacks[0]
+
+
+def test_a_rank_that_hangs_in_c_with_the_interpreter_lock_does_not_keep_the_job_alive(store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "health.hang_timeout_s=4")
+    start = time.monotonic()
+    ended = run_ranks(words, plant=partial(planted_faults.hang_with_the_interpreter_lock, 1, 2, 4.0))
+    assert time.monotonic() - start < START_S
+    # Its own thread cannot run any more: faulthandler's timer ends the process, with the only code that it has.
+    assert [rank.code for rank in ended] == [6, 1]
+    assert "rank 1 did not answer" in run.read_outcome().message
+    assert "planted_faults.py" in (run.logs / "stacks-rank00001.txt").read_text()
+
+
+def test_a_loader_that_hangs_on_one_rank_ends_both_and_names_its_worker(store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "stream.timeout_s=4")
+    start = time.monotonic()
+    ended = run_ranks(words, plant=partial(planted_faults.hang_in_loader_worker, 1, 3))
+    assert time.monotonic() - start < START_S
+    assert [rank.code for rank in ended] == [6, 3]
+    assert "loader worker 0 (pid " in ended[1].err
+    assert "stream.timeout_s=4" in ended[1].err
+    outcome = run.read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 3)
+    assert outcome.message.startswith("loader worker 0 (pid ")
+
+
+def test_a_rank_that_dies_inside_a_save_ends_the_other_and_the_same_command_continues(store, tmp_path):
+    run = RunDir(tmp_path / "run")
+    words = pretrain_words(store, run.path, "steps=5", "checkpoint.every_steps=2")
+    start = time.monotonic()
+    ended = run_ranks(words, plant=partial(planted_faults.die_in_save, 1, 4))
+    assert time.monotonic() - start < START_S
+    assert [rank.code for rank in ended] == [6, -9]
+    assert "another rank is gone or hangs" in ended[0].err
+    outcome = run.read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 6)
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000002"]
+    assert checkpoint.why_not_loadable(checkpoint.tags(run)[0]) is None
+    again = run_ranks(words)
+    assert [rank.code for rank in again] == [0, 0], again[0].err
+    assert "continues at step 2 of 5" in again[0].err

@@ -1,0 +1,158 @@
+"""The page of a study, opened in a real browser: pictures load, tables sort, nothing complains."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import skip_unless
+from fake_runs import add_reconstruction_scores, add_segmentation_scores, fake_run
+from small_segmentation import make_store
+from small_study import study_tree
+
+from mimscale.config import build_config, config_tree
+from mimscale.study.config import StudyConfig
+from mimscale.study.graph import expand
+from mimscale.study.nodes import resolve
+from mimscale.study.view import NodeState, study_view, write_study_report
+
+DICE = {"scratch": 0.5, "mae": 0.75}
+# Put into a copy of the page: what went wrong, before anything else runs; and what there is, after all has run.
+WATCH = """<script>
+window.problems = [];
+window.addEventListener("error", (event) => problems.push(event.message || "did not load: " + event.target.src), true);
+console.error = (text) => problems.push("console: " + text);
+</script>"""
+ASK = """<script>
+window.addEventListener("load", () => {
+  const column = (table, index) => Array.from(table.tBodies[0].rows).map((row) => row.cells[index].textContent);
+  const heads = Array.from(document.querySelector("table.sortable").querySelectorAll("th"));
+  const dice = heads.findIndex((head) => head.textContent === "Dice"), orders = [];
+  const table = heads[0].closest("table");
+  for (const index of [dice, dice, 0]) { heads[index].click(); orders.push([column(table, index), column(table, 0)]); }
+  const answer = document.createElement("pre");
+  answer.id = "answer";
+  answer.textContent = JSON.stringify({
+    problems, orders, sorted: heads[0].getAttribute("aria-sort"),
+    images: Array.from(document.images).map((image) => [image.getAttribute("src"), image.naturalWidth]),
+    dead_links: Array.from(document.querySelectorAll("nav a"), (a) => a.getAttribute("href"))
+      .filter((place) => !document.querySelector(place)).length,
+  });
+  document.body.append(answer);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study whose runs are made up, two seeds of each stage; one node has failed."""
+    folder = tmp_path_factory.mktemp("study")
+    store = make_store(folder / "data")
+    tree = study_tree(
+        folder,
+        data={"store": {"path": str(store)}},
+        pretrain_seeds=[0, 1],
+        finetune_seeds=[0, 1],
+        reconstructions=True,
+        arms={"scratch": {}, "mae": {"pretrain": {}}, "<b>broken</b>": {"pretrain": {"seed": 5, "steps": 3}}},
+        experiments={
+            "main": {"question": "Does pretraining help?", "arms": ["scratch", "mae", "<b>broken</b>"]},
+            "mask": {
+                "question": "What does the ratio do?",
+                "arms": ["mae"],
+                "settings": {"0.5": {"pretrain.mask.ratio": 0.5}, "0.75": {"pretrain.mask.ratio": 0.75}},
+            },
+        },
+    )
+    config = build_config(StudyConfig, tree, "test")
+    graph, states = expand(config), {}
+    for node in graph.nodes.values():
+        place = graph.folder(folder / "study", node)
+        trials = [trial for trial in graph.trials if node.id in (trial.pretrain, trial.finetune, trial.evaluate)]
+        if node.verb == "pretrain" and trials[0].arm == "<b>broken</b>":
+            states[node.id] = NodeState("failed", "loss is not finite <script>alert(1)</script>", 1)
+            continue
+        if any(states[parent].name != "done" for parent in node.parents):
+            states[node.id] = NodeState("left out", "its pretraining has no result")
+            continue
+        states[node.id] = NodeState("done", "")
+        if node.verb in ("pretrain", "finetune"):
+            fake_run(place, node.verb)
+            (place / "config.yaml").write_text(json.dumps(config_tree(resolve(graph, folder / "study", node))))
+        elif trials:
+            seed = trials[0].finetune_seed
+            add_segmentation_scores(place, volumes=["aaaa", "bbbb"], dice=DICE[trials[0].arm] + 0.01 * seed)
+        else:
+            add_reconstruction_scores(place, volumes=["aaaa"])
+    view = study_view(config, graph, folder / "study", states)
+    return folder, view, write_study_report(view, folder / "study")
+
+
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))), None)
+    skip_unless(found is not None, "no Chromium (apt-get install chromium)")
+    return found
+
+
+def test_a_browser_shows_every_picture_and_sorts_tables_without_complaint(study, tmp_path):
+    page = study[2]
+    text = page.read_text()
+    probe = page.with_name("probe.html")
+    probe.write_text(text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", ASK + "</body>"))
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    ended = subprocess.run(
+        [browser(), *words, "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ":CONSOLE" not in ended.stderr
+    answer = json.loads(re.search(r'<pre id="answer">(.*?)</pre>', ended.stdout, re.DOTALL)[1])
+    assert answer["problems"] == []
+    assert answer["dead_links"] == 0
+    assert len(answer["images"]) == 2 + 1 + 3 + 2 * 2  # curves, settings, reconstructions, overlays
+    assert all(width > 100 for _, width in answer["images"])
+    (up, arms_up), (down, arms_down), (names, _) = answer["orders"]
+    assert [value[:5] for value in up] == ["0.505", "0.755", "n/a"]
+    assert [value[:5] for value in down] == ["0.755", "0.505", "n/a"]  # what is no number stays last
+    assert (arms_up[0], arms_down[0]) == ("scratch", "mae")
+    assert names == sorted(names)
+    assert answer["sorted"] == "ascending"
+
+
+def test_names_and_reasons_cannot_become_markup(study):
+    text = study[2].read_text()
+    assert "<script>alert" not in text
+    assert "<b>broken" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_page_loads_nothing_from_elsewhere(study):
+    assert not re.search(r"https?://|//cdn|@import|url\(|srcset|<script src", study[2].read_text())
+
+
+def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(study):
+    _, view, _ = study
+    main = view.sections[0]
+    scores = {row[0]: row for row in main.tables[0].rows}
+    assert scores["scratch"][2:4] == ["2 of 2", "0.505 +/- 0.007"]
+    assert scores["mae"][2:4] == ["4 of 4", "0.755 +/- 0.006"]
+    assert scores["<b>broken</b>"][2:4] == ["0 of 4", "n/a"]
+    (difference,) = [row for row in main.tables[1].rows if row[0] == "mae"]
+    assert difference[1:5] == ["scratch", "+0.250", "[+0.250, +0.250]", "2 x 2, 2 cases"]
+    assert "not measured yet" in " ".join(main.answers)
+
+
+def test_every_number_leads_to_its_runs_seeds_commit_and_volumes(study):
+    _, view, page = study
+    (table,) = view.provenance
+    row = dict(zip(table.columns, next(row for row in table.rows if row[1] == "mae"), strict=True))
+    assert row["pretraining seed"] == "0"
+    assert row["checkpoint"] == "step_00000040"
+    assert (page.parents[1] / "nodes" / row["fine-tuning"] / "config.yaml").exists()
+    assert (page.parents[1] / "nodes" / row["pretraining"] / "config.yaml").exists()
+    sets = dict(view.volumes)
+    assert sets[row["validated on"]] == ["aaaa", "bbbb", "cccc"]
+    assert any("loss is not finite" in note for note in view.notes)

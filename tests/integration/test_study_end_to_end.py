@@ -1,0 +1,44 @@
+"""A whole study with tiny networks: cohort, stores, pretraining, fine-tuning, scores, report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from small_study import write_study
+
+ROOT = Path(__file__).parents[2]
+
+
+def study(recipe, *words):
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mimscale.cli", "study", str(recipe), "--json", *words]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.stdout, ended.stderr
+    return ended.returncode, json.loads(ended.stdout), ended.stderr
+
+
+def test_a_study_goes_from_volumes_to_tables_and_repeats_nothing(tmp_path):
+    code, result, said = study(write_study(tmp_path), "workers=2")
+    assert code == 0, said
+    assert [node["state"] for node in result["nodes"]] == ["done"] * 7
+    scores, differences = result["tables"]
+    assert [row[0] for row in scores["rows"]] == ["scratch", "mae"]
+    for row in scores["rows"]:
+        assert row[2] == "1 of 1"
+        assert 0 <= float(row[3]) <= 1
+    assert differences["rows"][0][:2] == ["mae", "scratch"]
+
+    # The score on the page is the one that evaluate wrote, of the last checkpoint.
+    node = next(node for node in result["nodes"] if node["label"].startswith("finetune scratch"))
+    written = json.loads((Path(node["folder"]) / "evaluate" / "scores.json").read_text())
+    assert written["checkpoint"] == "step_00000006"
+    assert scores["rows"][0][3] == f"{written['mean']['without_background']['dice']:.3f}"
+    page = Path(result["report"])
+    assert (page.parent / "01_main_convergence.png").exists()
+
+    code, again, said = study(tmp_path / "recipe.yaml", "workers=2")
+    assert code == 0
+    assert " done] " not in said  # no node was started
+    assert again["tables"] == result["tables"]

@@ -1,0 +1,118 @@
+"""Faults that are planted into one rank of a run before it starts: `run_ranks(words, plant=partial(nan_voxel, 1, 2))`.
+
+Each function is called in the process of every rank with the number of that rank as its last argument.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def _at_step(step: int, action: Callable[[], Any]) -> None:
+    """Do something in the trainer when a step's samples have been recorded."""
+    from mimscale.train.meter import Meter
+
+    record_samples = Meter.record_samples
+
+    def record_and_act(self: Meter, at: int, sample_ids: list[int]) -> None:
+        record_samples(self, at, sample_ids)
+        if at == step:
+            action()
+
+    Meter.record_samples = record_and_act
+
+
+def hang_forever() -> None:
+    time.sleep(1000)
+
+
+def hang_in_step(bad_rank: int, step: int, rank: int) -> None:
+    if rank == bad_rank:
+        _at_step(step, hang_forever)
+
+
+def hang_with_the_interpreter_lock(bad_rank: int, step: int, wait_for_others_s: float, rank: int) -> None:
+    """As a C call that never returns and holds the lock; the other ranks wait less long for its stacks."""
+    from mimscale.train import watchdog
+
+    watchdog.WAIT_FOR_OTHERS_S = wait_for_others_s
+    if rank == bad_rank:
+        _at_step(step, lambda: ctypes.PyDLL(None).sleep(1000))
+
+
+def hang_in_loader_worker(bad_rank: int, batches: int, rank: int) -> None:
+    """A worker delivers some parts and then nothing more."""
+    from mimscale.stream.batch import SampleReader
+
+    read_together, calls = SampleReader.read_together, []
+
+    def read_or_hang(self: SampleReader, micro_batches: Any) -> Any:
+        calls.append(None)
+        if len(calls) > batches:
+            hang_forever()
+        return read_together(self, micro_batches)
+
+    if rank == bad_rank:
+        SampleReader.read_together = read_or_hang
+
+
+def die_in_save(bad_rank: int, step: int, rank: int) -> None:
+    """Killed when its shard of a checkpoint is written and not yet reported."""
+    from mimscale.train.engine import Engine
+
+    save = Engine.save
+
+    def save_and_die(self: Engine, folder: Any, at: int) -> Any:
+        errors = save(self, folder, at)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return errors
+
+    if rank == bad_rank:
+        Engine.save = save_and_die
+
+
+def nan_voxel(bad_rank: int, batch_index: int, rank: int) -> None:
+    """One voxel of one sample of a global batch is NaN on the device."""
+    from mimscale.train import pretrain
+
+    normalise = pretrain.normalise
+
+    def normalise_with_nan(batch: Any) -> Any:
+        image, valid = normalise(batch)
+        if batch.batch_index == batch_index:
+            image[0, 0, 3, 5, 7] = float("nan")
+        return image, valid
+
+    if rank == bad_rank:
+        pretrain.normalise = normalise_with_nan
+
+
+def large_loss(bad_rank: int, batch_index: int, rank: int) -> None:
+    """The loss of a global batch is a thousand times as large."""
+    from mimscale.train.pretrain import MaskedReconstruction
+
+    loss_of = MaskedReconstruction.loss
+
+    def larger_loss(self: MaskedReconstruction, forward: Any, batch: Any) -> Any:
+        return loss_of(self, forward, batch) * (1000 if batch.batch_index == batch_index else 1)
+
+    if rank == bad_rank:
+        MaskedReconstruction.loss = larger_loss
+
+
+def infinite_loss(bad_rank: int, batch_index: int, rank: int) -> None:
+    """The loss is infinite while its gradient is as usual, as with L1 and an infinite voxel in a hidden patch."""
+    from mimscale.train.pretrain import MaskedReconstruction
+
+    loss_of = MaskedReconstruction.loss
+
+    def loss_and_infinity(self: MaskedReconstruction, forward: Any, batch: Any) -> Any:
+        loss = loss_of(self, forward, batch)
+        return loss + float("inf") if batch.batch_index == batch_index else loss
+
+    if rank == bad_rank:
+        MaskedReconstruction.loss = loss_and_infinity
