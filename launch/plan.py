@@ -14,9 +14,10 @@ from launch.profile import Accelerator, Profile, resolve_accelerator, resolve_pr
 from mimscale import cli
 from mimscale.config import build_config, config_tree, config_yaml, parse_yaml
 from mimscale.errors import ConfigError
-from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation
+from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation, legal_nodes
+from mimscale.train.memory import estimate_memory
 from mimscale.train.run_dir import RunDir
-from mimscale.train.size import checkpoint_bytes, count_parameters, memory_bytes, save_seconds
+from mimscale.train.size import checkpoint_bytes, count_parameters, save_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +103,13 @@ class Plan:
         automatic = self.accelerator == "cuda" and config.engine.zero_stage > 0
         bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and automatic)
         write_mb_per_s = slurm_config(self.profile).write_mb_per_s
+        accumulates = accumulation(config, self.world_size) > 1
+        memory = estimate_memory(config, self.world_size, bf16=bf16, accumulates=accumulates)
         return Estimate(
             parameters=count_parameters(config),
-            memory_gb_per_process=memory_bytes(config, self.world_size, bf16=bf16) / 1e9,
-            checkpoint_gb=checkpoint_bytes(config) / 1e9,
-            save_s=save_seconds(config, self.nodes, write_mb_per_s),
+            memory_gb_per_process=memory.peak / 1e9,
+            checkpoint_gb=checkpoint_bytes(config, bf16=bf16) / 1e9,
+            save_s=save_seconds(config, self.nodes, write_mb_per_s, bf16=bf16),
         )
 
     def describe(self) -> list[str]:
@@ -186,12 +189,6 @@ def make_plan(
     )
     _refuse_impossible(plan)
     return plan
-
-
-def legal_nodes(config: RunConfig, processes: int) -> list[int]:
-    """Numbers of nodes among which the global batch divides, with this many processes on each."""
-    micro_batches = config.global_batch // config.micro_batch
-    return [nodes for nodes in range(1, micro_batches // processes + 1) if micro_batches % (nodes * processes) == 0]
 
 
 def _refuse_impossible(plan: Plan) -> None:

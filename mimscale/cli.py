@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "bench": ("mimscale.bench.verbs:main", "how fast reading, a step, training and saving are, and what limits them"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
+    "plan": ("mimscale.bench.plan:main", "what a run needs and how fast it goes, before any job"),
     "study": ("launch.study:main", "an experiment of many runs, here or on Slurm, and its tables and curves"),
     "submit": ("launch.submit:main", "run a verb as a job, on this machine or on a Slurm cluster"),
     "status": ("launch.status:main", "what submitted runs are doing"),

@@ -325,6 +325,12 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     return config.global_batch // (config.micro_batch * world_size)
 
 
+def legal_nodes(config: RunConfig, processes: int) -> list[int]:
+    """Numbers of nodes among which the global batch divides, with this many processes on each."""
+    micro_batches = config.global_batch // config.micro_batch
+    return [nodes for nodes in range(1, micro_batches // processes + 1) if micro_batches % (nodes * processes) == 0]
+
+
 def load_run_config(run_dir: Path) -> PretrainConfig | FinetuneConfig:
     """The config of an existing run.
 

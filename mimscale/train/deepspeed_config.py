@@ -8,6 +8,9 @@ from typing import Any, Literal
 from mimscale.errors import ConfigError
 from mimscale.train.config import EngineConfig
 
+PERSISTENT_BELOW_ELEMENTS = 100_000  # stage 3 leaves smaller weights whole on every rank
+LIVE_PARAMETERS = 1_000_000_000  # that stage 3 holds gathered at once
+
 
 def deepspeed_config(
     config: EngineConfig,
@@ -48,8 +51,8 @@ def deepspeed_config(
             "allgather_bucket_size": config.bucket_elements,
             "round_robin_gradients": False,
             "stage3_prefetch_bucket_size": config.bucket_elements,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_param_persistence_threshold": PERSISTENT_BELOW_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
             "sub_group_size": 1_000_000_000,

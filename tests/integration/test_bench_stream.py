@@ -78,3 +78,17 @@ def test_four_crops_of_a_region_share_most_of_their_voxels():
     cost = randomness(MODES["region_4"], [(320, 320, 320)], (96, 96, 96), 32)
     assert 0.65 < cost["overlap"] < 0.78  # (1 - E|a - b| / 96)^3 with a, b of [0, 32)
     assert 0.3 < cost["distinct"] < 0.5
+
+
+def test_a_plan_reads_the_store_and_says_how_many_cores_a_gpu_needs(tmp_path, capfd):
+    store = make_store(tmp_path, count=3, val_fraction=0.0)
+    words = ["plan", "demo/pretrain", f"store={store}", "--gpu", "h100", "--gpus-per-node", "1", "modality=null"]
+    words += ["crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]"]
+    assert main([*words, "--json"]) == 0
+    loader = json.loads(capfd.readouterr().out)["loader"]
+    assert loader["source"].startswith("measured now: ")
+    assert loader["crops_per_s_per_core"] > 0
+    assert loader["gb_per_s_per_core"] == pytest.approx(loader["crops_per_s_per_core"] * 16**3 * 2 / 1e9)
+    assert loader["cores_per_gpu"] >= loader["crops_per_s_per_gpu"] / loader["crops_per_s_per_core"]
+    assert main(words) == 0
+    assert "core(s) a GPU" in capfd.readouterr().out

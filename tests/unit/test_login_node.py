@@ -1,5 +1,6 @@
 """Verbs of the login node start at once: they import neither torch nor monai (1.6 to 5 s each)."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ VERBS = {
     "finetune --check": ["finetune", "demo/finetune", *RUN, "--check"],
     "ingest --check": ["ingest", "demo/ingest", "sources=/none", "out=/none", "--check"],
     "evaluate --check": ["evaluate", *RUN, "--check"],
+    "plan": ["plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"],
+    "plan --json": ["plan", "finetune_unetr", "--nodes", "1", "--gpu", "l40s", "--json"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
     "study --dry-run": [
@@ -59,6 +62,14 @@ def test_help_is_there_in_less_than_300_milliseconds():
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 0.3  # the best of some, so that a busy machine fails nobody
+
+
+def test_a_plan_takes_less_than_2_seconds_of_processor_time():
+    words = [sys.executable, "-m", "mimscale.cli", "plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(words, capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_what_a_batch_script_and_a_look_at_runs_start_imports_no_torch():

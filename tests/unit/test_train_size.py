@@ -1,5 +1,6 @@
 """The estimates that a login node makes without torch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.unetr import Unetr
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import EngineConfig, FinetuneConfig, PretrainConfig
-from mimscale.train.size import checkpoint_bytes, count_parameters, memory_bytes, save_seconds
+from mimscale.train.memory import estimate_memory
+from mimscale.train.size import checkpoint_bytes, count_parameters, save_seconds
 from mimscale.train.verbs import check_run
 
 VITS = [
@@ -47,11 +49,27 @@ def _vit_b(**engine: object) -> PretrainConfig:
     )
 
 
-def test_sharding_takes_memory_off_a_rank_stage_by_stage() -> None:
-    needs = [memory_bytes(_vit_b(zero_stage=stage), 8, bf16=True) for stage in (0, 1, 2, 3)]
-    assert needs == sorted(needs, reverse=True)
-    weights = count_parameters(_vit_b())
-    assert needs[0] > 16 * weights  # 2 + 2 bytes of weight and gradient, 12 of the optimizer
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sharding_takes_memory_off_a_rank_stage_by_stage(bf16: bool, accumulates: bool) -> None:
+    estimates = [
+        estimate_memory(_vit_b(zero_stage=stage, bucket_elements=1_000_000), 8, bf16=bf16, accumulates=accumulates)
+        for stage in (0, 1, 2, 3)
+    ]
+    kept = [one.gradients + one.optimizer for one in estimates]
+    assert kept == sorted(kept, reverse=True)
+    # Stage 3 holds the weights twice while it computes, its share and all of them; so it may need more than stage 2.
+    peaks = [one.peak for one in estimates[:3]]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_recomputing_activations_takes_less_memory_and_a_larger_batch_takes_more() -> None:
+    config = replace(_vit_b(), micro_batch=32, global_batch=32)
+    thrifty = replace(config, model=replace(config.model, checkpoint_activations=True))
+    larger = replace(config, micro_batch=64, global_batch=64)
+    peaks = [estimate_memory(one, 8, bf16=True).peak for one in (thrifty, config, larger)]
+    assert peaks == sorted(peaks)
+    assert peaks[2] < 2 * peaks[1]  # weights and optimizer do not grow with the batch
 
 
 def test_a_save_is_faster_on_more_nodes_but_never_faster_than_the_weights_of_the_first() -> None:

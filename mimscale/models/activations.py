@@ -1,0 +1,130 @@
+"""What a forward pass keeps for the backward pass, by formula and without torch. Bytes of one sample.
+
+The operations name what they keep: a linear layer and a norm their input, GELU its input, attention its queries, keys,
+values and output. `width` is the bytes of a number in the precision of the model; losses are computed in fp32.
+
+K tokens | D embedding | H hidden width of an MLP | L patches a crop | V voxels a crop | P numbers a patch
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mimscale.models.config import MaeConfig, UnetrConfig, VitConfig, patch_grid, unetr_halvings, upsampling_strides
+
+FP32_BYTES, INT64_BYTES = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes of one sample at the two moments when most is held."""
+
+    kept: int  # when the forward pass is over
+    transient: int = 0  # on top of it, while the loss is computed
+    recomputed: int = (
+        0  # held by one checkpointed block while the backward pass recomputes it; little else is left then
+    )
+
+
+def block_bytes(tokens: int, dim: int, heads: int, hidden_dim: int, width: int, *, extra_numbers: int = 0) -> int:
+    """A transformer block: inputs and outputs of two norms, queries, keys, values, mixed values, both sides of GELU.
+
+    Each norm keeps two numbers a token and attention one a token and head, in fp32. `extra_numbers` a token come from
+    layer scales and rotary positions.
+    """
+    numbers = tokens * (8 * dim + 2 * hidden_dim + extra_numbers)
+    return numbers * width + tokens * (4 + heads) * FP32_BYTES
+
+
+def encoder_activations(vit: VitConfig, *, numbers_a_patch: int, tokens: int, width: int) -> Activations:
+    """The vision transformer on `tokens` patches."""
+    extra = 2 * vit.dim if vit.layer_scale is not None else 0
+    extra += 2 * vit.mlp_dim if vit.mlp == "swiglu" else 0  # the gate, before and after its own bend
+    # Turned queries and keys, and the sines and cosines of both.
+    extra += 2 * vit.dim + 2 * (vit.dim // vit.heads) if vit.positions == "rope" else 0
+    block = block_bytes(tokens, vit.dim, vit.heads, vit.mlp_dim, width, extra_numbers=extra)
+    ends = tokens * (numbers_a_patch + 2 * vit.dim) * width
+    if not vit.checkpoint_activations:
+        return Activations(kept=ends + vit.depth * block)
+    inputs = vit.depth * tokens * vit.dim * width
+    return Activations(kept=ends + inputs, recomputed=block)
+
+
+def mae_activations(
+    vit: VitConfig,
+    mae: MaeConfig,
+    *,
+    crop_voxels: Sequence[int],
+    patch_voxels: Sequence[int],
+    channels: int,
+    visible_patches: int,
+    decoded_patches: int,
+    width: int,
+) -> Activations:
+    """A masked autoencoder with its loss."""
+    L, P, E = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(patch_voxels) * channels, mae.decoder_dim
+    encoder = encoder_activations(vit, numbers_a_patch=P, tokens=visible_patches, width=width)
+    block = block_bytes(decoded_patches, E, mae.decoder_heads, 4 * E, width)
+    decoder = mae.decoder_depth * block + 2 * decoded_patches * E * width
+    loss = 2 * L * P * FP32_BYTES  # the error and its weight
+    # Prediction, target, the error by its sign and weighted.
+    return Activations(
+        kept=encoder.kept + decoder + loss,
+        transient=L * P * (width + 3 * FP32_BYTES),
+        recomputed=max(0, encoder.recomputed - decoder - loss),
+    )
+
+
+def simmim_activations(vit: VitConfig, *, numbers_a_patch: int, patches: int, width: int) -> Activations:
+    """SimMIM with its loss."""
+    encoder = encoder_activations(vit, numbers_a_patch=numbers_a_patch, tokens=patches, width=width)
+    loss = patches * numbers_a_patch
+    return Activations(
+        kept=encoder.kept + 2 * loss * FP32_BYTES,
+        transient=loss * (width + 3 * FP32_BYTES),
+        recomputed=max(0, encoder.recomputed - 2 * loss * FP32_BYTES),
+    )
+
+
+def unetr_activations(
+    vit: VitConfig,
+    unetr: UnetrConfig,
+    *,
+    crop_voxels: Sequence[int],
+    patch_voxels: Sequence[int],
+    channels: int,
+    width: int,
+) -> Activations:
+    """A UNETR with its loss."""
+    L, V, F = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(crop_voxels), unetr.feature_size
+    encoder = encoder_activations(vit, numbers_a_patch=math.prod(patch_voxels) * channels, tokens=L, width=width)
+    strides = upsampling_strides(unetr_halvings(patch_voxels))
+    levels = len(strides)
+    voxels = [V]
+    for stride in strides:
+        voxels.append(voxels[-1] // math.prod(stride))
+    numbers = L * vit.dim + _residual_numbers(V, channels, F)
+    for level in range(1, levels):
+        width_of_level, rows = F * 2**level, L
+        numbers += L * vit.dim  # tokens as a volume
+        coarsest, *others = strides[level:][::-1]
+        rows *= math.prod(coarsest)
+        for stride in others:
+            rows *= math.prod(stride)
+            numbers += rows * width_of_level + _residual_numbers(rows, width_of_level, width_of_level)
+    for level in range(levels):
+        width_of_level = F * 2**level  # features and skip side by side, then a residual block that halves them
+        numbers += 2 * voxels[level] * width_of_level
+        numbers += _residual_numbers(voxels[level], 2 * width_of_level, width_of_level)
+    # Log-probabilities, probabilities, the classes as one number each.
+    loss = V * unetr.num_classes * (2 * FP32_BYTES + INT64_BYTES)
+    return Activations(
+        kept=encoder.kept + numbers * width + loss,
+        transient=V * unetr.num_classes * (width + 2 * FP32_BYTES),
+        recomputed=max(0, encoder.recomputed - numbers * width - loss),
+    )
+
+
+def _residual_numbers(voxels: int, inputs: int, outputs: int) -> int:
+    """Outputs of two convolutions and of the activations behind them; and of the shortcut's convolution."""
+    return voxels * outputs * (5 if inputs != outputs else 4)

@@ -1,0 +1,154 @@
+"""What a rank holds on its device while it trains, by ZeRO stage. Estimates for login nodes, without torch.
+
+Follows what DeepSpeed 0.19.8 allocates, which is more than the 16 bytes a parameter of Rajbhandari et al. 2020
+(arXiv:1910.02054, sec. 3.1): buckets, flattened copies, and weights that stage 3 has gathered.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from mimscale.models.activations import (
+    Activations,
+    encoder_activations,
+    mae_activations,
+    simmim_activations,
+    unetr_activations,
+)
+from mimscale.models.config import patch_grid
+from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+from mimscale.train.deepspeed_config import LIVE_PARAMETERS, PERSISTENT_BELOW_ELEMENTS
+from mimscale.train.size import BYTES_OF_ADAM, BYTES_OF_MASTER, decoded_patches, parameter_sizes, visible_patches
+
+_FP32 = 4
+_ALL_REDUCE_ELEMENTS = 500_000_000  # stage 0 flattens gradients in pieces of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank. Not all of them are held at once, so the peak is below their sum."""
+
+    weights: int  # its share of them, and the whole of them while stage 3 computes
+    gradients: int  # when a step's backward passes are over
+    optimizer: int  # two moments, and ZeRO's own fp32 weights
+    activations: int  # of a micro-batch, with its voxels
+    communication: int  # buckets, and gradients that wait for one
+    peak: int  # the most that is held at one moment
+    peak_in: str  # that moment: forward, backward or update
+
+    @property
+    def kept(self) -> int:
+        """What is held whatever the micro-batch."""
+        return self.weights + self.gradients + self.optimizer + self.communication
+
+
+def estimate_memory(
+    config: RunConfig, world_size: int, *, bf16: bool, accumulates: bool = False, channels: int = 1
+) -> Memory:
+    """About what a rank holds.
+
+    Args:
+        config: of the run.
+        world_size: ranks that ZeRO shares among.
+        bf16: whether weights and activations are bf16.
+        accumulates: whether a step has more than one micro-batch.
+        channels: of the store.
+    """
+    stage, width = config.engine.zero_stage, 2 if bf16 else _FP32
+    sizes = parameter_sizes(config, channels)
+    numbers, bucket = sum(sizes), config.engine.bucket_elements
+    share = numbers if stage == 0 else -(-numbers // world_size)  # of what the stage shards
+    activations = run_activations(config, width, channels)
+    voxels_bytes = config.micro_batch * batch_bytes(config, channels)
+    kept_activations = config.micro_batch * activations.kept + voxels_bytes
+    forward_activations = kept_activations + config.micro_batch * activations.transient
+    backward_activations = kept_activations + config.micro_batch * activations.recomputed
+
+    weights, optimizer = width * numbers, (BYTES_OF_ADAM + (BYTES_OF_MASTER if stage else 0)) * share
+    overlapped_buckets = 1 if stage == 1 and accumulates else 2
+    buckets = overlapped_buckets * width * bucket
+    waiting = min(2 * bucket, numbers) * width + (bucket * _FP32 if bf16 else 0)  # bf16 is summed in fp32
+    if stage == 0:
+        gradients, communication = width * numbers, width * min(numbers, _ALL_REDUCE_ELEMENTS)
+        before = gradients if accumulates else 0  # the last backward pass
+        resting, update = weights + optimizer, gradients + communication
+        forward, backward = before, before
+        reduced = gradients + communication
+    elif stage < 3:
+        gradients, communication = width * share, buckets + waiting
+        before = 0
+        if accumulates:
+            before = width * numbers + buckets if stage == 1 else gradients
+        resting = weights + optimizer
+        forward, backward = before, before + (0 if stage == 1 and accumulates else buckets)
+        reduced = gradients + communication + (gradients if stage == 2 and accumulates else 0)
+        update = 2 * gradients + (_FP32 * share if bf16 else 0)  # flattened, then widened
+    else:
+        persistent = sum(size for size in sizes if size < PERSISTENT_BELOW_ELEMENTS)
+        gathered = min(numbers - persistent, LIVE_PARAMETERS) if world_size > 1 else 0
+        gradients, communication = width * share, buckets + waiting
+        resting = width * (share + (persistent if world_size > 1 else 0)) + optimizer + gradients + width * bucket
+        weights = width * (share + gathered + (persistent if world_size > 1 else 0))
+        forward = backward = width * gathered
+        backward += buckets
+        reduced = communication
+        update = _FP32 * share if bf16 else 0
+    moments = {
+        "forward": resting + forward + forward_activations,
+        "backward": resting + max(backward + backward_activations, reduced + voxels_bytes),
+        "update": resting + update + voxels_bytes,
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=max(forward_activations, backward_activations),
+        communication=communication,
+        peak=moments[moment],
+        peak_in=moment,
+    )
+
+
+def run_activations(config: RunConfig, width: int, channels: int = 1) -> Activations:
+    """What one sample keeps for the backward pass."""
+    crop, patch = config.crop_voxels, config.patch_voxels
+    L, P = math.prod(patch_grid(crop, patch)), math.prod(patch) * channels
+    whole = encoder_activations(config.model, numbers_a_patch=P, tokens=L, width=width)
+    if isinstance(config, FinetuneConfig):
+        if config.head == "linear":
+            voxels = math.prod(crop) * config.unetr.num_classes * _FP32
+            return replace(whole, kept=whole.kept + 4 * voxels, transient=2 * voxels)
+        return unetr_activations(
+            config.model, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels, width=width
+        )
+    assert isinstance(config, PretrainConfig)
+    match config.method:
+        case "mae":
+            visible = visible_patches(config, (config.mask.ratio_range or (config.mask.ratio,))[0])
+            one = mae_activations(
+                config.model,
+                config.mae,
+                crop_voxels=crop,
+                patch_voxels=patch,
+                channels=channels,
+                visible_patches=visible,
+                decoded_patches=decoded_patches(config, visible),
+                width=width,
+            )
+            return _times(one, config.mask.repeats)
+        case "simmim":
+            one = simmim_activations(config.model, numbers_a_patch=P, patches=L, width=width)
+            return _times(one, config.mask.repeats)
+        case "simclr":
+            return _times(whole, 2)
+
+
+def _times(one: Activations, times: int) -> Activations:
+    """Of several masks or views of a sample."""
+    return Activations(kept=times * one.kept, transient=times * one.transient, recomputed=times * one.recomputed)
+
+
+def batch_bytes(config: RunConfig, channels: int = 1) -> int:
+    """A crop on the device: as it came (int16), normalised (fp32), which of its voxels are valid, and its label."""
+    voxels = config.crop_voxels[0] * config.crop_voxels[1] * config.crop_voxels[2]
+    return voxels * (channels * (2 + _FP32) + 1 + (1 + 8 if isinstance(config, FinetuneConfig) else 0))
