@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mimscale.bench.results import Windows
-from mimscale.config import config_yaml, load_verb_config, verb_parser
+from mimscale.config import config_yaml, load_verb_config, parse_yaml, recipe_text, split_arguments, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.train.config import PretrainConfig
 
@@ -71,13 +71,15 @@ def train_main(argv: list[str]) -> int:
 
 
 def bench_config(words: Sequence[str], *, needs_store: bool = True) -> PretrainConfig:
-    """The config of a benchmark of training, whose run directory may be left out: nothing is written to it.
+    """The config of a benchmark of training. A run directory may be left out, and a store where none is needed.
 
     Raises:
         ConfigError: no recipe, or a wrong or missing field.
     """
-    words = list(words)
-    for key in ("run_dir", "store") if not needs_store else ("run_dir",):
-        if not any(word.startswith(f"{key}=") for word in words):
-            words.append(f"{key}=none")
+    positional, overrides = split_arguments(words)
+    given = {word.partition("=")[0] for word in overrides}
+    if positional:
+        given |= parse_yaml(recipe_text(positional[0]), positional[0]).keys()
+    may_miss = ["run_dir"] if needs_store else ["run_dir", "store"]
+    words = [*words, *(f"{key}=none" for key in may_miss if key not in given)]
     return load_verb_config(PretrainConfig, words, needs_recipe=True)

@@ -5,7 +5,22 @@ import pytest
 from mimscale.bench import hardware, memory, simulate
 from mimscale.bench.scaling import efficiency_table, kind_of
 from mimscale.bench.training import blame
+from mimscale.bench.verbs import bench_config
+from mimscale.config import recipe_text
 from mimscale.errors import ConfigError
+
+
+def test_a_run_directory_that_the_recipe_or_the_command_line_names_is_kept(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_text("demo/pretrain") + "run_dir: /runs/a\nstore: /stores/a\n")
+    config = bench_config([str(recipe)], needs_store=False)
+    assert (str(config.run_dir), str(config.store)) == ("/runs/a", "/stores/a")
+    config = bench_config([str(recipe), "run_dir=/runs/b"], needs_store=False)
+    assert (str(config.run_dir), str(config.store)) == ("/runs/b", "/stores/a")
+    config = bench_config(["demo/pretrain"], needs_store=False)
+    assert (str(config.run_dir), str(config.store)) == ("none", "none")
+    with pytest.raises(ConfigError, match="store: missing"):
+        bench_config(["demo/pretrain"])
 
 
 def result(ranks, samples_per_s, global_batch):
