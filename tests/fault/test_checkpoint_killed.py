@@ -127,7 +127,7 @@ def test_twenty_kills_at_random_times_lose_nothing_that_was_committed(tmp_path, 
 @pytest.mark.soak
 @pytest.mark.two_process
 @pytest.mark.timeout(2400)
-def test_a_training_run_that_is_killed_twenty_times_ends_with_the_weights_of_a_straight_one(tmp_path, survived):
+def test_a_training_run_that_is_killed_ten_times_ends_with_the_weights_of_a_straight_one(tmp_path, survived):
     store = tmp_path / "store"
     write_store(store, SHAPES)
     more = ["steps=30", "checkpoint={every_steps: 1, keep: 2, keep_every_steps: 10}", "validation.every_steps=0"]
@@ -140,13 +140,14 @@ def test_a_training_run_that_is_killed_twenty_times_ends_with_the_weights_of_a_s
     words, moments = pretrain_words(store, tmp_path / "killed", *more), random.Random(7)
     run = run_of(words)
     kills = at_work = 0
-    while kills < 20:
+    while kills < 10:
         # What is committed now is the least that the next start goes on from.
         committed = checkpoint.newest(run)
         (rank,) = start_ranks(words, size=1)
         rank.process.join(moments.uniform(0.3, 0.7) * whole_s)
         if rank.process.exitcode is not None:
             shutil.rmtree(run.path)  # it has finished: from the start, so that there is work again
+            whole_s *= 0.8  # the straight run also paid for the imports that all share
             continue
         rank.process.kill()
         rank.process.join()
