@@ -20,7 +20,7 @@ from mimscale.config import build_config
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.run import ingest
 
-VOLUMES = 4
+VOLUMES = 16  # an epoch must hold the global batch of all ranks
 SETTINGS = ["crop_voxels=[64,64,64]", "patch_voxels=[8,8,8]", "micro_batch=4", "global_batch=16", "engine.zero_stage=1"]
 SMALL = ["model={dim: 192, depth: 6, heads: 6}", "mae={decoder_dim: 96, decoder_depth: 1, decoder_heads: 3}"]
 STREAM = "stream={workers: 1, crops_per_volume: 4, region_voxels: [96,96,96], align_voxels: 32}"
@@ -83,7 +83,7 @@ def _tree(words: list[str], run_dir: Path) -> dict[str, Any]:
 
 
 def _store(folder: Path, edge: int) -> Path:
-    """Four shifted copies of a synthetic CT, as `mimscale ingest` stores them."""
+    """Shifted copies of a synthetic CT, as `mimscale ingest` stores them."""
     sources = folder / "sources"
     sources.mkdir()
     kind = Kind("ct", "ct", synthetic_ct((edge, edge, edge)), np.diag([-0.8, -0.8, 1.0, 1.0]))

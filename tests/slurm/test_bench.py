@@ -9,7 +9,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_jobs_on_one_and_two_nodes_make_a_table_of_efficiency(cluster: DevCluster, site: Site) -> None:
-    done = site.try_submit("bench", "recipe.yaml", "run_dir=scaling", nodes="1,2")
+    done = site.try_submit("bench", "recipe.yaml", "run_dir=scaling", "steps=1", nodes="1,2")
     assert done.returncode == 0, done.stderr
     jobs = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(jobs) == 2
