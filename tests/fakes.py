@@ -1,10 +1,14 @@
 """Stand-ins for the engine and the ranks, so that the commit protocol and the loop are tested in milliseconds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
+
+from mimscale import durable
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.config import CheckpointConfig
 from mimscale.train.run_dir import RunDir
@@ -27,23 +31,52 @@ class FileEngine:
     """Its state is one number in one file."""
 
     zero_stage = 1
+    precision = "fp32"
 
     def __init__(self) -> None:
         self.state = 0
-        self.errors: list[OSError] = []
+        self.error: OSError | None = None  # of the next write
+        self.may_write = Event()
+        self.may_write.set()
 
-    def save(self, folder: Path, step: int) -> list[OSError]:
-        (folder / "engine").mkdir()
-        (folder / "engine" / "zero_pp_rank_0_state.json").write_text(json.dumps(self.state))
-        return self.errors
+    def snapshot(self) -> "FilePart":
+        return FilePart(self, self.state)
 
-    def load(self, folder: Path) -> None:
-        self.state = json.loads((folder / "engine" / "zero_pp_rank_0_state.json").read_text())
+    def write_index(self, folder: Path, parts: list[Any]) -> Path:
+        durable.write_json(folder / "state.json", parts)
+        return folder / "state.json"
+
+    def load(self, folder: Path, files: Iterable[str]) -> None:
+        (name,) = json.loads((folder / "state.json").read_text())
+        self.state = json.loads((folder / name).read_text())
 
 
-def write_weights(folder: Path, step: int) -> None:
-    (folder / "weights.safetensors").write_text(f"weights of step {step}")
+class FilePart:
+    """A copy of that number."""
+
+    file_bytes = 1
+
+    def __init__(self, engine: FileEngine, state: int) -> None:
+        self._engine = engine
+        self.full_weights = {"weight": np.array([state])}
+
+    def write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        assert self._engine.may_write.wait(20)
+        if self._engine.error is not None:
+            raise self._engine.error
+        path = folder / self.index()
+        durable.write_json(path, int(self.full_weights["weight"][0]))
+        return {path.name: {"bytes": path.stat().st_size, "sha256": durable.sha256_of_file(path)}}
+
+    def index(self) -> str:
+        return "state-rank00000.json"
 
 
-def checkpoints_of(run: RunDir, engine: FileEngine, *, every_steps: int = 1, keep: int = 3) -> Checkpoints:
-    return Checkpoints(run, CheckpointConfig(every_steps=every_steps, keep=keep), engine, OneRank(), write_weights)
+def write_weights(folder: Path, step: int, weights: dict[str, Any]) -> list[Path]:
+    durable.write_text(folder / "weights.safetensors", f"{weights} of step {step}")
+    return [folder / "weights.safetensors"]
+
+
+def checkpoints_of(run: RunDir, engine: FileEngine, ranks: Any = None, **config: Any) -> Checkpoints:
+    config = {"every_steps": 1, "mode": "sync"} | config
+    return Checkpoints(run, CheckpointConfig(**config), engine, ranks or OneRank(), write_weights)

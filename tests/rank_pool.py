@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mimscale.cli import main
 
+Body = Callable[[list[str]], int]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -61,7 +63,7 @@ def ignore_known_warnings() -> None:
 
 
 def _be_rank(
-    words: list[str], environment: dict[str, str], out: Path, err: Path, signal_rank: int, signal_step: int
+    body: Body, words: list[str], environment: dict[str, str], out: Path, err: Path, signal_rank: int, signal_step: int
 ) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
@@ -73,7 +75,7 @@ def _be_rank(
     ignore_known_warnings()
     if signal_step >= 0:
         _signal_after(signal_rank, signal_step)
-    sys.exit(main(words))
+    sys.exit(body(words))
 
 
 def _signal_after(rank: int, step: int) -> None:
@@ -90,8 +92,10 @@ def _signal_after(rank: int, step: int) -> None:
     Meter.record_samples = record_and_signal
 
 
-def start_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1) -> list[Rank]:
-    """Start `mimscale WORDS` as `size` ranks."""
+def start_ranks(
+    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, body: Body = main
+) -> list[Rank]:
+    """Start `mimscale WORDS`, or another function of words, as `size` ranks."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     started = []
@@ -109,7 +113,7 @@ def start_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signa
         out, err = folder / f"{rank}.out", folder / f"{rank}.err"
         out.touch()
         err.touch()
-        process = _CONTEXT.Process(target=_be_rank, args=(words, environment, out, err, signal_rank, signal_step))
+        process = _CONTEXT.Process(target=_be_rank, args=(body, words, environment, out, err, signal_rank, signal_step))
         process.start()
         started.append(Rank(process, out, err))
     return started
@@ -129,6 +133,8 @@ def wait_for(started: list[Rank], timeout_s: float = 120) -> list[Ended]:
     return ended
 
 
-def run_ranks(words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1) -> list[Ended]:
+def run_ranks(
+    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, body: Body = main
+) -> list[Ended]:
     """Start the ranks and wait for them."""
-    return wait_for(start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step))
+    return wait_for(start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step, body=body))

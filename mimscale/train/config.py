@@ -61,6 +61,8 @@ class CheckpointConfig:
 
     every_steps: int = 1_000  # steps between two saves; a stop and the end save as well
     keep: int = 3  # newest checkpoints that stay
+    mode: Literal["background", "sync"] = "background"  # training goes on while a copy is written, or waits for it
+    on_failure: Literal["stop", "continue"] = "stop"  # after a save that failed; the last save of a job always stops it
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", every_steps=self.every_steps, keep=self.keep)
@@ -163,6 +165,7 @@ FREE_KEYS = frozenset(
         "steps",
         "micro_batch",
         "stop_after_min",
+        "engine.zero_stage",
         "engine.collective_timeout_min",
         "stream.workers",
         "stream.prefetch_batches",

@@ -56,11 +56,14 @@ def train(
     validate: Callable[[], dict[str, float]],
     validation_due: Callable[[int], bool],
     take_counts: Callable[[], dict[str, float]] = dict,
+    is_written: Callable[[], bool] = lambda: False,
+    commit: Callable[[], None] = lambda: None,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
     and nobody waits for it. `take_counts` says what this rank counted in a step, by the same names on every rank.
+    `is_written` says that this rank has written a checkpoint in the background; when all have, they `commit` it.
     """
     pending = _Pending(meter, ranks.world.size)
     for step in range(first_step, steps):
@@ -84,11 +87,14 @@ def train(
                 sample_ids += batch.sample_ids.tolist()
                 volume_ids += batch.volume_ids
             stopping = pending.finish()
+        if pending.written_everywhere:
+            commit()
         meter.record_samples(step + 1, sample_ids)
         counts = {"substituted": float(substituted), **take_counts()}
         sums = {
             "loss": loss_sum,
             "stop": float(stop_wanted()),
+            "written": float(is_written()),
             **counts,
             "samples": float(len(sample_ids)),
             "voxels_decoded": voxels_decoded,
@@ -125,6 +131,7 @@ class _Pending:
         self._world_size = world_size
         self._under_way: tuple[int, float, float, Any, tuple[str, ...], list[str]] | None = None
         self._stop_seen = False
+        self.written_everywhere = False
 
     def begin(
         self, step: int, rate: float, grad_norm: float, sums: Any, counts: tuple[str, ...], volume_ids: list[str]
@@ -138,6 +145,7 @@ class _Pending:
         Raises:
             DataError: the loss is not finite; this rank's volumes of that step are named.
         """
+        self.written_everywhere = False
         if self._under_way is not None:
             step, rate, grad_norm, sums, counts, volume_ids = self._under_way
             self._under_way = None
@@ -151,6 +159,7 @@ class _Pending:
                     "lies before it"
                 )
             self._stop_seen = self._stop_seen or shared["stop"] > 0
+            self.written_everywhere = shared["written"] == self._world_size
             values = {name: means[name] for name in ("loss", "step_s", "data_wait_s")}
             values |= {"lr": rate, "grad_norm": grad_norm, **{name: shared[name] for name in counts}}
             values |= {

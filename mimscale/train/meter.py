@@ -111,6 +111,11 @@ class Meter:
         self._append(step, values)
         say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
+    def log_checkpoint(self, step: int, values: dict[str, float]) -> None:
+        """Write what the checkpoint of `step` steps cost."""
+        if self._world.is_first:
+            self._append(step, values)
+
     def _append(self, step: int, values: dict[str, float]) -> None:
         with self._writing(self._run.metrics), self._run.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")

@@ -72,6 +72,17 @@ class Ranks:
             raise problem
         return result  # type: ignore[no-any-return]
 
+    def all_do(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; the first MimscaleError of any rank is raised on all of them."""
+        problem = None
+        try:
+            action()
+        except MimscaleError as error:
+            problem = error
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+
     def sum(self, values: dict[str, Tensor | float]) -> PendingSum:
         """Start one small reduction; every rank calls it with the same names."""
         tensors = [torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values.values()]

@@ -38,10 +38,16 @@ def test_a_run_of_another_model_is_refused_with_exit_code_2(finished):
     assert "seed: 0 -> 5" in ended.err
 
 
-def test_another_number_of_ranks_is_refused_with_exit_code_4_on_every_rank(finished):
+def test_a_state_of_an_earlier_version_is_refused_with_exit_code_4_on_every_rank(finished):
+    manifests = [tag / checkpoint.MANIFEST for tag in checkpoint.tags(run_of(finished))]
+    texts = [path.read_text() for path in manifests]
+    for path, text in zip(manifests, texts, strict=True):
+        path.write_text(text.replace(f'"manifest_version": {checkpoint.MANIFEST_VERSION}', '"manifest_version": 1'))
     ended = run_ranks([*finished, "steps=6"], size=2)
+    for path, text in zip(manifests, texts, strict=True):
+        path.write_text(text)
     assert [rank.code for rank in ended] == [4, 4]
-    assert "saved by 1 rank(s) at ZeRO stage 2, this run has 2 at stage 2" in ended[0].err
+    assert "step_00000004: manifest version 1 holds the training state in DeepSpeed's files" in ended[0].err
 
 
 def test_a_run_leaves_nothing_in_shared_memory(store, tmp_path):
@@ -61,12 +67,12 @@ def test_a_store_that_is_none_is_a_data_error(tmp_path):
 def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names_each(finished):
     run = run_of(finished)
     for tag in checkpoint.tags(run):
-        shard = next(tag.glob("engine/*optim_states.pt"))
+        shard = tag / "state-rank00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1])
     (ended,) = run_ranks([*finished, "steps=6"], size=1)
     assert ended.code == 4
-    assert "step_00000002: engine/" in ended.err
-    assert "step_00000004: engine/" in ended.err
+    assert "step_00000002: state-rank00000.safetensors has" in ended.err
+    assert "step_00000004: state-rank00000.safetensors has" in ended.err
     assert "never goes back to step 0 by itself" in ended.err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code) == ("failed", 4)

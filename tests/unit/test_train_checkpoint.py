@@ -50,7 +50,7 @@ def flip_a_byte(file):
 
 
 BREAKS = {
-    "sha256 differs": lambda tag: flip_a_byte(tag / "engine" / "zero_pp_rank_0_state.json"),
+    "sha256 differs": lambda tag: flip_a_byte(tag / "state-rank00000.json"),
     "bytes instead of": lambda tag: (tag / "weights.safetensors").write_text(""),
     "is missing": lambda tag: (tag / "weights.safetensors").unlink(),
     "no readable manifest.json": lambda tag: (tag / "manifest.json").unlink(),
@@ -92,17 +92,31 @@ def test_a_file_name_that_points_out_of_the_checkpoint_is_refused(run):
     assert checkpoint.why_not_loadable(path.parent) == "../../outside points out of the checkpoint"
 
 
-def test_another_number_of_ranks_is_refused_in_words(run):
+def test_another_number_of_ranks_and_stage_continue_and_the_run_says_so(run, capsys):
     saved(run, 10)
-    checkpoints = checkpoints_of(run, FileEngine())
-    checkpoints._ranks = type("Two", (OneRank,), {"world": World(size=2)})()
-    with pytest.raises(CheckpointError, match="saved by 1 rank\\(s\\) at ZeRO stage 1, this run has 2 at stage 1"):
-        checkpoints.restore()
+    engine = FileEngine()
+    engine.zero_stage = 3
+
+    class Two(OneRank):
+        world = World(size=2)
+
+    assert checkpoints_of(run, engine, Two()).restore().step == 10
+    assert engine.state == 10
+    assert "step_00000010: ranks 1 -> 2, ZeRO stage 1 -> 3\n" in capsys.readouterr().err
+
+
+def test_a_state_of_an_earlier_version_is_refused_and_its_weights_stay_readable(run):
+    saved(run, 10)
+    path = run.checkpoints / "step_00000010" / "manifest.json"
+    path.write_text(path.read_text().replace('"manifest_version": 2', '"manifest_version": 1'))
+    with pytest.raises(CheckpointError, match="manifest version 1 holds the training state in DeepSpeed's files"):
+        checkpoints_of(run, FileEngine()).restore()
+    assert checkpoint.newest(run) == path.parent
 
 
 def test_a_write_error_leaves_the_last_good_checkpoint_and_nothing_half_written(run):
     checkpoints = saved(run, 10)
-    checkpoints._engine.errors.append(OSError("no space left"))
+    checkpoints._engine.error = OSError("no space left")
     with pytest.raises(CheckpointError, match=r"step_00000020: not saved .*\n  rank 0: no space left"):
         checkpoints.save(20, {"samples_done": 40})
     assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
