@@ -242,6 +242,10 @@ def loader_as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> int:
     """`mimscale bench stream RECIPE store=STORE [key=value ...] [--json]`."""
+    if argv[:1] == ["checkpoint"]:
+        from mimscale.bench.checkpoint import main as checkpoint_main
+
+        return checkpoint_main(argv[1:])
     parser = verb_parser("bench", "How fast crops come out of a store, against what limits it and stock zarr-python.")
     parser.add_argument("--volumes", type=int, default=4, help="training volumes to read from")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each contender")

@@ -297,12 +297,14 @@ class Checkpoints:
             return before
         began_s = time.perf_counter()
         temporary = self._run.checkpoints / f"{durable.TEMPORARY_PREFIX}{tag_name(step)}"
+        part = self._engine.snapshot()
+        # The parts of all ranks are about equal; rank 0 writes the weights besides.
+        needed_bytes = part.file_bytes * self._ranks.world.size + _weights_bytes(part)
         try:
-            self._ranks.first_does(lambda: _empty_folder(temporary))
+            self._ranks.first_does(lambda: _make_room(temporary, needed_bytes))
         except CheckpointError as error:
             self._fails(error)
             return before
-        part = self._engine.snapshot()
         report = self._writer.submit(self._write_part, temporary, step, position, part)
         stall_s = time.perf_counter() - began_s
         self._writing = _Writing(step=step, temporary=temporary, report=report, stall_s=stall_s)
@@ -355,7 +357,6 @@ class Checkpoints:
     def _write_part(self, folder: Path, step: int, position: dict[str, Any], part: Part) -> dict[str, Any]:
         began_s = time.perf_counter()
         rank, errors, files = self._ranks.world.rank, [], {}
-        needed = part.file_bytes + sum(tensor.nbytes for tensor in part.full_weights.values())
         try:
             files = part.write(folder)
             if part.full_weights:
@@ -367,7 +368,7 @@ class Checkpoints:
             "errors": errors,
             "position": position,
             "files": files,
-            "needed_bytes": needed,
+            "needed_bytes": part.file_bytes + _weights_bytes(part),
             "index": part.index(),
             "write_s": time.perf_counter() - began_s,
         }
@@ -383,14 +384,7 @@ class Checkpoints:
         except OSError as error:
             problems.append(f"rank 0: {error}")
         shutil.rmtree(writing.temporary, ignore_errors=True)
-        needed_bytes = sum(report["needed_bytes"] for report in reports)
-        free_bytes = shutil.disk_usage(final.parent).free
-        missing = f", {needed_bytes - free_bytes} bytes are missing" if needed_bytes > free_bytes else ""
-        raise CheckpointError(
-            f"{final}: not saved (it takes {needed_bytes} bytes, {free_bytes} are free on its disk{missing}); the last "
-            "good checkpoint is untouched. Free space or lower checkpoint.keep, then give the same command again\n  "
-            + "\n  ".join(problems)
-        )
+        raise _not_saved(writing.temporary, sum(report["needed_bytes"] for report in reports), problems)
 
     def _commit_files(self, writing: _Writing, final: Path, reports: list[dict[str, Any]]) -> int:
         temporary = writing.temporary
@@ -427,10 +421,30 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    with durable.explained(CheckpointError, folder, "free space or check the permissions of run_dir"):
-        folder.mkdir(parents=True)
+def _make_room(temporary: Path, needed_bytes: int) -> None:
+    """Make an empty folder, unless the disk is plainly too small: to fill it would harm everything else in the run."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with durable.explained(CheckpointError, temporary, "free space or check the permissions of run_dir"):
+        temporary.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(temporary).free
+    if needed_bytes > free_bytes:
+        temporary.rmdir()
+        raise _not_saved(temporary, needed_bytes, [])
+
+
+def _not_saved(temporary: Path, needed_bytes: int, problems: list[str]) -> CheckpointError:
+    free_bytes = shutil.disk_usage(temporary.parent).free
+    missing = f", {needed_bytes - free_bytes} bytes are missing" if needed_bytes > free_bytes else ""
+    return CheckpointError(
+        f"{temporary.with_name(temporary.name.removeprefix(durable.TEMPORARY_PREFIX))}: not saved (it takes "
+        f"{needed_bytes} bytes, {free_bytes} are free on its disk{missing}); the last good checkpoint is untouched. "
+        "Free space or lower checkpoint.keep, then give the same command again"
+        + "".join(f"\n  {problem}" for problem in problems)
+    )
+
+
+def _weights_bytes(part: Part) -> int:
+    return sum(tensor.nbytes for tensor in part.full_weights.values())
 
 
 def _described(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from mimscale import durable
+from mimscale.console import say
 from mimscale.train.run_dir import RunDir
 
 T = TypeVar("T")
@@ -59,4 +60,7 @@ class Startup:
             self._done = True
             self.ends("first_step_s")
             spans = {name: round(seconds, 3) for name, seconds in self.spans.items()}
-            durable.write_json(run.path / "startup.json", {**spans, "total_s": round(self._last_s - self._began_s, 3)})
+            total_s = round(self._last_s - self._began_s, 3)
+            durable.write_json(run.path / "startup.json", {**spans, "total_s": total_s})
+            parts = "  ".join(f"{name.removesuffix('_s')} {seconds:.1f}" for name, seconds in spans.items())
+            say(f"first step after {total_s:.1f} s: {parts}")

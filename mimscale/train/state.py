@@ -7,12 +7,10 @@ Nothing in it depends on how the writers shared the state, so a run of another s
 that it holds itself: no conversion, no second copy, no pickle.
 """
 
-import hashlib
 import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ from torch import Tensor
 
 from mimscale import durable
 from mimscale.errors import CheckpointError
+from mimscale.models.tensor_file import header, write_tensors
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 INDEX = "state.json"
-WRITTEN_AT_ONCE_BYTES = 16 * 2**20  # bytes hashed while they are warm in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class Snapshot:
         self._name = state_file(rank)
         self._pinned = pinned
         self._adam_steps = 0
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(len(KINDS), 0)
         self._ranges: list[tuple[str, int, int]] = []  # parameter, first element, elements
         self.full_weights: dict[str, Tensor] = {}  # on rank 0
 
@@ -95,7 +93,7 @@ class Snapshot:
     @property
     def file_bytes(self) -> int:
         """What `write` writes."""
-        return len(self._header()) + self._buffer.nbytes
+        return len(header(self._tensors())) + self._buffer.nbytes
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Write and flush the rank's file; returns its name with its bytes and sha256.
@@ -103,37 +101,23 @@ class Snapshot:
         Raises:
             OSError: the disk is full or not writable.
         """
-        digest, written = hashlib.sha256(), 0
-        with (folder / self._name).open("wb") as file:
-            for block in self._blocks():
-                file.write(block)
-                digest.update(block)
-                written += len(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return {self._name: {"bytes": written, "sha256": digest.hexdigest()}}
+        path = folder / self._name
+        try:
+            with path.open("wb") as file:
+                sha256 = write_tensors(file, self._tensors())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # at once: the run has other things to write to a full disk
+            raise
+        return {self._name: {"bytes": self.file_bytes, "sha256": sha256}}
 
     def index(self) -> "PartIndex":
         """What the file holds."""
         return PartIndex(adam_steps=self._adam_steps, ranges=self._ranges)
 
-    def _blocks(self) -> Iterator[bytes | memoryview]:
-        yield self._header()
-        for row in self._buffer:
-            data = memoryview(row.numpy()).cast("B") if row.numel() else memoryview(b"")
-            for start in range(0, len(data), WRITTEN_AT_ONCE_BYTES):
-                yield data[start : start + WRITTEN_AT_ONCE_BYTES]
-
-    def _header(self) -> bytes:
-        # safetensors' own writer would need a second copy of the whole state, and another reading of it for the hash.
-        size = self.elements * 4
-        tree = {
-            kind: {"dtype": "F32", "shape": [self.elements], "data_offsets": [size * row, size * (row + 1)]}
-            for row, kind in enumerate(KINDS)
-        }
-        text = json.dumps(tree, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(zip(KINDS, self._buffer, strict=True))
 
 
 def write_index(folder: Path, parts: list[PartIndex], shapes: Mapping[str, list[int]]) -> Path:
