@@ -65,7 +65,7 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
     """All that the verb measures. A collective."""
     torch.manual_seed(config.seed)
     engine = Engine(build_mae(config, channels=1), config, ranks)
-    step_s = [_train_step(engine, config) for _ in range(2)][-1]  # the first also makes AdamW's moments
+    step_s = [train_step(engine, config) for _ in range(2)][-1]  # the first also makes AdamW's moments
 
     def write_weights(folder: Path, step: int, weights: dict[str, Tensor]) -> list[Path]:
         save_weights(folder, weights, {"step": step})
@@ -129,7 +129,7 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
     }
 
 
-def _train_step(engine: Engine, config: PretrainConfig) -> float:
+def train_step(engine: Engine, config: PretrainConfig) -> float:
     """One step on random voxels, three quarters of them hidden; returns its seconds."""
     began_s = time.perf_counter()
     image = torch.rand(1, 1, *config.crop_voxels, device=engine.ranks.device)

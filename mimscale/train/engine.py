@@ -193,7 +193,7 @@ class Engine:
 
         The memory is that of the snapshot before, so that one must have been written.
         """
-        pieces = self._pieces()
+        pieces = self.pieces()
         if self.zero_stage == 0:
             pieces = share_of_copies(pieces, self.ranks.world.rank, self.ranks.world.size)
         steps = adam_steps(self._deepspeed, self.zero_stage)
@@ -218,13 +218,14 @@ class Engine:
         def read() -> None:
             saved = SavedState(folder, files)
             saved.refuse_other_model(shapes_of(self.module))
-            saved.fill(self._pieces())
+            saved.fill(self.pieces())
             set_adam_steps(self._deepspeed, self.zero_stage, saved.adam_steps)
 
         self.ranks.all_do(read)
         spread_weights(self._deepspeed, self.zero_stage)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece]:
+        """The ranges of the training state that this rank holds."""
         return held_pieces(self._deepspeed, self.zero_stage, self._names, self.ranks.world.rank)
 
     def full_weights(self) -> dict[str, Tensor]:
