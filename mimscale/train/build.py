@@ -1,13 +1,15 @@
 """A run's config -> its model, and the contract that travels with its weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimscale.config import config_tree, tree_hash
 from mimscale.models.mae import MaskedAutoencoder
-from mimscale.models.unetr import Unetr
 from mimscale.store.layout import StoreInfo
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+
+if TYPE_CHECKING:
+    from mimscale.models.unetr import Unetr
 
 
 def build_mae(config: PretrainConfig, channels: int) -> MaskedAutoencoder:
@@ -17,8 +19,10 @@ def build_mae(config: PretrainConfig, channels: int) -> MaskedAutoencoder:
     )
 
 
-def build_unetr(config: FinetuneConfig, channels: int) -> Unetr:
+def build_unetr(config: FinetuneConfig, channels: int) -> "Unetr":
     """The segmentation network of a fine-tuning run."""
+    from mimscale.models.unetr import Unetr  # brings MONAI, which takes half of all imports, and pretraining needs none
+
     return Unetr(
         config.model, config.unetr, crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels
     )

@@ -15,7 +15,7 @@ BYTES_OF_FP32_WEIGHTS = 4  # weights.safetensors
 # (Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.1: 34 bytes in 16 bits).
 NUMBERS_OF_BLOCK = 17
 NUMBERS_OF_CONV_LEVEL = 16  # feature maps that one level of UNETR keeps: two residual blocks with norms, and the skip
-HASHED_MB_PER_S = 1_000.0  # every file of a checkpoint is read back and hashed
+HASHED_MB_PER_S = 1_000.0  # every file of a checkpoint is hashed
 
 
 def count_parameters(config: RunConfig, channels: int = 1) -> int:
@@ -34,12 +34,12 @@ def count_parameters(config: RunConfig, channels: int = 1) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """About what one checkpoint takes on disk, all files together."""
-    return _weight_file_bytes(config) + _shard_bytes(config)
+    return _weight_file_bytes(config) + _state_bytes(config)
 
 
 def save_seconds(config: RunConfig, nodes: int, write_mb_per_s: float) -> float:
-    """About how long the nodes write and hash a checkpoint: shards side by side, the weights on the first alone."""
-    first_node = _weight_file_bytes(config) + _shard_bytes(config) / nodes
+    """About how long the nodes write and hash a checkpoint: the state side by side, the weights on the first alone."""
+    first_node = _weight_file_bytes(config) + _state_bytes(config) / nodes
     return first_node / 1e6 * (1 / write_mb_per_s + 1 / HASHED_MB_PER_S)
 
 
@@ -55,13 +55,11 @@ def memory_bytes(config: RunConfig, world_size: int, *, bf16: bool) -> int:
 
 
 def _weight_file_bytes(config: RunConfig) -> int:
-    own = 0 if config.engine.zero_stage == 3 else 4
-    return count_parameters(config) * (BYTES_OF_FP32_WEIGHTS + own)
+    return count_parameters(config) * BYTES_OF_FP32_WEIGHTS
 
 
-def _shard_bytes(config: RunConfig) -> int:
-    master = BYTES_OF_MASTER if config.engine.zero_stage else 0
-    return count_parameters(config) * (BYTES_OF_ADAM + master)
+def _state_bytes(config: RunConfig) -> int:
+    return count_parameters(config) * (BYTES_OF_ADAM + BYTES_OF_MASTER)
 
 
 def _linear(inputs: int, outputs: int) -> int:
