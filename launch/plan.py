@@ -108,8 +108,8 @@ class Plan:
         return Estimate(
             parameters=count_parameters(config),
             memory_gb_per_process=memory.peak / 1e9,
-            checkpoint_gb=checkpoint_bytes(config, bf16=bf16) / 1e9,
-            save_s=save_seconds(config, self.nodes, write_mb_per_s, bf16=bf16),
+            checkpoint_gb=checkpoint_bytes(config) / 1e9,
+            save_s=save_seconds(config, self.nodes, write_mb_per_s),
         )
 
     def describe(self) -> list[str]:

@@ -34,7 +34,7 @@ from mimscale import console, durable
 from mimscale.config import tree_hash
 from mimscale.errors import CheckpointError, ConfigError, LaunchError
 from mimscale.store.layout import info_path, read_info
-from mimscale.train.checkpoint import read_manifest, refuse_other_ranks, tags
+from mimscale.train.checkpoint import read_manifest, refuse_former_version, tags
 from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
 from mimscale.train.run_dir import Outcome, RunDir
@@ -73,7 +73,7 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
         if fresh:  # here and once: a job that is started again must not move its own progress aside
             plan.run.move_aside()
         with durable.explained(LaunchError, plan.run.path, "choose another run_dir or free space"):
-            _refuse_other_ranks(plan.run, plan.world_size, plan.trains.engine.zero_stage)
+            _refuse_former_checkpoints(plan.run)
             plan.run.open(plan.tree, plan.text, free_keys=FREE_KEYS)
     elif plan.shares is None and JOB_VERBS[plan.verb].folder_key == "run_dir":
         plan.run.read_config_tree()  # refuses a folder that is no run directory
@@ -113,7 +113,7 @@ def _plain(tree: Any) -> Any:
     return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def _refuse_other_ranks(run: RunDir, world_size: int, zero_stage: int) -> None:
+def _refuse_former_checkpoints(run: RunDir) -> None:
     """Say before the queue what loading the newest checkpoint would say after it. Broken ones are the job's affair."""
     for tag in tags(run):
         with contextlib.suppress(CheckpointError):
@@ -121,7 +121,7 @@ def _refuse_other_ranks(run: RunDir, world_size: int, zero_stage: int) -> None:
             break
     else:
         return
-    refuse_other_ranks(tag, manifest, world_size, zero_stage)
+    refuse_former_version(tag, manifest)
 
 
 def _ranks_text(ranks: dict[int, int]) -> str:

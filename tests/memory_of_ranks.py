@@ -69,8 +69,11 @@ def measure(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     bounds = np.searchsorted([at for at, _ in events], starts_ns)[1:]  # the first step makes the moments
     rises = [int(held[first:last].max() - held[first - 1]) for first, last in itertools.pairwise(bounds)]
     folder = ranks.first_does(lambda: tempfile.mkdtemp(prefix="checkpoint-"))
-    assert engine.save(Path(folder), STEPS) == []
-    ranks.gather(None)  # all have written
+    part = engine.snapshot()
+    part.write(Path(folder))
+    indices = ranks.gather(part.index())  # all have written
+    if ranks.is_first:
+        engine.write_index(Path(folder), indices)
     saved = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     ranks.gather(None)
     ranks.first_does(lambda: shutil.rmtree(folder))

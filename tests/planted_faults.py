@@ -60,19 +60,19 @@ def hang_in_loader_worker(bad_rank: int, batches: int, rank: int) -> None:
 
 
 def die_in_save(bad_rank: int, step: int, rank: int) -> None:
-    """Killed when its shard of a checkpoint is written and not yet reported."""
-    from mimscale.train.engine import Engine
+    """Killed when its part of a checkpoint is written and not yet reported."""
+    from mimscale.train.checkpoint import Checkpoints
 
-    save = Engine.save
+    write_part = Checkpoints._write_part
 
-    def save_and_die(self: Engine, folder: Any, at: int) -> Any:
-        errors = save(self, folder, at)
+    def write_and_die(self: Checkpoints, folder: Any, at: int, *details: Any) -> Any:
+        report = write_part(self, folder, at, *details)
         if at == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return errors
+        return report
 
     if rank == bad_rank:
-        Engine.save = save_and_die
+        Checkpoints._write_part = write_and_die
 
 
 def nan_voxel(bad_rank: int, batch_index: int, rank: int) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from mimscale.cli import main
 
 Plant = Callable[[int], None]  # called in the process of each rank, with its number
+Body = Callable[[list[str]], int]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -63,6 +64,7 @@ def ignore_known_warnings() -> None:
 
 
 def _be_rank(
+    body: Body,
     words: list[str],
     environment: dict[str, str],
     out: Path,
@@ -83,7 +85,7 @@ def _be_rank(
         _signal_after(signal_rank, signal_step)
     if plant is not None:
         plant(int(environment["RANK"]))
-    sys.exit(main(words))
+    sys.exit(body(words))
 
 
 def _signal_after(rank: int, step: int) -> None:
@@ -101,9 +103,15 @@ def _signal_after(rank: int, step: int) -> None:
 
 
 def start_ranks(
-    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, plant: Plant | None = None
+    words: list[str],
+    *,
+    size: int = 2,
+    signal_rank: int = -1,
+    signal_step: int = -1,
+    body: Body = main,
+    plant: Plant | None = None,
 ) -> list[Rank]:
-    """Start `mimscale WORDS` as `size` ranks; `plant` brings a fault of `planted_faults` into them."""
+    """Start `mimscale WORDS`, or another function of words, as `size` ranks; `plant` brings a fault into them."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     started = []
@@ -121,7 +129,7 @@ def start_ranks(
         out, err = folder / f"{rank}.out", folder / f"{rank}.err"
         out.touch()
         err.touch()
-        arguments = (words, environment, out, err, signal_rank, signal_step, plant)
+        arguments = (body, words, environment, out, err, signal_rank, signal_step, plant)
         process = _CONTEXT.Process(target=_be_rank, args=arguments)
         process.start()
         started.append(Rank(process, out, err))
@@ -143,7 +151,15 @@ def wait_for(started: list[Rank], timeout_s: float = 120) -> list[Ended]:
 
 
 def run_ranks(
-    words: list[str], *, size: int = 2, signal_rank: int = -1, signal_step: int = -1, plant: Plant | None = None
+    words: list[str],
+    *,
+    size: int = 2,
+    signal_rank: int = -1,
+    signal_step: int = -1,
+    body: Body = main,
+    plant: Plant | None = None,
 ) -> list[Ended]:
     """Start the ranks and wait for them."""
-    return wait_for(start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step, plant=plant))
+    return wait_for(
+        start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step, body=body, plant=plant)
+    )

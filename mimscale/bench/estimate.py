@@ -331,12 +331,11 @@ def _scaling(config: RunConfig, cluster: Cluster, assumptions: Assumptions, work
 
 
 def _checkpoint(config: RunConfig, cluster: Cluster, assumptions: Assumptions, step_s: float) -> dict[str, Any]:
-    bf16 = uses_bf16(config)
-    save_s = save_seconds(config, cluster.nodes, assumptions.write_mb_per_s, bf16=bf16)
+    save_s = save_seconds(config, cluster.nodes, assumptions.write_mb_per_s)
     mtbf_s = assumptions.node_mtbf_days * _DAY_S / cluster.nodes
     best_s, recipe_s = best_interval_s(save_s, mtbf_s), config.checkpoint.every_steps * step_s
     return {
-        "bytes": checkpoint_bytes(config, bf16=bf16),
+        "bytes": checkpoint_bytes(config),
         "save_s": save_s,
         "signal_lead_s": assumptions.signal_lead_s,
         # A stop comes at the end of a step, and is agreed on one step later.

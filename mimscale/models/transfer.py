@@ -20,6 +20,7 @@ from mimscale.config import config_tree, differing_keys
 from mimscale.errors import CheckpointError
 from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION, WEIGHTS_FILE, read_contract
 from mimscale.models.positions import resize_table
+from mimscale.models.tensor_file import write_tensors
 from mimscale.models.vit import Vit
 
 ENCODER = "encoder."  # what every model here calls its Vit
@@ -118,7 +119,7 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], contract: dict[str, A
     path = folder / WEIGHTS_FILE
     with durable.explained(CheckpointError, path, "free some space or choose another folder, then run again"):
         with durable.open_atomically(path) as file:
-            file.write(safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+            write_tensors(file, {name: tensor.cpu() for name, tensor in tensors.items()})
         durable.write_json(folder / CONTRACT_FILE, {"contract_version": CONTRACT_VERSION, **contract})
 
 

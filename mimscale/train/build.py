@@ -1,16 +1,18 @@
 """A run's config -> its model, and the contract that travels with its weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimscale.config import config_tree, tree_hash
 from mimscale.models.mae import MaskedAutoencoder
-from mimscale.models.probe import LinearProbe
 from mimscale.models.simclr import Simclr
 from mimscale.models.simmim import Simmim
-from mimscale.models.unetr import Unetr
 from mimscale.store.layout import StoreInfo
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+
+if TYPE_CHECKING:
+    from mimscale.models.probe import LinearProbe
+    from mimscale.models.unetr import Unetr
 
 
 def build_pretrain(config: PretrainConfig, channels: int) -> MaskedAutoencoder | Simmim | Simclr:
@@ -25,8 +27,12 @@ def build_pretrain(config: PretrainConfig, channels: int) -> MaskedAutoencoder |
             return Simclr(config.model, config.simclr, crop_voxels=crop, patch_voxels=patch, channels=channels)
 
 
-def build_segmenter(config: FinetuneConfig, channels: int) -> Unetr | LinearProbe:
+def build_segmenter(config: FinetuneConfig, channels: int) -> "Unetr | LinearProbe":
     """The network of a fine-tuning run."""
+    # They bring MONAI, which takes half of all imports, and pretraining needs none.
+    from mimscale.models.probe import LinearProbe
+    from mimscale.models.unetr import Unetr
+
     kind = Unetr if config.head == "unetr" else LinearProbe
     model = kind(
         config.model, config.unetr, crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels

@@ -1,17 +1,20 @@
 """Checkpoints that are complete or absent.
 
-    checkpoints/.tmp-step_00000100/   every rank writes here: DeepSpeed's shards, its position; rank 0 the weights
-    -> each rank flushes its files and reports their size and sha256 -> rank 0 writes manifest.json
+    checkpoints/.tmp-step_00000100/   every rank writes its part of the state here; rank 0 the weights as well
+    -> each rank flushes its files and reports their size and sha256 -> rank 0 writes state.json and manifest.json
     -> rename to step_00000100 -> `newest` pointer by temp + rename -> prune, never the newest good one
 
 A tag without a manifest that verifies is no checkpoint. `weights.safetensors` (fp32) lies in each, so that evaluation,
-transfer and export need neither DeepSpeed nor the right number of ranks. No torch here: login nodes list them too.
+transfer and export need neither the state nor the right number of ranks. Training stops only while each rank copies its
+part; a thread writes it, and the ranks commit at the first step boundary at which all of them have written. No torch
+here: login nodes list checkpoints too.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -25,7 +28,27 @@ from mimscale.train.run_dir import RunDir
 from mimscale.world import World
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+# Version 1 held DeepSpeed's own files. Its weights can still be read, its training state cannot.
+READABLE_VERSIONS = (1, 2)
+
+
+class Part(Protocol):
+    """A copy of one rank's part of the training state; see `mimscale.train.state.Snapshot`."""
+
+    @property
+    def full_weights(self) -> dict[str, Any]:
+        """Parameter -> whole fp32 tensor, on rank 0; empty elsewhere."""
+
+    @property
+    def file_bytes(self) -> int:
+        """What `write` writes."""
+
+    def write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write and flush it; returns file -> bytes and sha256."""
+
+    def index(self) -> Any:
+        """What it holds, for `Saveable.write_index`."""
 
 
 class Saveable(Protocol):
@@ -33,11 +56,18 @@ class Saveable(Protocol):
 
     zero_stage: int
 
-    def save(self, folder: Path, step: int) -> list[OSError]:
-        """Write this rank's state. A collective."""
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
 
-    def load(self, folder: Path) -> None:
-        """Read it back. A collective."""
+    def snapshot(self) -> Part:
+        """Copy this rank's part of the training state. A collective."""
+
+    def write_index(self, folder: Path, parts: list[Any]) -> Path:
+        """Write down which part holds what, from the index of every rank's part."""
+
+    def load(self, folder: Path, files: Iterable[str]) -> None:
+        """Read back what any number of ranks at any ZeRO stage wrote. A collective."""
 
 
 class Together(Protocol):
@@ -58,6 +88,16 @@ class Restored:
 
     step: int
     position: dict[str, Any] | None  # None at step 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that was committed, and what it cost."""
+
+    step: int
+    stall_s: float  # training stood still
+    write_s: float  # rank 0 wrote and hashed
+    total_bytes: int  # of all ranks
 
 
 def tag_name(step: int) -> str:
@@ -99,18 +139,19 @@ def read_manifest(tag: Path) -> dict[str, Any]:
         version = manifest["manifest_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{tag}: no readable {MANIFEST} ({error})") from None
-    if version != MANIFEST_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(f"{tag}: manifest version {version}, this mimscale reads {MANIFEST_VERSION}")
     assert isinstance(manifest, dict)
     return manifest
 
 
-def why_not_loadable(tag: Path, *, hashes: bool = True) -> str | None:
+def why_not_loadable(tag: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """None when every file of a checkpoint is there with the size and sha256 of its manifest, else what is wrong.
 
     Args:
         tag: the checkpoint's folder.
         hashes: False compares the sizes only: milliseconds instead of a read of all bytes.
+        share: (i, n) looks at every n-th file from the i-th on only, so that n ranks share the work.
     """
     if tag.is_symlink():
         return "is a link; a checkpoint lies in its run directory"
@@ -123,7 +164,7 @@ def why_not_loadable(tag: Path, *, hashes: bool = True) -> str | None:
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
     ):
         return f"no readable {MANIFEST} (its files are no table of bytes and sha256)"
-    for name, entry in files.items():
+    for name, entry in sorted(files.items())[share[0] :: share[1]]:
         try:
             reason = _why_not_as_saved(tag, name, entry, hashes=hashes)
         except ValueError as error:  # a name with a zero byte
@@ -156,13 +197,21 @@ def newest(run: RunDir) -> Path | None:
     Raises:
         CheckpointError: checkpoints exist but none is usable; each is named with its reason.
     """
+    tag, broken = _first_good(run, tags(run), why_not_loadable)
+    for line in broken:
+        say(f"checkpoint passed over: {line}")
+    return tag
+
+
+def _first_good(
+    run: RunDir, candidates: list[Path], why_not: Callable[[Path], str | None]
+) -> tuple[Path | None, list[str]]:
+    """The first candidate that is good, and what is wrong with those before it."""
     broken: list[str] = []
-    for tag in tags(run):
-        reason = why_not_loadable(tag)
+    for tag in candidates:
+        reason = why_not(tag)
         if reason is None:
-            for line in broken:
-                say(f"checkpoint passed over: {line}")
-            return tag
+            return tag, broken
         broken.append(f"{tag.name}: {reason}")
     if broken:
         raise CheckpointError(
@@ -170,29 +219,40 @@ def newest(run: RunDir) -> Path | None:
             + "\n  ".join(broken)
             + "\nRestore one from a backup, or start over with --fresh; a run never goes back to step 0 by itself"
         )
-    return None
+    return None, broken
 
 
-def refuse_other_ranks(tag: Path, manifest: dict[str, Any], world_size: int, zero_stage: int) -> None:
-    """Raise CheckpointError unless a run of this size and stage can load a checkpoint."""
-    saved_by = (manifest["world_size"], manifest["zero_stage"])
-    if saved_by != (world_size, zero_stage):
+def refuse_former_version(tag: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError when the training state is one that only an earlier mimscale reads."""
+    if manifest["manifest_version"] != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{tag}: saved by {saved_by[0]} rank(s) at ZeRO stage {saved_by[1]}, this run has {world_size} at stage "
-            f"{zero_stage}; continue on {saved_by[0]} rank(s) at stage {saved_by[1]}, or begin a new run"
+            f"{tag}: manifest version {manifest['manifest_version']} holds the training state in DeepSpeed's files, "
+            f"which mimscale reads no longer (it reads version {MANIFEST_VERSION}). Finish the run with the code that "
+            "wrote it (env.json and jobs.jsonl in the run directory name it), or begin a new run; evaluate and export "
+            "read its weights as ever"
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Writing:
+    """A save under way on this rank."""
+
+    step: int
+    temporary: Path
+    report: "Future[dict[str, Any]]"
+    stall_s: float
+
+
 class Checkpoints:
-    """Saves and restores one run. Every method but `due` is a collective.
+    """Saves and restores one run. Every method but `due` and `is_written` is a collective.
 
     Args:
         run: where.
-        config: when, and how many to keep.
+        config: when, how, and how many to keep.
         engine: whose state.
         ranks: the processes that share it.
-        write_weights: writes weights and contract of a step into a folder, on rank 0; called on every rank, since
-            gathering the weights is a collective.
+        write_weights: writes the full weights of a step, with their contract, into a folder and returns the files;
+            called on rank 0, on the writing thread.
     """
 
     def __init__(
@@ -201,7 +261,7 @@ class Checkpoints:
         config: CheckpointConfig,
         engine: Saveable,
         ranks: Together,
-        write_weights: Callable[[Path, int], None],
+        write_weights: Callable[[Path, int, dict[str, Any]], list[Path]],
     ) -> None:
         self._run = run
         self._config = config
@@ -209,6 +269,9 @@ class Checkpoints:
         self._ranks = ranks
         self._write_weights = write_weights
         self._newest_step: int | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+        self._failure: CheckpointError | None = None
 
     def due(self, step: int) -> bool:
         """True when `step` steps done call for a save."""
@@ -218,92 +281,169 @@ class Checkpoints:
         """Load the newest good checkpoint into the engine.
 
         Raises:
-            CheckpointError: none is usable, or it was saved on another number of ranks or ZeRO stage.
+            CheckpointError: none is usable, or an earlier mimscale saved it.
         """
-        name = self._ranks.first_does(self._find)
-        if name is None:
+        world = self._ranks.world
+        candidates = [Path(name) for name in self._ranks.first_does(self._find)]
+
+        def why_not(tag: Path) -> str | None:
+            # Every rank reads some of the files: one alone would hash for minutes what hundreds have written.
+            reasons = self._ranks.gather(why_not_loadable(tag, share=(world.rank, world.size)))
+            return next((reason for reason in reasons if reason is not None), None)
+
+        tag, broken = _first_good(self._run, candidates, why_not)
+        for line in broken if world.is_first else ():
+            say(f"checkpoint passed over: {line}")
+        if tag is None:
             return Restored(step=0, position=None)
-        tag = Path(name)
         manifest = read_manifest(tag)
-        refuse_other_ranks(tag, manifest, self._ranks.world.size, self._engine.zero_stage)
-        self._engine.load(tag)
+        refuse_former_version(tag, manifest)
+        if world.is_first:
+            self._say_what_changed(tag, manifest)
+        self._engine.load(tag, manifest["files"])
         self._newest_step = manifest["step"]
         return Restored(step=manifest["step"], position=manifest["position"])
 
-    def _find(self) -> str | None:
+    def _find(self) -> list[str]:
         for litter in self._run.checkpoints.glob(f"{durable.TEMPORARY_PREFIX}*"):  # of a save that was killed
             if litter.is_dir():
                 shutil.rmtree(litter, ignore_errors=True)  # somebody may still read from it
             else:
                 litter.unlink(missing_ok=True)
-        tag = newest(self._run)
-        if tag is not None:
-            self._run.refuse_foreign(tag.rglob("*.pt"), CheckpointError)
-        return str(tag) if tag else None
+        return [str(tag) for tag in tags(self._run)]
 
-    def save(self, step: int, position: dict[str, Any]) -> None:
-        """Commit a checkpoint of `step` steps done.
+    def _say_what_changed(self, tag: Path, manifest: dict[str, Any]) -> None:
+        now = {
+            "ranks": self._ranks.world.size,
+            "ZeRO stage": self._engine.zero_stage,
+            "precision": self._engine.precision,
+        }
+        then = dict(zip(now, (manifest[key] for key in ("world_size", "zero_stage", "precision")), strict=True))
+        changes = [f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name]]
+        if changes:
+            say(f"{tag.name}: {', '.join(changes)}")
+
+    def save(self, step: int, position: dict[str, Any]) -> Saved | None:
+        """Copy the state of `step` steps done and begin to write it; with `checkpoint.mode: sync` also commit it.
+
+        Returns:
+            The checkpoint that was committed meanwhile: in the background mode that of the save before.
 
         Raises:
-            CheckpointError: a rank could not write, or two ranks stand at different positions. The last good checkpoint
-                is untouched and nothing half-written keeps a final name.
+            CheckpointError: a save failed, this one or the one before: a rank could not write, or two ranks stand at
+                different positions. The last good checkpoint is untouched and nothing half-written keeps a final name.
         """
+        before = self.commit()
         if self._newest_step == step:
-            return
-        final = self._run.checkpoints / tag_name(step)
-        temporary = final.with_name(durable.TEMPORARY_PREFIX + final.name)
-        self._ranks.first_does(lambda: _empty_folder(temporary))
-        reports = self._ranks.gather(self._write_parts(temporary, step, position))
-        self._ranks.first_does(lambda: self._commit(temporary, final, step, reports))
-        self._newest_step = step
-
-    def _write_parts(self, folder: Path, step: int, position: dict[str, Any]) -> dict[str, Any]:
-        rank = self._ranks.world.rank
-        errors = [str(error) for error in self._engine.save(folder, step)]
-        position_file = folder / f"position-rank{rank:05d}.json"
+            return before
+        began_s = time.perf_counter()
+        temporary = self._run.checkpoints / f"{durable.TEMPORARY_PREFIX}{tag_name(step)}"
+        part = self._engine.snapshot()
+        # The parts of all ranks are about equal; rank 0 writes the weights besides.
+        needed_bytes = part.file_bytes * self._ranks.world.size + _weights_bytes(part)
         try:
-            durable.write_json(position_file, position)
-            self._write_weights(folder, step)
+            self._ranks.first_does(lambda: _make_room(temporary, needed_bytes))
+        except CheckpointError as error:
+            self._fails(error)
+            return before
+        report = self._writer.submit(self._write_part, temporary, step, position, part)
+        stall_s = time.perf_counter() - began_s
+        self._writing = _Writing(step=step, temporary=temporary, report=report, stall_s=stall_s)
+        return self.commit() if self._config.mode == "sync" else before
+
+    def is_written(self) -> bool:
+        """True when this rank has written its part of a save that is not yet committed."""
+        return self._writing is not None and self._writing.report.done()
+
+    def commit(self) -> Saved | None:
+        """Wait until every rank has written, and commit the save under way, if there is one.
+
+        Raises:
+            CheckpointError: it failed, and `checkpoint.on_failure` says stop.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        began_s = time.perf_counter()
+        report = writing.report.result()
+        reports = self._ranks.gather(report)
+        try:
+            total_bytes = self._ranks.first_does(lambda: self._commit(writing, reports))
+        except CheckpointError as error:
+            self._fails(error)
+            return None
+        self._newest_step, self._failure = writing.step, None
+        stall_s = writing.stall_s + time.perf_counter() - began_s
+        return Saved(step=writing.step, stall_s=stall_s, write_s=report["write_s"], total_bytes=total_bytes)
+
+    def finish(self) -> Saved | None:
+        """Commit what is under way; nothing may be lost any more.
+
+        Raises:
+            CheckpointError: the last save failed, whatever `checkpoint.on_failure` says: no later one will make up
+                for it.
+        """
+        saved = self.commit()
+        if self._failure is not None:
+            raise self._failure
+        return saved
+
+    def _fails(self, error: CheckpointError) -> None:
+        if self._config.on_failure == "stop":
+            raise error
+        self._failure = error
+        if self._ranks.world.is_first:
+            say(f"{error}\nTraining goes on (checkpoint.on_failure=continue); the next save tries again")
+
+    def _write_part(self, folder: Path, step: int, position: dict[str, Any], part: Part) -> dict[str, Any]:
+        began_s = time.perf_counter()
+        rank, errors, files = self._ranks.world.rank, [], {}
+        try:
+            files = part.write(folder)
+            if part.full_weights:
+                files |= _described(folder, self._write_weights(folder, step, part.full_weights))
         except (OSError, CheckpointError) as error:
             errors.append(str(error))
-        # DeepSpeed names its shards by rank. Rank 0 describes the files that no rank claims.
-        own = [path for path in _files(folder) if f"_rank_{rank}_" in path.name or path == position_file]
-        return {"rank": rank, "errors": errors, "position": position, "files": _described(folder, own)}
+        return {
+            "rank": rank,
+            "errors": errors,
+            "position": position,
+            "files": files,
+            "needed_bytes": part.file_bytes + _weights_bytes(part),
+            "index": part.index(),
+            "write_s": time.perf_counter() - began_s,
+        }
 
-    def _commit(self, temporary: Path, final: Path, step: int, reports: list[dict[str, Any]]) -> None:
+    def _commit(self, writing: _Writing, reports: list[dict[str, Any]]) -> int:
+        final = writing.temporary.with_name(tag_name(writing.step))
         problems = [f"rank {report['rank']}: {error}" for report in reports for error in report["errors"]]
         if any(report["position"] != reports[0]["position"] for report in reports):
             problems += [f"rank {report['rank']} stands at another sample: {report['position']}" for report in reports]
         try:
             if not problems:
-                self._commit_files(temporary, final, step, reports)
-                return
+                return self._commit_files(writing, final, reports)
         except OSError as error:
             problems.append(f"rank 0: {error}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: not saved ({shutil.disk_usage(final.parent).free} bytes are free on its disk); the last good "
-            "checkpoint is untouched. Free space or lower checkpoint.keep, then give the same command again\n  "
-            + "\n  ".join(problems)
-        )
+        shutil.rmtree(writing.temporary, ignore_errors=True)
+        raise _not_saved(writing.temporary, sum(report["needed_bytes"] for report in reports), problems)
 
-    def _commit_files(self, temporary: Path, final: Path, step: int, reports: list[dict[str, Any]]) -> None:
+    def _commit_files(self, writing: _Writing, final: Path, reports: list[dict[str, Any]]) -> int:
+        temporary = writing.temporary
         files: dict[str, Any] = {}
         for report in reports:
             files |= report["files"]
-        files |= _described(temporary, [p for p in _files(temporary) if str(p.relative_to(temporary)) not in files])
+        files |= _described(temporary, [self._engine.write_index(temporary, [report["index"] for report in reports])])
         manifest = {
             "manifest_version": MANIFEST_VERSION,
-            "step": step,
+            "step": writing.step,
             "world_size": self._ranks.world.size,
             "zero_stage": self._engine.zero_stage,
+            "precision": self._engine.precision,
             "position": reports[0]["position"],
             "saved_unix_s": time.time(),
             "files": files,
         }
-        for folder in {(temporary / name).parent for name in files}:
-            durable.fsync_folder(folder)
-        durable.write_json(temporary / MANIFEST, manifest)
+        durable.write_json(temporary / MANIFEST, manifest)  # which flushes the folder too
         shutil.rmtree(final, ignore_errors=True)  # only a broken one of the same step, which `restore` passed over
         durable.rename_folder(temporary, final)
         try:  # it is committed: what follows may fail, but is no reason to stop a run
@@ -311,6 +451,7 @@ class Checkpoints:
             self._prune(final)
         except OSError as error:
             say(f"{final}: committed, but clearing up older checkpoints failed ({error}); the next save tries again")
+        return sum(entry["bytes"] for entry in files.values())
 
     def _prune(self, newest_good: Path) -> None:
         kept = checkpoints_kept(self._run, self._config, newest_good)
@@ -321,14 +462,30 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    with durable.explained(CheckpointError, folder, "free space or check the permissions of run_dir"):
-        folder.mkdir(parents=True)
+def _make_room(temporary: Path, needed_bytes: int) -> None:
+    """Make an empty folder, unless the disk is plainly too small: to fill it would harm everything else in the run."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with durable.explained(CheckpointError, temporary, "free space or check the permissions of run_dir"):
+        temporary.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(temporary).free
+    if needed_bytes > free_bytes:
+        temporary.rmdir()
+        raise _not_saved(temporary, needed_bytes, [])
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+def _not_saved(temporary: Path, needed_bytes: int, problems: list[str]) -> CheckpointError:
+    free_bytes = shutil.disk_usage(temporary.parent).free
+    missing = f", {needed_bytes - free_bytes} bytes are missing" if needed_bytes > free_bytes else ""
+    return CheckpointError(
+        f"{temporary.with_name(temporary.name.removeprefix(durable.TEMPORARY_PREFIX))}: not saved (it takes "
+        f"{needed_bytes} bytes, {free_bytes} are free on its disk{missing}); the last good checkpoint is untouched. "
+        "Free space or lower checkpoint.keep, then give the same command again"
+        + "".join(f"\n  {problem}" for problem in problems)
+    )
+
+
+def _weights_bytes(part: Part) -> int:
+    return sum(tensor.nbytes for tensor in part.full_weights.values())
 
 
 def _described(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:

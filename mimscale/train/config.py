@@ -85,6 +85,8 @@ class CheckpointConfig:
     keep_best: str | None = (
         None  # validation metric (val_loss, val_dice) whose best checkpoint stays as well; null: none
     )
+    mode: Literal["background", "sync"] = "background"  # training goes on while a copy is written, or waits for it
+    on_failure: Literal["stop", "continue"] = "stop"  # after a save that failed; the last save of a job always stops it
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", every_steps=self.every_steps, keep=self.keep)
@@ -281,6 +283,7 @@ FREE_KEYS = frozenset(
         "steps",
         "micro_batch",
         "stop_after_min",
+        "engine.zero_stage",
         "engine.collective_timeout_min",
         "stream.workers",
         "stream.prefetch_batches",

@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed: start, one optimizer step, save and load.
+"""The only place that imports DeepSpeed: start, one optimizer step, and the state that a checkpoint holds.
 
 An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward` and `step`.
 """
@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +19,27 @@ import torch
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
-from mimscale import durable
 from mimscale.errors import LaunchError
+from mimscale.models.contract import WEIGHTS_FILE
 from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import remove_stale_build_locks
 from mimscale.train.optim import adamw, group_rate, learning_rate
 from mimscale.train.ranks import Ranks
+from mimscale.train.state import PartIndex, Piece, SavedState, Snapshot, write_index
+from mimscale.train.zero import (
+    adam_steps,
+    held_pieces,
+    set_adam_steps,
+    shapes_of,
+    share_of_copies,
+    spread_weights,
+)
 from mimscale.world import World
-
-ENGINE_FOLDER = "engine"
 
 
 def ignore_known_warnings() -> None:
@@ -154,10 +162,8 @@ class Engine:
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=tree, dist_init_required=False
             )
-        self._files = _CheckpointFiles(self._deepspeed.checkpoint_engine)
-        self._deepspeed.checkpoint_engine = self._files
-        # DeepSpeed copies a recovery script beside each save, outside the calls that we watch for a full disk.
-        self._deepspeed._copy_recovery_script = lambda save_path: None
+        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self._snapshot = Snapshot(ranks.world.rank, pinned=ranks.device.type == "cuda")
 
     def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:
         if config.engine.precision == "auto":
@@ -236,35 +242,65 @@ class Engine:
         norm: Tensor | float = self._deepspeed.get_global_grad_norm()
         return norm
 
-    def save(self, folder: Path, step: int) -> list[OSError]:
-        """Write this rank's part of weights and optimizer state into `folder`. A collective.
+    def snapshot(self) -> Snapshot:
+        """Copy this rank's part of the training state to host memory. A collective.
 
-        Returns:
-            The write errors of this rank. They are returned, not raised: a rank that left here would leave the others
-            waiting inside DeepSpeed.
+        The memory is that of the snapshot before, so that one must have been written.
         """
-        self._files.errors.clear()
-        self._deepspeed.save_checkpoint(
-            str(folder),
-            tag=ENGINE_FOLDER,
-            # Without this key DeepSpeed cannot convert the checkpoint to another number of ranks later.
-            client_state={"universal_checkpoint_info": {}, "iteration": step},
-            save_latest=False,
-        )
-        return list(self._files.errors)
+        pieces = self.pieces()
+        if self.zero_stage == 0:
+            pieces = share_of_copies(pieces, self.ranks.world.rank, self.ranks.world.size)
+        steps = adam_steps(self._deepspeed, self.zero_stage)
+        self._snapshot.take(pieces, steps, self.full_weights())
+        return self._snapshot
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks and the same ZeRO stage. A collective."""
-        loaded, _ = self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_lr_scheduler_states=False)
-        assert loaded is not None, f"DeepSpeed did not load {folder}, whose manifest verified"
+    def write_index(self, folder: Path, parts: list[PartIndex]) -> Path:
+        """Write down which rank's part holds what."""
+        return write_index(folder, parts, shapes_of(self.module))
+
+    def load(self, folder: Path, files: Iterable[str]) -> None:
+        """Take over a training state, whatever number of ranks and ZeRO stage saved it. A collective.
+
+        Args:
+            folder: a checkpoint's.
+            files: those that its manifest names.
+
+        Raises:
+            CheckpointError: it belongs to another model, or does not hold what its index says.
+        """
+
+        def read() -> None:
+            saved = SavedState(folder, files)
+            saved.refuse_other_model(shapes_of(self.module))
+            saved.fill(self.pieces())
+            set_adam_steps(self._deepspeed, self.zero_stage, saved.adam_steps)
+
+        self.ranks.all_do(read)
+        spread_weights(self._deepspeed, self.zero_stage)
+        self._load_frozen(folder / WEIGHTS_FILE)
+
+    def _load_frozen(self, file: Path) -> None:
+        """Read weights that no optimizer steps on: the training state does not hold them."""
+        frozen = {name: value for name, value in self.module.named_parameters() if not value.requires_grad}
+        if not frozen:
+            return
+        with safe_open(file, framework="pt", device="cpu") as saved, torch.no_grad():
+            for name, parameter in frozen.items():
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+                    if self.zero_stage < 3 or self.ranks.is_first:
+                        parameter.copy_(saved.get_tensor(name).reshape(parameter.shape))
+
+    def pieces(self) -> Iterator[Piece]:
+        """The ranges of the training state that this rank holds."""
+        return held_pieces(self._deepspeed, self.zero_stage, self._names, self.ranks.world.rank)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 on the CPU, on rank 0; empty elsewhere. A collective under ZeRO-3 and in bf16."""
+        """Copies of all weights in fp32 on the CPU, on rank 0. A collective under ZeRO-3 and in bf16."""
         if self.zero_stage < 3 and self.precision == "fp32":
             if not self.ranks.is_first:
                 return {}
-            return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
-        weights = {}
+            return {name: value.detach().to("cpu", copy=True) for name, value in self.module.named_parameters()}
+        weights, shapes = {}, shapes_of(self.module)
         for name, parameter in self.module.named_parameters():
             # What is not trained has no fp32 copy, and ZeRO-3 has it in pieces.
             frozen = self.zero_stage == 3 and not parameter.requires_grad
@@ -272,43 +308,8 @@ class Engine:
                 full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
                 if self.ranks.is_first:
                     exact = (parameter if full is None else full).detach().float().cpu()
-                    weights[name] = exact.reshape(_shape(parameter)).clone()
+                    weights[name] = exact.reshape(shapes[name]).clone()
         return weights
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's full shape: ZeRO-3 leaves an empty tensor in its place and the shape in `ds_shape`."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    assert isinstance(shape, torch.Size)
-    return shape
-
-
-class _CheckpointFiles:
-    """DeepSpeed's checkpoint files, flushed to disk, with write errors collected instead of raised."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.errors: list[OSError] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make the folder of the files."""
-        try:
-            self._inner.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.errors.append(error)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file and flush it."""
-        try:
-            self._inner.save(state_dict, path)
-            durable.fsync_file(Path(path))
-        except OSError as error:
-            self.errors.append(error)
-        except RuntimeError as error:  # torch reports a failed write of a tensor this way, with the reason in the text
-            self.errors.append(OSError(f"{path}: {error}"))
 
 
 def prebuild() -> None:

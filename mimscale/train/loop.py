@@ -102,12 +102,15 @@ def train(
     step_done: Callable[[int], None] = lambda step: None,
     take_counts: Callable[[], dict[str, float]] = dict,
     take_yardsticks: Callable[[], dict[str, Tensor | float]] = dict,
+    is_written: Callable[[], bool] = lambda: False,
+    commit: Callable[[], None] = lambda: None,
 ) -> int:
     """Train from `first_step` to `steps`, or to the stop step that all ranks agree on; returns the steps done.
 
     A stop flag rides on the sums that each step starts and the next step reads, so all ranks see it at the same step
-    and nobody waits for it. `step_done` is told of each; `take_counts` says what this rank counted in it,
-    by the same names on every rank, and `take_yardsticks` what its loss is to be compared with.
+    and nobody waits for it. `step_done` is told of each; `take_counts` says what this rank counted in it, by the same
+    names on every rank, and `take_yardsticks` what its loss is to be compared with. `is_written` says that this rank
+    has written a checkpoint in the background; when all have, they `commit` it.
     """
     pending = _Pending(meter, health, ranks.world.size)
     for done in range(first_step + 1, steps + 1):
@@ -127,6 +130,8 @@ def train(
                 micro_batches.append(batch)
             stopping = pending.finish(done)
         step_done(done)
+        if pending.written_everywhere:
+            commit()
         grad_norm = engine.grad_norm()
         was_made = health.update_was_made(done, grad_norm, losses, micro_batches)
         sample_ids = [sample_id for batch in micro_batches for sample_id in batch.sample_ids.tolist()]
@@ -138,6 +143,7 @@ def train(
             "loss": sum(loss.double() / accumulation for loss in losses),
             "grad_norm": grad_norm,
             "stop": float(stop_wanted()),
+            "written": float(is_written()),
             **counts,
             "samples": float(len(sample_ids)),
             "voxels_decoded": sum(batch.voxels_decoded for batch in micro_batches),
@@ -189,6 +195,7 @@ class _Pending:
         self._world_size = world_size
         self._under_way: _Step | None = None
         self._stop_seen = False
+        self.written_everywhere = False
 
     def begin(self, step: _Step) -> None:
         """Remember what to read later."""
@@ -200,12 +207,14 @@ class _Pending:
         Raises:
             DataError: as `Health.watch_norm` and `Health.watch_loss`.
         """
+        self.written_everywhere = False
         if self._under_way is not None:
             step, self._under_way = self._under_way, None
             shared = step.sums.wait()
             means = {name: value / self._world_size for name, value in shared.items()}
             self._health.watch_norm(step.number, means["grad_norm"])
             self._stop_seen = self._stop_seen or shared["stop"] > 0
+            self.written_everywhere = shared["written"] == self._world_size
             values = {name: means[name] for name in ("step_s", "data_wait_s")}
             values |= {"lr": step.rate, **{name: shared[name] for name in step.counts}, **step.rank_times}
             if step.was_made:

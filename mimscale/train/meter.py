@@ -115,6 +115,11 @@ class Meter:
         shown = {name: value for name, value in values.items() if "/" not in name}  # groups stand in the files
         say(f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
+    def log_checkpoint(self, step: int, values: dict[str, float]) -> None:
+        """Write what the checkpoint of `step` steps cost."""
+        if self._world.is_first:
+            self._append(step, values)
+
     def _append(self, step: int, values: dict[str, float]) -> None:
         with self._writing(self._run.metrics), self._run.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")

@@ -103,6 +103,17 @@ class Ranks:
             for name, total in zip(names, sums, strict=True)
         }
 
+    def all_do(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; the first MimscaleError of any rank is raised on all of them."""
+        problem = None
+        try:
+            action()
+        except MimscaleError as error:
+            problem = error
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+
     def sum(self, values: dict[str, Tensor | float]) -> PendingSum:
         """Start one small reduction; every rank calls it with the same names."""
         # What the host knows goes over in one copy that it does not wait for.

@@ -21,6 +21,7 @@ from mimscale import durable
 from mimscale.config import config_tree, config_yaml
 from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, ConfigError, DataError, LostRankError, MimscaleError
+from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
 from mimscale.store.layout import StoreInfo, overlay_path, pack_path, read_info, stored_overlay
 from mimscale.store.manifest import TRAINING_COLUMNS, Manifest, load_manifest
@@ -33,7 +34,7 @@ from mimscale.stream.select import parse_attribute, parse_filter, refuse_mixed_s
 from mimscale.stream.staging import Copier, upcoming_packs
 from mimscale.stream.subjects import first_subjects, in_split
 from mimscale.train.build import weights_contract
-from mimscale.train.checkpoint import Checkpoints
+from mimscale.train.checkpoint import Checkpoints, Saved
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import job_record
@@ -338,10 +339,9 @@ def _train(
     engine = Engine(model, config, ranks)
     startup.ends("build_s")
 
-    def write_weights(folder: Path, step: int) -> None:
-        weights = engine.full_weights()
-        if ranks.is_first:
-            save_weights(folder, weights, data.contract(step, engine.precision))
+    def write_weights(folder: Path, step: int, weights: dict[str, Tensor]) -> list[Path]:
+        save_weights(folder, weights, data.contract(step, engine.precision))
+        return [folder / WEIGHTS_FILE, folder / CONTRACT_FILE]
 
     checkpoints = Checkpoints(run, config.checkpoint, engine, ranks, write_weights)
     restored = checkpoints.restore()
@@ -355,6 +355,7 @@ def _train(
     meter.start(first_step)
 
     def roll_back() -> int | None:
+        report(checkpoints.commit())  # what is being written would be cleared away as a dead run's
         has_saved = ranks.first_does(lambda: any(run.checkpoints.glob("step_*")))
         return checkpoints.restore().step if has_saved else None
 
@@ -362,6 +363,11 @@ def _train(
     health.start(first_step)
     loader = data.loader(world, first_step)
     stack.callback(loader.close)
+
+    def report(saved: Saved | None) -> None:
+        if saved is not None:
+            values = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.total_bytes}
+            meter.log_checkpoint(saved.step, {f"checkpoint_{name}": value for name, value in values.items()})
 
     def stop_wanted() -> bool:
         if ranks.is_first:
@@ -379,7 +385,7 @@ def _train(
 
     def save(step: int) -> None:
         watchdog.alive()
-        checkpoints.save(step, data.plan.position(step).to_dict())
+        report(checkpoints.save(step, data.plan.position(step).to_dict()))
         watchdog.alive()
 
     def validation_due(step: int) -> bool:
@@ -410,7 +416,10 @@ def _train(
         validation_due=validation_due,
         take_counts=loader.take_counts,
         take_yardsticks=objective.take_yardsticks,
+        is_written=checkpoints.is_written,
+        commit=lambda: report(checkpoints.commit()),
     )
+    report(checkpoints.finish())
     finished = done >= config.steps
     outcome = Outcome(
         outcome="finished" if finished else "interrupted",

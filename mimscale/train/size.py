@@ -23,7 +23,7 @@ from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 BYTES_OF_ADAM = 8  # two moments in fp32
 BYTES_OF_MASTER = 4  # ZeRO's own fp32 copy of the weights
 BYTES_OF_FP32_WEIGHTS = 4  # weights.safetensors
-HASHED_MB_PER_S = 1_000.0  # every file of a checkpoint is read back and hashed
+HASHED_MB_PER_S = 1_000.0  # every file of a checkpoint is hashed
 
 
 def count_parameters(config: RunConfig, channels: int = 1) -> int:
@@ -78,25 +78,23 @@ def run_products(config: RunConfig, channels: int = 1) -> list[Product]:
             return repeated(simclr_products(config.model, config.simclr, shape), 2)
 
 
-def checkpoint_bytes(config: RunConfig, *, bf16: bool = False) -> int:
-    """About what one checkpoint takes on disk, all files together; in bf16 a little less than in fp32."""
-    return _weight_file_bytes(config, bf16) + _shard_bytes(config)
+def checkpoint_bytes(config: RunConfig) -> int:
+    """About what one checkpoint takes on disk, all files together."""
+    return _weight_file_bytes(config) + _state_bytes(config)
 
 
-def save_seconds(config: RunConfig, nodes: int, write_mb_per_s: float, *, bf16: bool = False) -> float:
-    """About how long the nodes write and hash a checkpoint: shards side by side, the weights on the first alone."""
-    first_node = _weight_file_bytes(config, bf16) + _shard_bytes(config) / nodes
+def save_seconds(config: RunConfig, nodes: int, write_mb_per_s: float) -> float:
+    """About how long the nodes write and hash a checkpoint: the state side by side, the weights on the first alone."""
+    first_node = _weight_file_bytes(config) + _state_bytes(config) / nodes
     return first_node / 1e6 * (1 / write_mb_per_s + 1 / HASHED_MB_PER_S)
 
 
-def _weight_file_bytes(config: RunConfig, bf16: bool) -> int:
-    own = 0 if config.engine.zero_stage == 3 else 2 if bf16 else 4  # of DeepSpeed, in the type that computes
-    return count_parameters(config) * (BYTES_OF_FP32_WEIGHTS + own)
+def _weight_file_bytes(config: RunConfig) -> int:
+    return count_parameters(config) * BYTES_OF_FP32_WEIGHTS
 
 
-def _shard_bytes(config: RunConfig) -> int:
-    master = BYTES_OF_MASTER if config.engine.zero_stage else 0
-    return count_parameters(config) * (BYTES_OF_ADAM + master)
+def _state_bytes(config: RunConfig) -> int:
+    return count_parameters(config) * (BYTES_OF_ADAM + BYTES_OF_MASTER)
 
 
 def _linear(inputs: int, outputs: int) -> list[int]:

@@ -12,16 +12,29 @@ first_step_s   the rest of the first step
 total_s        all of it
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from mimscale import durable
+from mimscale.console import say
 from mimscale.train.run_dir import RunDir
 
 T = TypeVar("T")
 # When the batch script began, when it called srun, and when Python ran: seconds since 1970.
 MARKS = {"unpack_s": "MIMSCALE_BATCH_UNIX_S", "launch_s": "MIMSCALE_SRUN_UNIX_S", "import_s": "MIMSCALE_RANK_UNIX_S"}
+
+
+def _process_began_unix_s() -> float | None:
+    """When this process began, where the kernel tells it: for runs that no launcher of ours has started."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return time.time() - (up_s - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 class Startup:
@@ -32,6 +45,8 @@ class Startup:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        if MARKS["import_s"] not in environment and (began_s := _process_began_unix_s()) is not None:
+            environment = {**environment, MARKS["import_s"]: str(began_s)}
         marks = [(name, float(environment[variable])) for name, variable in MARKS.items() if variable in environment]
         now_s = time.time()
         self._began_s = marks[0][1] if marks else now_s
@@ -59,4 +74,7 @@ class Startup:
             self._done = True
             self.ends("first_step_s")
             spans = {name: round(seconds, 3) for name, seconds in self.spans.items()}
-            durable.write_json(run.path / "startup.json", {**spans, "total_s": round(self._last_s - self._began_s, 3)})
+            total_s = round(self._last_s - self._began_s, 3)
+            durable.write_json(run.path / "startup.json", {**spans, "total_s": total_s})
+            parts = "  ".join(f"{name.removesuffix('_s')} {seconds:.1f}" for name, seconds in spans.items())
+            say(f"first step after {total_s:.1f} s: {parts}")

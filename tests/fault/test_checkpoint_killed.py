@@ -1,5 +1,6 @@
 """Real processes are killed with SIGKILL at every step of a save, and at random; nothing that was committed is lost."""
 
+import json
 import random
 import shutil
 import time
@@ -15,40 +16,52 @@ from tiny_runs import SHAPES, pretrain_words, run_of
 from mimscale.train import checkpoint
 from mimscale.train.run_dir import RunDir
 
-# Saves step 1, then dies at the n-th file operation of saving step 2.
+# A process for each n: it saves step 1, then dies at the n-th file operation of saving step 2, on whichever thread.
 SAVE_AND_DIE = """
+import json
 from pathlib import Path
 import fault_injector
 from fakes import FileEngine, checkpoints_of
 from mimscale.train.run_dir import RunDir
 
-engine = FileEngine()
-checkpoints = checkpoints_of(RunDir(Path(sys.argv[1])), engine, keep=1)
-engine.state = 1
-checkpoints.save(1, {"samples_done": 1})
-engine.state = 2
-with fault_injector.kill_at_operation(int(sys.argv[2])):
-    checkpoints.save(2, {"samples_done": 2})
+def save(run, operations):
+    engine = FileEngine()
+    checkpoints = checkpoints_of(RunDir(run), engine, keep=1, mode=sys.argv[2])
+    engine.state = 1
+    checkpoints.save(1, {"samples_done": 1})
+    checkpoints.commit()
+    engine.state = 2
+    with fault_injector.kill_at_operation(operations):
+        checkpoints.save(2, {"samples_done": 2})
+        checkpoints.finish()
+
+codes = []
+while not codes or codes[-1] != 0:
+    process = os.fork()
+    if process == 0:
+        save(Path(sys.argv[1]) / f"run{len(codes)}", len(codes))
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+print(json.dumps(codes))
 """
 
 
-def test_a_kill_at_any_operation_of_a_save_leaves_a_complete_checkpoint(tmp_path, survived):
-    steps, operations = [], 0
-    while True:
-        run = RunDir(tmp_path / f"run{operations}")
-        finished = run_program(SAVE_AND_DIE, str(run.path), str(operations))
-        engine = FileEngine()
+@pytest.mark.parametrize("mode", ["background", "sync"])
+def test_a_kill_at_any_operation_of_a_save_leaves_a_complete_checkpoint(tmp_path, mode, survived):
+    ended = run_program(SAVE_AND_DIE, str(tmp_path), mode)
+    assert ended.returncode == 0, ended.stderr
+    *killed, whole = json.loads(ended.stdout)
+    assert (set(killed), whole) == ({-9}, 0), ended.stderr
+    assert len(killed) > 15, "the kills did not reach the protocol"
+    steps = []
+    for operations in range(len(killed) + 1):
+        run, engine = RunDir(tmp_path / f"run{operations}"), FileEngine()
         restored = checkpoints_of(run, engine).restore()
         assert restored.step in (1, 2)
         assert engine.state == restored.step == restored.position["samples_done"]
         assert not list(run.checkpoints.glob(".tmp-*"))
         steps.append(restored.step)
-        if finished.returncode == 0:
-            break
-        assert finished.returncode == -9, finished.stderr
-        survived["kill before an operation of a save"] += 1
-        operations += 1
-    assert operations > 15, "the kills did not reach the protocol"
+    survived["kill before an operation of a save"] += len(killed)
     assert steps[0] == 1
     assert steps[-1] == 2
     assert steps == sorted(steps), "an older checkpoint after a newer one was committed"

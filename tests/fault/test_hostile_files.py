@@ -192,14 +192,6 @@ def test_a_file_that_others_can_write_to_is_told_from_one_that_only_its_user_can
         run.refuse_foreign([pickled], CheckpointError)
 
 
-def test_a_checkpoint_with_pickles_that_others_can_write_to_is_not_loaded(run):
-    pickled = run.checkpoints / "step_00000002" / "state.pt"
-    pickled.write_bytes(b"pickle")
-    writable_by_all(pickled)
-    with pytest.raises(CheckpointError, match="everybody may write to it"):
-        checkpoints_of(run, FileEngine()).restore()
-
-
 @pytest.fixture
 def job(tmp_path, monkeypatch) -> JobFolder:
     folder = JobFolder(tmp_path / "run" / "logs" / "001")

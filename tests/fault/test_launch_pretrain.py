@@ -99,7 +99,7 @@ def _end(job: JobFolder) -> None:
 
 
 def _steps(run: RunDir) -> list[int]:
-    return [line["step"] for line in run.read_metrics()]
+    return [line["step"] for line in run.read_metrics() if "loss" in line]
 
 
 def _losses(run: RunDir) -> dict[int, float]:

@@ -1,6 +1,8 @@
 """What a training run says and leaves behind when something is wrong."""
 
 import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from rank_pool import run_ranks
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words, run_of
 
+from mimscale.cli import main
 from mimscale.train import checkpoint
 from mimscale.train.run_dir import RunDir
 
@@ -38,10 +41,16 @@ def test_a_run_of_another_model_is_refused_with_exit_code_2(finished):
     assert "seed: 0 -> 5" in ended.err
 
 
-def test_another_number_of_ranks_is_refused_with_exit_code_4_on_every_rank(finished):
+def test_a_state_of_an_earlier_version_is_refused_with_exit_code_4_on_every_rank(finished):
+    manifests = [tag / checkpoint.MANIFEST for tag in checkpoint.tags(run_of(finished))]
+    texts = [path.read_text() for path in manifests]
+    for path, text in zip(manifests, texts, strict=True):
+        path.write_text(text.replace(f'"manifest_version": {checkpoint.MANIFEST_VERSION}', '"manifest_version": 1'))
     ended = run_ranks([*finished, "steps=6"], size=2)
+    for path, text in zip(manifests, texts, strict=True):
+        path.write_text(text)
     assert [rank.code for rank in ended] == [4, 4]
-    assert "saved by 1 rank(s) at ZeRO stage 2, this run has 2 at stage 2" in ended[0].err
+    assert "step_00000004: manifest version 1 holds the training state in DeepSpeed's files" in ended[0].err
 
 
 def test_a_run_leaves_nothing_in_shared_memory(store, tmp_path):
@@ -61,30 +70,84 @@ def test_a_store_that_is_none_is_a_data_error(tmp_path):
 def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names_each(finished):
     run = run_of(finished)
     for tag in checkpoint.tags(run):
-        shard = next(tag.glob("engine/*optim_states.pt"))
+        shard = tag / "state-rank00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1])
     (ended,) = run_ranks([*finished, "steps=6"], size=1)
     assert ended.code == 4
-    assert "step_00000002: engine/" in ended.err
-    assert "step_00000004: engine/" in ended.err
+    assert "step_00000002: state-rank00000.safetensors has" in ended.err
+    assert "step_00000004: state-rank00000.safetensors has" in ended.err
     assert "never goes back to step 0 by itself" in ended.err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code) == ("failed", 4)
     assert max(line["step"] for line in run.read_metrics()) == 4, "it trained after all"
 
 
-def test_a_full_disk_stops_both_ranks_with_exit_code_4_and_keeps_the_last_good_checkpoint(store, tmp_path):
-    with small_disk(tmp_path / "disk", size_kb=1300) as disk:  # it holds one checkpoint of this run, but not two
+def fill_the_disk(words: list[str]) -> int:
+    """`mimscale WORDS` on a disk that somebody else fills after the look at its free space."""
+    make_room = checkpoint._make_room
+    checkpoint._make_room = lambda temporary, needed_bytes: make_room(temporary, 0)
+    return main(words)
+
+
+@pytest.mark.parametrize(
+    ("body", "how", "last_step"),
+    [
+        (main, "mode: sync", 4),
+        (fill_the_disk, "mode: sync", 4),
+        (fill_the_disk, "mode: background", None),
+        (main, "mode: background, on_failure: continue", 20),
+    ],
+)
+def test_a_full_disk_ends_both_ranks_as_configured_and_keeps_the_last_good_checkpoint(
+    store, tmp_path, body, how, last_step
+):
+    with small_disk(tmp_path / "disk", size_kb=900) as disk:  # it holds one checkpoint of this run, but not two
         run = RunDir(disk / "run")
-        words = pretrain_words(store, run.path, "checkpoint={every_steps: 2, keep: 9}")
-        ended = run_ranks(words, size=2)
-        assert [rank.code for rank in ended] == [4, 4], ended[0].err
-        assert "not saved (" in ended[0].err
-        assert "bytes are free on its disk" in ended[0].err
+        words = pretrain_words(store, run.path, f"checkpoint={{every_steps: 2, keep: 9, {how}}}")
+        ended = run_ranks([*words, "meter.record_samples=false", "validation.every_steps=0"], body=body)
+        assert ended[0].code == 4, ended[0].err
+        if last_step is not None:  # else rank 0 may fail to report a step, and rank 1 hears only that it is gone
+            assert ended[1].code == 4
+            assert max(line["step"] for line in run.read_metrics()) == last_step
+            lacking = r"step_0+4: not saved \(it takes \d+ bytes, \d+ are free on its disk, \d+ bytes are missing\)"
+            assert re.search(lacking, ended[0].err)
+        went_on = ended[0].err.count("Training goes on (checkpoint.on_failure=continue)")
+        assert went_on == (9 if "continue" in how else 0)
         good = checkpoint.newest(run)
         assert good is not None
         assert checkpoint.tags(run)[0] == good, "a broken checkpoint has a final name"
         assert not list(run.checkpoints.glob(".tmp-*"))
+
+
+def die_inside_the_second_save(words: list[str]) -> int:
+    """`mimscale WORDS`, but rank 1 is killed while it writes its part of the second checkpoint."""
+    from mimscale.train.state import Snapshot
+
+    write = Snapshot.write
+    written = []
+
+    def write_and_die(self: Snapshot, folder: Path):
+        if len(written) == 1 and os.environ["RANK"] == "1":
+            (folder / "state-rank00001.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(folder)
+        return write(self, folder)
+
+    Snapshot.write = write_and_die
+    return main(words)
+
+
+def test_a_rank_that_dies_inside_a_save_ends_the_run_and_the_checkpoint_before_is_used(store, tmp_path):
+    words = pretrain_words(store, tmp_path / "run", "checkpoint.every_steps=5", "meter.record_samples=false")
+    ended = run_ranks(words, body=die_inside_the_second_save)
+    assert [rank.code for rank in ended] == [6, -9], ended[0].err
+    assert "another rank is gone or hangs" in ended[0].err
+    run = run_of(words)
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000005"]
+    (continued,) = run_ranks([*words, "steps=6"], size=1)  # on what is left
+    assert continued.code == 0, continued.err
+    assert "continues at step 5 of 6" in continued.err
+    assert not list(run.checkpoints.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("size_kb", [4, 12, 20, 28, 64])  # another file meets the end of each

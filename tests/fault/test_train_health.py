@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import planted_faults
 import pytest
@@ -35,21 +34,10 @@ def store(tmp_path_factory) -> Path:
     return folder
 
 
-def optimizer_state(run: RunDir, step: int) -> list[Any]:
-    """Every tensor of the optimizer, on all ranks; at stage 0 it stands beside the weights."""
-    states = []
-    for path in sorted((run.checkpoints / checkpoint.tag_name(step) / "engine").glob("*states.pt")):
-        states += _tensors(
-            torch.load(path, weights_only=False)["optimizer_state_dict" if "optim" in path.name else "optimizer"]
-        )
-    return states
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else []
-    return [tensor for child in children for tensor in _tensors(child)]
+def optimizer_state(run: RunDir, step: int) -> list[torch.Tensor]:
+    """Every tensor of the training state, on all ranks."""
+    files = sorted((run.checkpoints / checkpoint.tag_name(step)).glob("state-rank*.safetensors"))
+    return [tensor for file in files for tensor in load_file(file).values()]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_memory_of_a_rank_and_a_checkpoint_are_within_a_tenth_of_the_estimates_a
         )  # weights.safetensors, which no rank's engine writes
         ratios = {
             "memory": memory.peak / measured["peak"],
-            "checkpoint": checkpoint_bytes(config, bf16=bf16) / (measured["saved"] + exported),
+            "checkpoint": checkpoint_bytes(config) / (measured["saved"] + exported),
         }
         for name, ratio in ratios.items():
             line = (

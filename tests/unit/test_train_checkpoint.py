@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+from types import SimpleNamespace
 
 import pytest
 from fakes import FileEngine, OneRank, checkpoints_of
@@ -45,7 +47,7 @@ def test_only_the_newest_ones_are_kept(run):
 
 
 BREAKS = {
-    "sha256 differs": lambda tag: flip_bit(tag / "engine" / "zero_pp_rank_0_state.json"),
+    "sha256 differs": lambda tag: flip_bit(tag / "state-rank00000.json"),
     "bytes instead of": lambda tag: (tag / "weights.safetensors").write_text(""),
     "is missing": lambda tag: (tag / "weights.safetensors").unlink(),
     "no readable manifest.json": lambda tag: (tag / "manifest.json").unlink(),
@@ -87,17 +89,31 @@ def test_a_file_name_that_points_out_of_the_checkpoint_is_refused(run):
     assert checkpoint.why_not_loadable(path.parent) == "../../outside points out of the checkpoint"
 
 
-def test_another_number_of_ranks_is_refused_in_words(run):
+def test_another_number_of_ranks_and_stage_continue_and_the_run_says_so(run, capsys):
     saved(run, 10)
-    checkpoints = checkpoints_of(run, FileEngine())
-    checkpoints._ranks = type("Two", (OneRank,), {"world": World(size=2)})()
-    with pytest.raises(CheckpointError, match="saved by 1 rank\\(s\\) at ZeRO stage 1, this run has 2 at stage 1"):
-        checkpoints.restore()
+    engine = FileEngine()
+    engine.zero_stage = 3
+
+    class Two(OneRank):
+        world = World(size=2)
+
+    assert checkpoints_of(run, engine, Two()).restore().step == 10
+    assert engine.state == 10
+    assert "step_00000010: ranks 1 -> 2, ZeRO stage 1 -> 3\n" in capsys.readouterr().err
+
+
+def test_a_state_of_an_earlier_version_is_refused_and_its_weights_stay_readable(run):
+    saved(run, 10)
+    path = run.checkpoints / "step_00000010" / "manifest.json"
+    path.write_text(path.read_text().replace('"manifest_version": 2', '"manifest_version": 1'))
+    with pytest.raises(CheckpointError, match="manifest version 1 holds the training state in DeepSpeed's files"):
+        checkpoints_of(run, FileEngine()).restore()
+    assert checkpoint.newest(run) == path.parent
 
 
 def test_a_write_error_leaves_the_last_good_checkpoint_and_nothing_half_written(run):
     checkpoints = saved(run, 10)
-    checkpoints._engine.errors.append(OSError("no space left"))
+    checkpoints._engine.error = OSError("no space left")
     with pytest.raises(CheckpointError, match=r"step_00000020: not saved .*\n  rank 0: no space left"):
         checkpoints.save(20, {"samples_done": 40})
     assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
@@ -122,3 +138,78 @@ def test_a_second_save_of_the_same_step_does_nothing(run):
     shutil.rmtree(run.checkpoints / "step_00000010")
     checkpoints.save(10, {})
     assert checkpoint.tags(run) == []
+
+
+def test_a_background_save_is_committed_once_it_is_written(run):
+    engine = FileEngine()
+    checkpoints = checkpoints_of(run, engine, mode="background")
+    engine.state = 10
+    engine.may_write.clear()
+    assert checkpoints.save(10, {"samples_done": 20}) is None
+    engine.state = 11  # training goes on
+    assert not checkpoints.is_written()
+    assert checkpoint.tags(run) == []
+    engine.may_write.set()
+    saved = checkpoints.commit()
+    assert (saved.step, saved.stall_s >= 0, saved.total_bytes > 0) == (10, True, True)
+    assert not checkpoints.is_written()
+    assert checkpoints.commit() is None
+    restored = FileEngine()
+    assert checkpoints_of(run, restored).restore().step == 10
+    assert restored.state == 10
+
+
+def test_the_next_save_waits_for_the_one_before(run):
+    engine = FileEngine()
+    checkpoints = checkpoints_of(run, engine, mode="background")
+    engine.may_write.clear()
+    checkpoints.save(10, {})
+    threading.Timer(0.2, engine.may_write.set).start()
+    saved = checkpoints.save(20, {})
+    assert saved.step == 10
+    assert saved.stall_s > 0.1, "the wait is part of the stall"
+    assert checkpoints.finish().step == 20
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000020", "step_00000010"]
+
+
+def save_and_commit(checkpoints, step):
+    checkpoints.save(step, {})
+    checkpoints.commit()
+
+
+@pytest.mark.parametrize("mode", ["background", "sync"])
+def test_after_a_failed_save_a_run_stops_or_goes_on_as_configured(run, capsys, mode):
+    engine = FileEngine()
+    checkpoints = checkpoints_of(run, engine, mode=mode)
+    engine.error = OSError("no space left")
+    with pytest.raises(CheckpointError, match="step_00000010: not saved"):
+        save_and_commit(checkpoints, 10)
+
+    checkpoints = checkpoints_of(run, engine, mode=mode, on_failure="continue")
+    assert checkpoints.save(10, {}) is None
+    assert checkpoints.commit() is None
+    assert "Training goes on (checkpoint.on_failure=continue)" in capsys.readouterr().err
+    engine.error = None
+    checkpoints.save(20, {})
+    checkpoints.finish()
+    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000020"]
+    engine.error = OSError("no space left")
+    checkpoints.save(30, {})
+    with pytest.raises(CheckpointError, match="step_00000030: not saved"):
+        checkpoints.finish()
+
+
+def test_the_message_says_how_many_bytes_were_missing(run, monkeypatch):
+    engine = FileEngine()
+    engine.error = OSError(28, "No space left on device")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
+    with pytest.raises(CheckpointError, match=r"it takes 9 bytes, 3 are free on its disk, 6 bytes are missing\)"):
+        checkpoints_of(run, engine).save(10, {})
+
+
+def test_ranks_share_the_work_of_verifying(run):
+    saved(run, 10)
+    tag = run.checkpoints / "step_00000010"
+    flip_bit(tag / "weights.safetensors")
+    reasons = [checkpoint.why_not_loadable(tag, share=(rank, 3)) for rank in range(3)]
+    assert reasons == [None, None, "weights.safetensors has other bytes than were saved (sha256 differs)"]

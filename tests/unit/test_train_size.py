@@ -76,7 +76,7 @@ def test_a_save_is_faster_on_more_nodes_but_never_faster_than_the_weights_of_the
     config = _vit_b(zero_stage=1)
     one, many = save_seconds(config, 1, 500.0), save_seconds(config, 1000, 500.0)
     assert one == pytest.approx(checkpoint_bytes(config) / 1e6 * (1 / 500 + 1 / 1000))
-    assert one / 3 < many < one
+    assert one / 4 < many < one / 3  # 4 of 16 bytes a weight
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""What a checkpoint costs: how long training stands still, written in the background and not; verifying, loading."""
+
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mimscale import console
+from mimscale.bench import measure
+from mimscale.config import load_verb_config, verb_parser
+from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
+from mimscale.models.transfer import save_weights
+from mimscale.train.build import build_pretrain
+from mimscale.train.checkpoint import MANIFEST, Checkpoints, Saved, read_manifest, tags, why_not_loadable
+from mimscale.train.config import PretrainConfig
+from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.ranks import Ranks
+from mimscale.train.run_dir import RunDir
+from mimscale.train.zero import shapes_of
+from mimscale.world import World
+
+MOST_STALL_PERCENT = 25.0  # of the synchronous save's: what a background save may hold up training
+Mode = Literal["sync", "background"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+def main(argv: list[str]) -> int:
+    """`mimscale bench checkpoint RECIPE [--repeats N] [--folder DIR] [--json]`; 1 when it stalls for too long."""
+    parser = verb_parser("bench", "How long training stands still for a checkpoint, and how long loading one takes.")
+    parser.add_argument("--repeats", type=int, default=3, help="saves in each mode, after one warm-up each")
+    parser.add_argument("--folder", type=Path, help="where to write: on the file system to measure (default: TMPDIR)")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    arguments = parser.parse_intermixed_args(argv)
+    words = arguments.words[1:] if arguments.words[:1] == ["checkpoint"] else arguments.words
+    world = World.from_environment(os.environ)
+    # The saved state depends on neither; one crop a rank is the fastest step.
+    words = [*words, "store=none", "run_dir=none", f"global_batch={world.size}", "micro_batch=1"]
+    config = load_verb_config(PretrainConfig, words, needs_recipe=True)
+    ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
+    try:
+        parent = ranks.first_does(lambda: tempfile.mkdtemp(prefix="mimscale_bench_", dir=arguments.folder))
+        try:
+            result = bench_checkpoints(replace(config, run_dir=Path(parent)), ranks, repeats=arguments.repeats)
+        finally:
+            ranks.first_does(lambda: shutil.rmtree(parent, ignore_errors=True))
+    finally:
+        leave_ranks()
+    if ranks.is_first:
+        if arguments.json:
+            console.print_json(result)
+        else:
+            print(as_text(result))
+    return 0 if result["stall_percent"] <= MOST_STALL_PERCENT else 1
+
+
+def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> dict[str, Any]:
+    """All that the verb measures. A collective."""
+    torch.manual_seed(config.seed)
+    engine = Engine(build_pretrain(config, channels=1), config, ranks)
+    step_s = [train_step(engine, config) for _ in range(2)][-1]  # the first also makes AdamW's moments
+
+    def write_weights(folder: Path, step: int, weights: dict[str, Tensor]) -> list[Path]:
+        save_weights(folder, weights, {"step": step})
+        return [folder / WEIGHTS_FILE, folder / CONTRACT_FILE]
+
+    run = RunDir(config.run_dir)
+    keepers = {
+        mode: Checkpoints(run, replace(config.checkpoint, mode=mode, keep=2), engine, ranks, write_weights)
+        for mode in MODES
+    }
+    saves: dict[str, list[Saved]] = {mode: [] for mode in MODES}
+    slowed: list[float] = []
+    alone = _alone()
+    for repeat in range(repeats + 1):
+        for number, mode in enumerate(MODES):
+            keeper = keepers[mode]
+            saved = keeper.save(2 * repeat + number + 1, {})
+            if mode == "background":
+                turns = _turns_per_s(keeper.is_written)
+                saved = keeper.commit()
+                if repeat:
+                    slowed.append(turns / alone)
+            assert saved is not None
+            if repeat:
+                saves[mode].append(saved)
+    newest, before = tags(run)[:2]
+    manifests = [read_manifest(tag) for tag in (newest, before)]
+    parts = [{name: manifest["files"][name] for name in manifest["files"] if "state" in name} for manifest in manifests]
+    assert parts[0] == parts[1], f"the modes have written different bytes: {parts}"
+    verify_s, load_s = [], []
+    for _ in range(repeats):
+        began_s = time.perf_counter()
+        reasons = ranks.gather(why_not_loadable(newest, share=(ranks.world.rank, ranks.world.size)))
+        assert not any(reasons), reasons
+        verify_s.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        engine.load(newest, manifests[0]["files"])
+        load_s.append(time.perf_counter() - began_s)
+    stall_s = {mode: [saved.stall_s for saved in saves[mode]] for mode in MODES}
+    medians = {mode: statistics.median(stall_s[mode]) for mode in MODES}
+    return {
+        "schema_version": measure.SCHEMA_VERSION,
+        "benchmark": "checkpoint",
+        "surroundings": measure.surroundings(),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks.world.size,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+        "parameters": sum(math.prod(shape) for shape in shapes_of(engine.module).values()),
+        "checkpoint_bytes": saves["sync"][-1].total_bytes,
+        "manifest_bytes": (newest / MANIFEST).stat().st_size,
+        "repeats": repeats,
+        "stall_s": stall_s,
+        "stall_median_s": medians,
+        "write_s": [saved.write_s for saved in saves["background"]],
+        "stall_percent": 100 * medians["background"] / medians["sync"],
+        "speed_while_writing": statistics.median(slowed),
+        "verify_s": verify_s,
+        "load_s": load_s,
+        "step_s": step_s,
+    }
+
+
+def train_step(engine: Engine, config: PretrainConfig) -> float:
+    """One step on random voxels, three quarters of them hidden; returns its seconds."""
+    began_s = time.perf_counter()
+    image = torch.rand(1, 1, *config.crop_voxels, device=engine.ranks.device)
+    if engine.precision == "bf16":
+        image = image.bfloat16()
+    patches = math.prod(config.crop_voxels) // math.prod(config.patch_voxels)
+    engine.set_learning_rate(config.optim.warmup_steps)
+    engine.backward(engine(image, torch.arange(patches)[None] % 4 > 0).loss)
+    engine.step()
+    return time.perf_counter() - began_s
+
+
+def _turns_per_s(done: Callable[[], bool]) -> float:
+    """How fast this thread works until `done`: Python and matrix products in turn, so that a held GIL shows."""
+    matrix = torch.ones(256, 256)
+    turns, began_s = 0, time.perf_counter()
+    while not done():
+        for number in range(2_000):
+            _ = number * number
+        torch.mm(matrix, matrix)
+        turns += 1
+    return turns / (time.perf_counter() - began_s)
+
+
+def _alone() -> float:
+    end_s = time.perf_counter() + 1.0
+    return _turns_per_s(lambda: time.perf_counter() > end_s)
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    medians = result["stall_median_s"]
+    gigabytes = result["checkpoint_bytes"] / 1e9
+    rows = [
+        ("training stands still, sync", f"{medians['sync']:.2f} s", "copy, write, flush, hash, commit"),
+        (
+            "training stands still, background",
+            f"{medians['background']:.2f} s",
+            f"{result['stall_percent']:.0f} % of it",
+        ),
+        ("written in the background", f"{statistics.median(result['write_s']):.2f} s", "by a thread of each rank"),
+        ("speed of training meanwhile", f"{100 * result['speed_while_writing']:.0f} %", "Python and matrix products"),
+        ("verify", f"{statistics.median(result['verify_s']):.2f} s", "sha256 of every file"),
+        ("load", f"{statistics.median(result['load_s']):.2f} s", "into the engine"),
+    ]
+    head = (
+        f"{result['parameters'] / 1e6:.1f} M parameters, {gigabytes:.2f} GB, {result['ranks']} rank(s), ZeRO "
+        f"{result['zero_stage']}, {result['precision']}, median of {result['repeats']}\n\n"
+    )
+    return head + measure.table(("what", "time", ""), rows)

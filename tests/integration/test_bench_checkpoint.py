@@ -1,0 +1,19 @@
+import json
+
+import pytest
+from rank_pool import run_ranks
+
+pytestmark = pytest.mark.two_process
+
+
+def test_the_benchmark_of_checkpoints_saves_in_both_modes_and_loads(tmp_path):
+    words = ["bench", "checkpoint", "demo/pretrain", "model={dim: 48, depth: 2, heads: 2}", "--json"]
+    ended = run_ranks([*words, "--repeats", "1", "--folder", str(tmp_path)])
+    codes = {rank.code for rank in ended}
+    assert codes in ({0}, {1}), ended[0].err  # of a model this small the commit is all, so that its stall says nothing
+    result = json.loads(ended[0].out)
+    assert (result["ranks"], result["checkpoint_bytes"] > 16 * result["parameters"]) == (2, True)
+    assert all(result["stall_median_s"][mode] > 0 for mode in ("sync", "background"))
+    assert (codes == {0}) == (result["stall_percent"] <= 25)
+    assert min(result["load_s"] + result["verify_s"] + result["write_s"]) > 0
+    assert list(tmp_path.iterdir()) == []
