@@ -20,7 +20,7 @@ import torch
 from mimscale.bench import measure
 from mimscale.bench.checkpoint import train_step
 from mimscale.config import load_config
-from mimscale.train.build import build_mae
+from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.state import KINDS, SavedState
@@ -42,7 +42,7 @@ def engine_of(universal: bool) -> tuple[Engine, PretrainConfig]:
     config = load_config(PretrainConfig, "pretrain_mae_vit_b", words)
     ranks = join_ranks(world)
     torch.manual_seed(0)
-    return Engine(build_mae(config, channels=1), config, ranks), config
+    return Engine(build_pretrain(config, channels=1), config, ranks), config
 
 
 def save_both(folder: Path) -> None:

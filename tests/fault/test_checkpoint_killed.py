@@ -18,7 +18,7 @@ from mimscale.train.run_dir import RunDir
 
 # A process for each n: it saves step 1, then dies at the n-th file operation of saving step 2, on whichever thread.
 SAVE_AND_DIE = """
-import json
+import json, os
 from pathlib import Path
 import fault_injector
 from fakes import FileEngine, checkpoints_of

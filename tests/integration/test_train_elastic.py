@@ -71,7 +71,7 @@ HANDED_ON = [(stage, "fp32") for stage in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0
 def change_stages(words: list[str]) -> int:
     """Let engines take over the state of the one before: load it, save it again, train on, save that."""
     from mimscale.config import load_config
-    from mimscale.train.build import build_mae
+    from mimscale.train.build import build_pretrain
     from mimscale.train.config import PretrainConfig
     from mimscale.train.engine import Engine, join_ranks, leave_ranks
     from mimscale.world import World
@@ -82,7 +82,7 @@ def change_stages(words: list[str]) -> int:
     def engine_of(stage: int, precision: str) -> Engine:
         more = (f"engine.zero_stage={stage}", f"engine.precision={precision}", "engine.bucket_elements=2000")
         config = load_config(PretrainConfig, "demo/pretrain", [*words, *more])
-        return Engine(build_mae(config, channels=1), config, ranks)
+        return Engine(build_pretrain(config, channels=1), config, ranks)
 
     def save(engine: Engine, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
