@@ -7,20 +7,9 @@ from typing import Any
 
 import torch
 
+from mimscale.bench.gpus import GPUS
 from mimscale.bench.measure import memory_peak_bytes
 
-# Dense bf16 products with fp32 sums, FLOP/s, as the vendor's data sheets give them. The first name that a device's name
-# contains counts.
-PEAK_FLOPS_PER_S = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A6000": 154.85e12,
-}
 MFU_FORMULA = (
     "FLOPs of the products that the step needs (no masked token, nothing that is recomputed) / seconds / "
     "(peak FLOP/s x devices)"
@@ -50,8 +39,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops_per_s(name: str) -> float | None:
-    """Of a device by its data sheet; None where none is known."""
-    return next((peak for part, peak in PEAK_FLOPS_PER_S.items() if part in name), None)
+    """Dense bf16 products with fp32 sums of a device by its data sheet; None where none is known."""
+    return next((gpu.bf16_tflops * 1e12 for gpu in GPUS.values() if gpu.device_name in name), None)
 
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

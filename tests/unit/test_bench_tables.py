@@ -110,7 +110,6 @@ def test_a_devices_peak_follows_from_its_name(name, peak):
 
 
 def test_mfu_is_flops_over_seconds_peak_and_devices():
-    use = hardware.utilisation(
-        flops=312e12, hardware_flops=624e12, seconds=2.0, devices=1, name="A100", measured=624e12
-    )
+    name = "NVIDIA A100-SXM4-80GB"
+    use = hardware.utilisation(flops=312e12, hardware_flops=624e12, seconds=2.0, devices=1, name=name, measured=624e12)
     assert (use["mfu"], use["hfu"], use["mfu_of_measured"]) == (0.5, 1.0, 0.25)
