@@ -182,7 +182,7 @@ class RunDir:
                 continue
             try:
                 status = path.stat()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue  # nothing is read from it
             if status.st_uid not in (os.geteuid(), 0):
                 raise kind(

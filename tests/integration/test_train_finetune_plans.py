@@ -38,7 +38,14 @@ def source(store, tmp_path_factory) -> Path:
     config = load_config(PretrainConfig, "demo/pretrain", words)
     torch.manual_seed(5)
     contract = weights_contract(
-        config, read_info(store), channels=1, step=1, precision="fp32", overlay=None, datasets=[]
+        config,
+        read_info(store),
+        channels=1,
+        step=1,
+        precision="fp32",
+        overlay=None,
+        datasets=[],
+        spacing_mm=(1.0, 1.0, 1.0),
     )
     save_weights(folder, build_pretrain(config, 1).state_dict(), contract)
     return folder

@@ -3,29 +3,21 @@
 Watched on a CPU, where the operations are the same.
 """
 
+import json
+import os
+
 import pytest
 import torch
+from rank_pool import run_ranks
 from syncs import SyncWatch
 
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
-from mimscale.train.engine import Engine, ignore_known_warnings, join_ranks, leave_ranks
 from mimscale.train.pretrain import MaskedReconstruction
 from mimscale.world import World
 
-
-@pytest.fixture(autouse=True)
-def _known_warnings():
-    ignore_known_warnings()  # pytest has its own filters for each test
-
-
 FIRST_STEPS = 3  # ZeRO-3 compares the order of its parameters between the ranks in the first two
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield join_ranks(World())
-    leave_ranks()
+CASES = [(0, "fp32"), *((stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16"))]
 
 
 def config_of(*words):
@@ -34,33 +26,48 @@ def config_of(*words):
     return bench_config(["demo/pretrain", "health.max_skipped=0", *small, decoder, *words], needs_store=False)
 
 
-def step_of(config, ranks):
-    objective = MaskedReconstruction(config)
-    engine = Engine(objective.build(1), config, ranks)
-    batch = synthetic_batch(config, 1, ranks.device)
+def watch_steps(_words):
+    """In a process of its own: what waits in a step of each case, and the step's gradient norm."""
+    from mimscale.train.engine import Engine, join_ranks, leave_ranks
 
-    def step():
-        engine.set_learning_rate(0)
-        engine.seed_micro_batch(0, 0)
-        loss = objective.loss(engine, batch)
-        engine.backward(loss)
-        engine.step()
-        return ranks.sum({"loss": loss.detach().double(), "grad_norm": engine.grad_norm(), "step_s": 1.0})
+    ranks = join_ranks(World.from_environment(os.environ))
+    seen = []
+    for stage, precision in CASES:
+        config = config_of(f"engine.zero_stage={stage}", f"engine.precision={precision}")
+        objective = MaskedReconstruction(config)
+        engine = Engine(objective.build(1), config, ranks)
+        batch = synthetic_batch(config, 1, ranks.device)
 
-    return step
+        def step(engine=engine, objective=objective, batch=batch):
+            engine.set_learning_rate(0)
+            engine.seed_micro_batch(0, 0)
+            loss = objective.loss(engine, batch)
+            engine.backward(loss)
+            engine.step()
+            return ranks.sum({"loss": loss.detach().double(), "grad_norm": engine.grad_norm(), "step_s": 1.0})
+
+        for _ in range(FIRST_STEPS):
+            step().wait()
+        with SyncWatch() as watch:
+            sums = step()
+        seen.append((watch.places, sums.wait()["grad_norm"]))
+    print(json.dumps(seen))
+    leave_ranks()
+    return 0
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), *((stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16"))]
-)
-def test_no_stage_makes_the_host_wait(stage, precision, ranks):
-    step = step_of(config_of(f"engine.zero_stage={stage}", f"engine.precision={precision}"), ranks)
-    for _ in range(FIRST_STEPS):
-        step().wait()
-    with SyncWatch() as watch:
-        sums = step()
-    assert watch.places == []
-    assert sums.wait()["grad_norm"] > 0
+@pytest.fixture(scope="module")
+def seen():
+    (ended,) = run_ranks([], size=1, body=watch_steps)
+    assert ended.code == 0, ended.err
+    return dict(zip(CASES, json.loads(ended.out.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_no_stage_makes_the_host_wait(stage, precision, seen):
+    places, grad_norm = seen[stage, precision]
+    assert places == []
+    assert grad_norm > 0
 
 
 def test_augmentation_loss_and_gradients_bring_nothing_back_from_the_device():
