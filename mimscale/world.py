@@ -29,7 +29,7 @@ class World:
     local_size: int = 1
     node: str = "localhost"
     master_address: str = "127.0.0.1"
-    master_port: int = 29400
+    master_port: int = 0  # the system chooses: alone nobody else must find it
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
@@ -55,8 +55,7 @@ class World:
         elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
         else:
-            # Alone nobody else must find the port, so the system chooses: two runs on one host do not collide.
-            return cls(node=socket.gethostname(), master_port=0)
+            return cls(node=socket.gethostname())
         missing = [name for name in names if name not in environment]
         if missing:
             raise LaunchError(

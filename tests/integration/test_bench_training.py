@@ -4,6 +4,8 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from rank_pool import run_ranks
@@ -88,31 +90,28 @@ def test_what_two_ranks_hold_is_what_theory_says(tmp_path):
     assert rows[1]["theory_bytes"] == rows[1]["parameters"] * 10
 
 
-@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # MONAI calls it so
-def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_path, monkeypatch):
-    from pathlib import Path
+def bench_tiny_step(words):
+    """In a process of its own: `bench_step.py WORDS` with a size that takes a second."""
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI calls it so
+    bench_step = benchmark_of_the_step()
+    bench_step.SIZES["tiny"] = ([*SMALL[:4], "modality=null"], 2, 2)
+    sys.argv = ["bench_step.py", *words]
+    return bench_step.main()
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    bench_step = importlib.import_module("bench_step")
-    words = [*SMALL[:4], "modality=null"]
-    monkeypatch.setitem(bench_step.SIZES, "tiny", (words, 2, 2))
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "bench_step.py",
-            "--sizes",
-            "tiny",
-            "--quick",
-            "--no-compile",
-            "--repeats=2",
-            "--seconds=0.01",
-            f"--out={tmp_path}",
-        ],
-    )
-    from mimscale.train.engine import ignore_known_warnings
 
-    ignore_known_warnings()
-    assert bench_step.main() == 0
+def benchmark_of_the_step():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        return importlib.import_module("bench_step")
+    finally:
+        del sys.path[0]
+
+
+def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_path):
+    words = ["--sizes", "tiny", "--quick", "--no-compile", "--repeats=2", "--seconds=0.01", f"--out={tmp_path}"]
+    (ended,) = run_ranks(words, size=1, body=bench_tiny_step)
+    assert ended.code == 0, ended.err
+    bench_step = benchmark_of_the_step()
     (path,) = tmp_path.glob("step_unnamed_*.json")
     (table,) = json.loads(path.read_text())["tables"]
     rows = {row["name"]: row for row in table["contenders"]}
