@@ -145,6 +145,7 @@ def _sole_ingest(store: Path) -> Iterator[None]:
     with sole_writer(store / LOCK_NAME, "another ingest"):
         for lock in sorted(store.glob("task-*.lock")):
             refuse_if_held(lock)
+        _remove_leftovers(store)
         yield
 
 
@@ -176,9 +177,8 @@ def _convert(work: planning.Work, config: IngestConfig, parts: Sequence[int]) ->
     todo = [part for part in parts if part not in receipts]
     by_part = {part: sources for one in work.plan.rounds for part, sources in one.by_part().items()}
     done_bytes = sum(source.size_bytes for part in todo for source in by_part[part])
-    # Of a task only its own: other parts may be at work in other tasks.
-    for number in [f"{part:05d}" for part in todo] if config.task is not None else ["*"]:
-        _remove_leftovers(store, number)
+    if config.task is not None:
+        _remove_leftovers_of_parts(store, todo)
     so_far = _SoFar()
     with process_pool(config.workers, len(todo)) as pool:
         work_done = _convert_all(pool, work, config, todo, by_part, receipts)
@@ -250,7 +250,16 @@ def _counts(receipts: Iterable[Lines]) -> dict[str, Any]:
     }
 
 
-def _remove_leftovers(store: Path, number: str) -> None:
-    """Temporary files of a part (`*`: of all) whose ingest was killed."""
-    for path in store.rglob(f"{durable.TEMPORARY_PREFIX}part-{number}.*"):
-        path.unlink(missing_ok=True)
+def _remove_leftovers(store: Path) -> None:
+    """Temporary files of whoever was killed, in the store and beside it; nobody is at work here now."""
+    beside = store.parent.glob(f"{durable.TEMPORARY_PREFIX}{store.name}.*")
+    for path in [*store.rglob(f"{durable.TEMPORARY_PREFIX}*"), *beside]:
+        if ".lock" not in path.name:  # somebody may be asking for one
+            path.unlink(missing_ok=True)
+
+
+def _remove_leftovers_of_parts(store: Path, parts: Iterable[int]) -> None:
+    """Temporary files of an array task's own parts: others may be at work in other tasks."""
+    for part in parts:
+        for path in store.rglob(f"{durable.TEMPORARY_PREFIX}part-{part:05d}.*"):
+            path.unlink(missing_ok=True)

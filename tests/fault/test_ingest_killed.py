@@ -90,11 +90,12 @@ def test_the_lock_and_litter_of_a_dead_ingest_are_cleared(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     write_lock(store / "ingest.lock", "an ingest", pid=dead.pid)
-    litter = store / "packs" / ".tmp-part-00001.zarr.zip.77"
-    litter.write_bytes(b"half a pack")
+    names = ("packs/.tmp-part-00001.zarr.zip.77", ".tmp-manifest.parquet.77", f"../.tmp-{store.name}.sources.jsonl.77")
+    for name in names:
+        (store / name).write_bytes(b"half a file")
     sources = {kind: str(tmp_path / "sources" / kind / "*.nii.gz") for kind in ("images", "labels")}
     ingest(config_of(sources, store, parts=2, chunk_voxels=16))
-    assert not litter.exists()
+    assert not [name for name in names if (store / name).exists()]
     assert not (store / "ingest.lock").exists()
 
 
