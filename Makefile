@@ -75,7 +75,7 @@ bench-training: .venv/op-built-bench ## training in three modes, and its scaling
 	$(BIN)/python benchmarks/bench_training.py --hardware $(HARDWARE)
 
 # Two samples a step, short rounds: enough to see an error or a large change, in minutes. The names of such results say so.
-bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks, under 15 minutes
+bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ingest.py --hardware $(HARDWARE)-quick --repeats 2 --receipts 5000 --rows 20000 --mb-a-run 10 --edge-factor 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)-quick --repeats 2 --seconds 0.1 --crops 96 --conditions warm --ct-edge 160
 	$(BIN)/python benchmarks/bench_step.py --hardware $(HARDWARE)-quick --quick --repeats 2 --seconds 0.5 --no-compile

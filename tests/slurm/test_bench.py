@@ -5,7 +5,7 @@ import json
 import pytest
 from devcluster import DevCluster, Site
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.soak]  # its short form runs on the local executor
 
 
 def test_jobs_on_one_and_two_nodes_make_a_table_of_efficiency(cluster: DevCluster, site: Site) -> None:
