@@ -19,7 +19,8 @@ from mimscale.ingest.receipts import write_receipt
 from mimscale.ingest.subjects import subject_key
 from mimscale.store import layout
 from mimscale.store.intensity import ChannelStats
-from mimscale.store.manifest import TRAINING_COLUMNS, OverlayRow, VolumeRow, load_manifest, row_tree, write_manifest
+from mimscale.store.manifest import TRAINING_COLUMNS, load_manifest, write_manifest
+from mimscale.store.rows import OverlayRow, VolumeRow, row_tree
 
 SOURCES_A_PART = 500
 PLAN_COLUMNS = ("id", "modality", "split", "shape", "foreground_box")

@@ -18,7 +18,8 @@ from mimscale.models.transfer import save_weights
 from mimscale.store import layout
 from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo, write_info
-from mimscale.store.manifest import OverlayRow, VolumeRow, write_manifest
+from mimscale.store.manifest import write_manifest
+from mimscale.store.rows import OverlayRow, VolumeRow
 from mimscale.store.writer import PackWriter
 from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.checkpoint import tag_name

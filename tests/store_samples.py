@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.run import ingest
 from mimscale.store import shard
-from mimscale.store.manifest import Manifest, VolumeRow, load_manifest
+from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import VolumeRow
 
 
 def phantom(seed: int, shape: tuple[int, ...] = (40, 37, 21)) -> NDArray[np.int16]:

@@ -8,7 +8,8 @@ import numpy as np
 from mimscale.store import layout, shard
 from mimscale.store.intensity import ChannelStats, IntensityContract
 from mimscale.store.layout import OverlayInfo, StoreInfo
-from mimscale.store.manifest import Manifest, OverlayRow, VolumeRow, load_manifest, write_manifest
+from mimscale.store.manifest import Manifest, load_manifest, write_manifest
+from mimscale.store.rows import OverlayRow, VolumeRow
 from mimscale.store.stage import Stage
 from mimscale.store.writer import PackWriter
 from mimscale.stream.config import StreamConfig

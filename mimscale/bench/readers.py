@@ -10,8 +10,8 @@ import numpy as np
 from mimscale.bench.contender import Crops, Job
 from mimscale.bench.crops import chunks_of
 from mimscale.store import layout, shard
-from mimscale.store.manifest import SampleRow
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import SampleRow
 
 
 class OwnReader:

@@ -28,8 +28,9 @@ from mimscale.evaluate.volumes import read_normalised, read_source_labels, sourc
 from mimscale.ingest.geometry import to_source_grid
 from mimscale.ingest.placement import Placement
 from mimscale.store.layout import StoreInfo
-from mimscale.store.manifest import Manifest, VolumeRow
+from mimscale.store.manifest import Manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import VolumeRow
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.run_dir import RunDir
 

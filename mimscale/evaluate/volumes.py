@@ -15,8 +15,8 @@ from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store.intensity import IntensityContract, normalisation
 from mimscale.store.layout import source_overlay
-from mimscale.store.manifest import VolumeRow
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import VolumeRow
 
 Zyx = tuple[int, int, int]
 

@@ -18,7 +18,7 @@ from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFi
 from mimscale.ingest.formats.voxels import to_stored_dtype
 from mimscale.ingest.plan import PlannedSource
 from mimscale.store import layout
-from mimscale.store.manifest import VolumeRow
+from mimscale.store.rows import VolumeRow
 
 CHANNEL_TOLERANCE_VOXELS = 0.1  # how far the grids of one subject's channels may lie apart
 

@@ -27,7 +27,8 @@ from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.receipts import Lines, write_receipt
 from mimscale.ingest.subjects import hidden
 from mimscale.store import chunk_maps, layout
-from mimscale.store.manifest import OverlayRow, VolumeRow, load_manifest, row_tree
+from mimscale.store.manifest import load_manifest
+from mimscale.store.rows import OverlayRow, VolumeRow, row_tree
 from mimscale.store.writer import PackWriter
 
 LABEL_FILL = 0.0  # chunks of nothing but background are not stored

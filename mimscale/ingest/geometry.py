@@ -9,7 +9,7 @@ import nibabel.orientations
 import numpy as np
 from numpy.typing import NDArray
 
-from mimscale.store.manifest import VolumeRow
+from mimscale.store.rows import VolumeRow
 
 orientations: Any = nibabel.orientations  # nibabel annotates only half of it
 _FARTHEST_MM = 1e6  # no scanner is a kilometre long

@@ -20,7 +20,8 @@ from mimscale.ingest.plan import Plan, PlannedSource
 from mimscale.ingest.receipts import live_parts, read_receipt
 from mimscale.ingest.subjects import splits
 from mimscale.store import layout
-from mimscale.store.manifest import VolumeRow, load_manifest, overlay_of_receipt, row_of_receipt, write_manifest
+from mimscale.store.manifest import load_manifest, write_manifest
+from mimscale.store.rows import VolumeRow, overlay_of_receipt, row_of_receipt
 
 _WAY_OUT = "free some space and run the same command again; finished parts are kept"
 SHOWN_PARTS = 10

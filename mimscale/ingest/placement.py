@@ -25,7 +25,7 @@ from mimscale.ingest.resample import (
     resample_classes,
     resample_intensities,
 )
-from mimscale.store.manifest import Box, VolumeRow
+from mimscale.store.rows import Box, VolumeRow
 
 MAX_GROWTH = 32  # a resampled volume of more than this many times its source's voxels is a slip of the pen
 SAME_SPACING = 1e-3  # of a voxel's edge: an axis whose spacing is this near to the wanted one keeps its voxels

@@ -20,7 +20,8 @@ from mimscale.ingest.receipts import Lines, live_parts, read_receipt, write_rece
 from mimscale.ingest.subjects import hidden
 from mimscale.store import layout
 from mimscale.store.chunk_maps import remove_other_chunk_maps
-from mimscale.store.manifest import load_manifest, row_of_receipt, row_tree
+from mimscale.store.manifest import load_manifest
+from mimscale.store.rows import row_of_receipt, row_tree
 from mimscale.store.verify import verify
 from mimscale.store.writer import PackWriter
 

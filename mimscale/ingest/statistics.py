@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mimscale.store.intensity import ChannelStats
-from mimscale.store.manifest import Box
+from mimscale.store.rows import Box
 
 CT_AIR_HU = -1024.0
 CT_PADDING_BELOW_HU = -1500.0  # no tissue and no air reads this; scanners write -2000 or -3024 outside the gantry

@@ -10,7 +10,8 @@ from typing import Any
 from mimscale.errors import DataError
 from mimscale.ingest.merge import journal_path
 from mimscale.store import files, layout
-from mimscale.store.manifest import VolumeRow, load_manifest
+from mimscale.store.manifest import load_manifest
+from mimscale.store.rows import VolumeRow
 
 # `mimscale cohort` writes it beside imagesTr/ and labelsTr/.
 COHORT_FILE = "cohort.json"

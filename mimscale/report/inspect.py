@@ -13,7 +13,8 @@ from mimscale.errors import ConfigError, DataError
 from mimscale.report.store_summary import describe_store, list_volumes
 from mimscale.store import files, layout, native
 from mimscale.store.layout import read_info
-from mimscale.store.manifest import load_manifest, row_tree
+from mimscale.store.manifest import load_manifest
+from mimscale.store.rows import row_tree
 
 MIB = 2**20
 LISTED_VOLUMES = 20

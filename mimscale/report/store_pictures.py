@@ -11,8 +11,9 @@ from mimscale.evaluate.slices import Plane, cut_planes, grey_levels
 from mimscale.report.charts import INK, new_figure, save_figure
 from mimscale.report.pictures import grey, overlay, volume_picture
 from mimscale.report.store_summary import grid
-from mimscale.store.manifest import Manifest, VolumeRow, load_manifest
+from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import VolumeRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store import files, layout, shard
-from mimscale.store.manifest import CHUNK_MAPS_KEY, Manifest, VolumeRow
+from mimscale.store.manifest import CHUNK_MAPS_KEY, Manifest
+from mimscale.store.rows import VolumeRow
 
 _SCHEMA = pa.schema(
     [

@@ -24,8 +24,9 @@ from mimscale import durable
 from mimscale.errors import DataError
 from mimscale.store import layout, native, shard
 from mimscale.store.files import Files, OpenFile, local_path, url_of
-from mimscale.store.manifest import Manifest, OverlayRow, SampleRow, VolumeRow
+from mimscale.store.manifest import Manifest
 from mimscale.store.pieces import Box, Triple, pieces_of
+from mimscale.store.rows import OverlayRow, SampleRow, VolumeRow
 
 # Chunks nearer than a gap are read at once, with what lies between them. How large a gap is worth that depends on what
 # a request costs: a microsecond when the page cache has the data, a millisecond on a parallel file system. The reader

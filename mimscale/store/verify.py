@@ -15,8 +15,9 @@ from mimscale import console
 from mimscale.errors import DataError
 from mimscale.store import files, layout
 from mimscale.store.chunk_maps import chunk_maps_of, why_damaged
-from mimscale.store.manifest import SAMPLE_COLUMNS, Manifest, SampleRow, load_manifest
+from mimscale.store.manifest import SAMPLE_COLUMNS, Manifest, load_manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import SampleRow
 from mimscale.store.writer import SHARD_KEY
 
 _PIECE_BYTES = 16 * 2**20

@@ -21,8 +21,9 @@ from mimscale.errors import DataError
 from mimscale.store.files import Files
 from mimscale.store.intensity import normalisation
 from mimscale.store.layout import overlay_path, pack_path, read_info
-from mimscale.store.manifest import Manifest, SampleRow
+from mimscale.store.manifest import Manifest
 from mimscale.store.reader import ShardReader
+from mimscale.store.rows import SampleRow
 from mimscale.store.stage import Stage
 from mimscale.stream.crops import CropSpace, ReadBoxes, Samples
 from mimscale.stream.slots import Reference, Slot, Slots, tensor_of

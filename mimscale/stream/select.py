@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mimscale.errors import ConfigError
-from mimscale.store.manifest import SCHEMA, Manifest
+from mimscale.store.manifest import Manifest
+from mimscale.store.rows import SCHEMA
 from mimscale.stream.config import StreamConfig
 
 Kind = Literal["text", "number", "flag"]

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mimscale.store.intensity import IntensityContract, normalisation
-from mimscale.store.manifest import Manifest, SampleRow
+from mimscale.store.manifest import Manifest
+from mimscale.store.rows import SampleRow
 from mimscale.stream.batch import Batch
 
 

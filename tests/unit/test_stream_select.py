@@ -8,7 +8,8 @@ from stream_stores import write_store
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError
-from mimscale.store.manifest import SCHEMA, Manifest, load_manifest, write_manifest
+from mimscale.store.manifest import Manifest, load_manifest, write_manifest
+from mimscale.store.rows import SCHEMA
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.select import parse_attribute, parse_filter
 from mimscale.stream.shares import WeightedShares, weighted_shares
