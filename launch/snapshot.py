@@ -10,11 +10,14 @@ from mimscale import durable
 from mimscale.errors import LaunchError
 
 PACKAGES = (mimscale, launch)
-SUFFIXES = (".py", ".yaml", ".html")
+BYTECODE = "__pycache__"
 
 
 def snapshot_code(code: Path) -> Path:
     """Copy the running packages into `code/<hash of their bytes>`; returns that folder. The same code is kept once.
+
+    They are copied as they lie there, whatever git knows of them: what is not committed, and what a compiler has built,
+    belong to the code that was tried out before it was submitted.
 
     Raises:
         LaunchError: the disk is full or not writable.
@@ -24,7 +27,7 @@ def snapshot_code(code: Path) -> Path:
         assert package.__file__ is not None
         root = Path(package.__file__).parent
         for path in sorted(root.rglob("*")):
-            if path.suffix in SUFFIXES:
+            if path.is_file() and BYTECODE not in path.parts:
                 files[f"{root.name}/{path.relative_to(root)}"] = path
     digest = hashlib.sha256()
     for name, path in files.items():

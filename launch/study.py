@@ -22,7 +22,7 @@ from launch.preflight import refuse_inside_allocation
 from launch.profile import Profile, load_profile
 from launch.srun_log import last_message
 from launch.status import Cluster, ask_cluster, status_of
-from launch.submit import prepare, start, submit_batch
+from launch.submission import prepare, start, submit_batch
 from mimscale import console
 from mimscale.config import config_tree
 from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError

@@ -1,318 +1,23 @@
-"""`mimscale submit VERB ...`: check everything here, then start the job somewhere else.
-
-The job runs the resolved config that stands in its folder, so a recipe that is edited later changes nothing. How it
-ended stands in `outcome.json`: `launch.supervise` (this machine) or `launch.requeue` (Slurm) has the last word on it.
-"""
+"""`mimscale submit VERB ...`: check everything here, then start the job somewhere else."""
 
 import argparse
-import contextlib
-import getpass
 import os
 import shlex
-import shutil
 import signal
-import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from launch import slurm_commands
-from launch.folder import JobFolder, JobRecord, append_job, claim_folder, job_folders, now_utc, refuse_while_alive
+from launch.folder import JobFolder
 from launch.follow import follow, follow_batch_job
-from launch.jobs import JOB_SIGNALS, RunVerb, free_port, job_environment
+from launch.jobs import JOB_SIGNALS
 from launch.plan import JOB_VERBS, Plan, check_verb, make_plan
-from launch.preflight import check_on_login_node, check_times, refuse_inside_allocation
-from launch.profile import load_profile, slurm_config
-from launch.requeue import repoint_dependents
-from launch.slurm import BatchExecutor, BatchJob, new_job_name
-from launch.slurm_commands import LostSubmissionError
-from launch.snapshot import snapshot_code
-from mimscale import console, durable
-from mimscale.config import tree_hash
-from mimscale.errors import CheckpointError, ConfigError, LaunchError
-from mimscale.store.layout import info_path, read_info
-from mimscale.train.checkpoint import read_manifest, refuse_former_version, tags
-from mimscale.train.config import FREE_KEYS
-from mimscale.train.environment import COMMIT_VARIABLE, this_commit
-from mimscale.train.run_dir import Outcome, RunDir
-from mimscale.world import Process
-
-
-@dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """The submissions that a new one may find alive, and those whose success it waits for."""
-
-    beside: tuple[JobFolder, ...] = ()
-    parent: JobFolder | None = None  # the one that --after names, while it is not over
-
-
-def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFolder:
-    """Make the run directory and the job's folder in it.
-
-    Raises:
-        LaunchError: a job is alive there, or somebody else may write to it.
-        ConfigError: the run in it has another config, or there is no run to evaluate.
-        DataError: no store where the config says.
-    """
-    root, batch = plan.run.path, plan.profile.executor == "slurm"
-    plan.run.refuse_foreign([plan.run.logs, plan.run.code], LaunchError)
-    refuse_while_alive(root, [folder for folder in job_folders(plan.run.logs) if folder not in waiting.beside])
-    writers = plan.run.living_ranks()
-    if writers and not waiting.beside:
-        raise LaunchError(
-            f"{root}: a run that was not submitted is alive here ({_ranks_text(writers)}); wait for it, or let it save "
-            f"and stop with `kill -USR2 {' '.join(str(pid) for pid in writers.values())}`"
-        )
-    ports = [folder.read().master_port for folder in job_folders(plan.run.logs)[-1:]]
-    if plan.trains:
-        if waiting.parent is None or info_path(plan.trains.store).exists():
-            read_info(plan.trains.store)  # refuses what is no store, before anything waits in a queue
-        if fresh:  # here and once: a job that is started again must not move its own progress aside
-            plan.run.move_aside()
-        with durable.explained(LaunchError, plan.run.path, "choose another run_dir or free space"):
-            _refuse_former_checkpoints(plan.run)
-            plan.run.open(plan.tree, plan.text, free_keys=FREE_KEYS)
-    elif plan.shares is None and JOB_VERBS[plan.verb].folder_key == "run_dir":
-        plan.run.read_config_tree()  # refuses a folder that is no run directory
-    record = JobRecord(
-        verb=plan.verb,
-        executor=plan.profile.executor,
-        processes=plan.world_size,
-        master_port=None if batch else free_port(avoid=ports[0] if ports else None),
-        config_hash=tree_hash(plan.tree),
-        timeout_min=plan.profile.timeout_min,
-        signal_lead_s=plan.profile.signal_lead_s,
-        lost_rank_grace_s=plan.profile.lost_rank_grace_s,
-        trains=plan.trains is not None,
-        submitted_utc=now_utc(),
-        submitter=Process.of(os.getpid()),
-        nodes=plan.nodes,
-        folder=str(Path.cwd()),
-        user=getpass.getuser(),
-        job_name=new_job_name(plan.verb, root, uuid.uuid4().hex[:8]) if batch else "",
-        array=plan.array,
-        after=None if waiting.parent is None else str(waiting.parent.path),
-        partition=slurm_config(plan.profile).partition,
-        max_requeues=slurm_config(plan.profile).max_requeues,
-    )
-    profile_text = yaml.safe_dump(_plain(asdict(plan.profile)), sort_keys=False)
-    with durable.explained(LaunchError, plan.run.logs, "choose another run_dir or free space"):
-        folder = claim_folder(plan.run.logs, record, plan.text, beside=waiting.beside, profile_text=profile_text)
-    if plan.trains and not batch:
-        plan.run.outcome.unlink(missing_ok=True)  # how the job before ended
-    return folder
-
-
-def _plain(tree: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
-    if isinstance(tree, dict):
-        return {name: _plain(value) for name, value in tree.items()}
-    return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree
-
-
-def _refuse_former_checkpoints(run: RunDir) -> None:
-    """Say before the queue what loading the newest checkpoint would say after it. Broken ones are the job's affair."""
-    for tag in tags(run):
-        with contextlib.suppress(CheckpointError):
-            manifest = read_manifest(tag)
-            break
-    else:
-        return
-    refuse_former_version(tag, manifest)
-
-
-def _ranks_text(ranks: dict[int, int]) -> str:
-    return ", ".join(f"rank {rank} is process {pid}" for rank, pid in ranks.items())
-
-
-def start(plan: Plan, folder: JobFolder, argv: Sequence[str], *, depends_on: Sequence[str] = ()) -> str:
-    """Hand the job to its executor and record it; returns its id.
-
-    Raises:
-        LaunchError: the scheduler does not take it; the folder is gone then.
-    """
-    record = folder.read()
-    chosen = _chosen_variables(plan)
-    environment = job_environment(os.environ, chosen=chosen, threads=plan.threads, accelerator=plan.accelerator)
-    code = snapshot_code(plan.run.code)
-    exported = chosen | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(code.resolve()), environment.get("PYTHONPATH")))),
-        # `python -m` would look into the current folder first, and find the checkout that a user submits from.
-        "PYTHONSAFEPATH": "1",
-        COMMIT_VARIABLE: this_commit(),
-    }
-    task = _task(plan, folder, record.master_port)
-    if plan.profile.executor == "slurm":
-        job = _batch_job(plan, folder.path, record.job_name, exported, depends_on)
-        try:
-            job_id = BatchExecutor(job, environment).submit_task(task)
-        except LostSubmissionError:
-            raise  # it may be queued: the folder stays
-        except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            raise
-    else:
-        from launch.local import SupervisedExecutor
-
-        executor = SupervisedExecutor(folder, processes=plan.processes, environment=environment | exported)
-        job_id = executor.submit(task).job_id
-        record = replace(record, supervisor=Process.of(int(job_id)))
-    folder.write(replace(record, job_id=job_id))
-    _log_job(plan, folder, job_id, str(code.relative_to(plan.run.path)), argv)
-    return job_id
-
-
-def _chosen_variables(plan: Plan) -> dict[str, str]:
-    interface = slurm_config(plan.profile).network_interface
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ()
-    return {**dict.fromkeys(names, interface or ""), **plan.profile.environment}
-
-
-def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
-    return RunVerb(
-        arguments=(plan.verb, *JOB_VERBS[plan.verb].words, str(folder.config), *plan.words),
-        folder=Path.cwd(),
-        environment=_chosen_variables(plan)
-        | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
-        # Slurm has said that no other job of this run is alive, but not that its node has let go of the lock.
-        lock_owner=str(plan.run.path) if plan.profile.executor == "slurm" else None,
-        master_port=master_port,
-    )
-
-
-def _batch_job(
-    plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
-) -> BatchJob:
-    folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key) not in (None, "none")]
-    mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
-    return BatchJob(
-        folder=folder,
-        profile=plan.profile,
-        job_name=job_name,
-        nodes=plan.nodes,
-        processes=plan.processes,
-        environment=exported,
-        mounts=tuple(mounts),
-        dependency=slurm_commands.after_success(depends_on) if depends_on else None,
-        array=plan.array,
-    )
-
-
-def _log_job(plan: Plan, folder: JobFolder, job_id: str, code: str | None, argv: Sequence[str]) -> None:
-    record = folder.read()
-    append_job(
-        plan.run.jobs,
-        {
-            "job_id": job_id,
-            "verb": plan.verb,
-            "executor": record.executor,
-            "host": record.submitter.host,
-            "submitted_utc": record.submitted_utc,
-            "processes": record.processes,
-            "config_hash": record.config_hash,
-            "folder": str(folder.path.relative_to(plan.run.path)),
-            "code": code,
-            "command": shlex.join(["mimscale", "submit", *argv]),
-        },
-    )
-
-
-def _run_here(plan: Plan, folder: JobFolder, argv: Sequence[str], *, as_json: bool) -> int:
-    """The debug executor: inside this process, by the code that is loaded already."""
-    from submitit.local.debug import DebugExecutor
-
-    job = DebugExecutor(folder.path).submit(_task(plan, folder, folder.read().master_port))
-    folder.write(replace(folder.read(), job_id=job.job_id))
-    _log_job(plan, folder, job.job_id, None, argv)
-    if as_json:
-        console.print_json({"job_id": job.job_id, "run_dir": str(plan.run.path), "log": str(folder.path)})
-    return int(job.result())
-
-
-def find_parent(run_dir: Path) -> JobFolder | None:
-    """The submission that `--after run_dir` waits for; None when it has finished already.
-
-    Args:
-        run_dir: a run directory, or the store that an ingest writes.
-
-    Raises:
-        LaunchError: there is none, it has failed, or it is no job of Slurm.
-    """
-    places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(f"{run_dir.name}.job"))]
-    folders = [folder for place in places for folder in job_folders(place.logs)]
-    if not folders:
-        raise LaunchError(f"--after {run_dir}: nothing was submitted there; give the run_dir (or out) of a submission")
-    newest = folders[-1]
-    outcome, record = newest.read_outcome(), newest.read()
-    if outcome is not None and outcome.exit_code == 0:
-        return None
-    if outcome is not None:
-        raise LaunchError(
-            f"--after {run_dir}: its job {record.job_id} {outcome.outcome} ({outcome.message}); let it finish first, "
-            f"with `mimscale resume {run_dir}`"
-        )
-    if record.executor != "slurm":
-        raise LaunchError(f"--after {run_dir}: job {record.job_id} is no job of Slurm; wait for it")
-    active = [job for job in newest.queued(slurm_commands.queue([record.user])) if job.is_active]
-    if not active:
-        raise LaunchError(
-            f"--after {run_dir}: job {record.job_id} is not in the queue and left no outcome; see `mimscale status "
-            f"{run_dir}`, then `mimscale resume {run_dir}`"
-        )
-    return newest
-
-
-def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | None) -> tuple[JobFolder, str]:
-    """Submit to Slurm: one job, or a job array and the job that merges its parts; returns the last one.
-
-    Raises:
-        LaunchError: refused by us or by Slurm, before anything is queued.
-    """
-    check_on_login_node(plan)
-    parent = None if after is None else find_parent(after)
-    # What waits for a job of this run that has failed cannot start before the new one has finished.
-    failed = [folder for folder in job_folders(plan.run.logs) if (end := folder.read_outcome()) and end.exit_code]
-    stuck = [child for folder in failed for child in folder.waiting()]
-    if plan.array is not None:
-        _drop_old_merges([child for child in stuck if child.run == plan.run])
-    waiting = Waiting(beside=(*stuck, *([] if parent is None else [parent])), parent=parent)
-    depends_on = [] if parent is None else parent.unfinished_job_ids()
-    folder = prepare(plan, fresh=fresh, waiting=waiting)
-    job_id = start(plan, folder, argv, depends_on=depends_on)
-    if parent is not None:
-        parent.add_dependent(folder)
-    if plan.array is None:
-        _take_over(failed, folder, job_id)
-        return folder, job_id
-    merging = replace(plan, array=None, words=("merge=true",))
-    try:
-        merge_folder = prepare(merging, fresh=False, waiting=Waiting(beside=(*waiting.beside, folder), parent=folder))
-        merge_id = start(merging, merge_folder, argv, depends_on=[job_id])
-    except BaseException:
-        slurm_commands.cancel(job_id)  # parts that nobody would merge
-        raise
-    folder.add_dependent(merge_folder)
-    _take_over(failed, merge_folder, merge_id)
-    return merge_folder, merge_id
-
-
-def _drop_old_merges(merges: Sequence[JobFolder]) -> None:
-    """Take merges that can never start out of the queue: a new array brings its own."""
-    for merge in merges:
-        slurm_commands.cancel(str(merge.read().job_id))
-        why = "its job array failed and was submitted again, with another merge"
-        merge.settle(Outcome(outcome="failed", exit_code=LaunchError.exit_code, step=-1, message=why))
-
-
-def _take_over(failed: Sequence[JobFolder], folder: JobFolder, job_id: str) -> None:
-    """Let what waits for the failed jobs of a run wait for the new one."""
-    for old in failed:
-        for child in repoint_dependents(old, [job_id]):
-            folder.add_dependent(child)
-            child.write(replace(child.read(), after=str(folder.path)))
+from launch.preflight import refuse_inside_allocation
+from launch.profile import load_profile
+from launch.submission import prepare, script_of, start, start_here, submit_batch
+from mimscale import console
+from mimscale.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -428,15 +133,16 @@ def _submit(plan: Plan, arguments: argparse.Namespace, argv: Sequence[str]) -> i
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
+def _run_here(plan: Plan, folder: JobFolder, argv: Sequence[str], *, as_json: bool) -> int:
+    """The debug executor: inside this process, by the code that is loaded already."""
+    job = start_here(plan, folder, argv)
+    if as_json:
+        console.print_json({"job_id": job.job_id, "run_dir": str(plan.run.path), "log": str(folder.path)})
+    return int(job.result())
+
+
 def _print_plan(plan: Plan, after: Path | None, *, as_json: bool) -> None:
-    script = None
-    if plan.profile.executor == "slurm":
-        check_times(plan)
-        folder = plan.run.logs / f"{1 + max((int(f.path.name) for f in job_folders(plan.run.logs)), default=0):03d}"
-        exported = _chosen_variables(plan) | {"PYTHONPATH": str(plan.run.code / "HASH"), "PYTHONSAFEPATH": "1"}
-        name = new_job_name(plan.verb, plan.run.path, "0" * 8)
-        depends_on = [] if after is None else ["JOB_OF_PARENT"]
-        script = BatchExecutor(_batch_job(plan, folder, name, exported, depends_on)).script()
+    script = script_of(plan, waits=after is not None) if plan.profile.executor == "slurm" else None
     if as_json:
         estimate = plan.estimate()
         console.print_json(

@@ -1,8 +1,13 @@
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
+import launch
+import mimscale
 from launch.snapshot import snapshot_code
+from mimscale.store import native
 from mimscale.train.environment import STALE_BUILD_S, git_commit, recorded_variables, remove_stale_build_locks
 
 
@@ -34,8 +39,22 @@ def test_the_same_code_is_copied_once_and_completely(tmp_path):
     first, second = snapshot_code(tmp_path / "code"), snapshot_code(tmp_path / "code")
     assert first == second
     assert [path.name for path in (tmp_path / "code").iterdir()] == [first.name]
-    for name in ("mimscale/cli.py", "mimscale/recipes/demo/pretrain.yaml", "launch/profiles/local.yaml"):
-        assert (first / name).is_file()
+    for package in (mimscale, launch):
+        root = Path(package.__file__).parent
+        files = {path.relative_to(root.parent) for path in root.rglob("*") if path.is_file()}
+        files = {path for path in files if "__pycache__" not in path.parts}
+        assert {path.relative_to(first) for path in (first / root.name).rglob("*") if path.is_file()} == files
+        assert all((first / path).read_bytes() == (root.parent / path).read_bytes() for path in files)
+
+
+def test_a_copy_of_the_code_reads_crops_by_what_was_compiled_for_the_original(tmp_path):
+    code = snapshot_code(tmp_path / "code")
+    program = "from mimscale.store import native; print(native.__file__, native.description, sep='|')"
+    environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    file, description = done.stdout.strip().split("|")
+    assert Path(file).is_relative_to(code)
+    assert description == native.description
 
 
 def test_only_the_lock_of_a_build_that_was_killed_is_removed(tmp_path, capsys):
