@@ -37,6 +37,7 @@ from mimscale.train.run_dir import RunDir
 POLL_S = 0.5
 # The same command goes on after these: stopped by request, or a process was killed.
 GOES_ON = (INTERRUPTED_EXIT_CODE, LostRankError.exit_code)
+DATA_VERBS = ("cohort", "ingest")  # that make what is trained, validated and tested on
 AHEAD = ("running", "queued")
 
 
@@ -63,11 +64,12 @@ class Study:
         return self.config.run_dir.absolute()
 
     def look(self) -> dict[str, NodeState]:
-        """What every node has come to, parents first."""
+        """What every node has come to, stores first and parents before what needs them."""
         newest = {node.id: self._newest(node) for node in self.graph.nodes.values() if node.id not in self._final}
         cluster = ask_cluster(folder for folder in newest.values() if folder is not None)
         self.states = {}
-        for node in self.graph.nodes.values():
+        # A pretraining is asked about stores that only what comes after it reads.
+        for node in sorted(self.graph.nodes.values(), key=lambda node: node.verb not in DATA_VERBS):
             state = self._final.get(node.id) or self._state(node, newest[node.id], cluster)
             if state.name in ("done", "failed"):
                 self._final[node.id] = state
@@ -83,12 +85,13 @@ class Study:
             return NodeState("failed", "; ".join(problems), DataError.exit_code) if problems else state
         if state.name in ("done", "failed", *AHEAD):
             return state
-        missing = [parent for parent in node.parents if self.states[parent].name in ("failed", "left out")]
+        needed = [*node.parents, *(self._stores_behind(node) if node.verb == "pretrain" else ())]
+        missing = [parent for parent in needed if self.states[parent].name in ("failed", "left out")]
         if missing:
             return NodeState("left out", f"{self.graph.nodes[missing[0]].label} has no result")
         if node.id in self.refused:
             return NodeState("failed", self.refused[node.id], 1)
-        if node.verb == "pretrain" and self._data_is_there(node):
+        if node.verb == "pretrain" and self._may_be_checked(node):
             if node.id not in self._leaks:
                 self._leaks[node.id] = leaks(self.config, self.graph, self.folder, node)
             if self._leaks[node.id]:
@@ -140,11 +143,15 @@ class Study:
         place = self.graph.folder(self.folder, node)
         return RunDir(place.with_name(place.name + JOB_VERBS[node.verb].suffix))
 
-    def _data_is_there(self, node: Node) -> bool:
-        """Every store that its results are trained, validated or tested on."""
+    def _stores_behind(self, node: Node) -> list[str]:
+        """Every store, as a node, that the results of a pretraining are trained, validated or tested on."""
         wanted = {node.id}.union(*({t.finetune, t.evaluate} for t in self.graph.trials if t.pretrain == node.id))
         parents = {parent for one in wanted for parent in self.graph.nodes[one].parents}
-        return all(self.states[p].name == "done" for p in parents if self.graph.nodes[p].verb in ("cohort", "ingest"))
+        return [parent for parent in parents if self.graph.nodes[parent].verb in DATA_VERBS]
+
+    def _may_be_checked(self, node: Node) -> bool:
+        """Whether all is there that tells if a pretraining reads what others are tested on."""
+        return all(self.states[store].name == "done" for store in self._stores_behind(node))
 
     def plan(self, node: Node) -> Plan:
         """The submission of a node.
@@ -176,6 +183,7 @@ class Study:
             if self.states[node.id].name == "to do"
             and node.id not in self.started
             and all(self.states[parent].name in enough for parent in node.parents)
+            and (node.verb != "pretrain" or self._may_be_checked(node))
         ]
 
 
@@ -250,7 +258,7 @@ def submit_all(study: Study) -> int:
         if node not in study.ready(submitted_parents=True):
             continue
         waiting = [study.graph.nodes[p] for p in node.parents if study.states[p].name != "done"]
-        if node.verb not in ("cohort", "ingest") and any(p.verb in ("cohort", "ingest") for p in waiting):
+        if node.verb not in DATA_VERBS and any(p.verb in DATA_VERBS for p in waiting):
             continue
         assert len(waiting) <= 1, f"{node.label} waits for {[parent.label for parent in waiting]}"
         study.started.add(node.id)
