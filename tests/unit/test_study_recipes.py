@@ -30,6 +30,7 @@ def test_there_is_a_study_for_each_experiment_of_the_paper():
         "small",
         "small_quick",
         "small_lr_grid",
+        "small_monai",
         "paper_btcv",
         "paper_brats",
     }
