@@ -29,7 +29,8 @@ class EvaluateConfig:
     )
     threads: int | None = None  # CPU threads of the network; null: all cores that this process may use
     nsd_tolerance_mm: float = 2.0  # a surface point counts as right within this distance
-    save_predictions: bool = True  # write evaluate/predictions/<volume>.nii.gz on the source grid
+    # Write evaluate/predictions/<volume>.nii.gz on the source grid; of regions, a mask each: <volume>/<region>.nii.gz
+    save_predictions: bool = True
     store_grid: bool = True  # Dice on the store's grid too, as a second column
     pictures: int = 4  # volumes of which slices are kept for the report
     crops: int = 4  # pretraining runs: fixed crops per volume, each with a fixed mask

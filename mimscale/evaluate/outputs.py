@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mimscale.errors import ConfigError
 from mimscale.evaluate.inference import classes_of
 from mimscale.evaluate.metrics import IGNORE_LABEL, ClassScore, score_case, score_regions
 from mimscale.ingest.geometry import to_source_grid
@@ -49,9 +50,9 @@ class Classes:
         """Scores of each class against the overlay's classes on the same grid."""
         return score_case(decided, truth, self.names, spacing_mm, nsd_tolerance_mm)
 
-    def file_voxels(self, on_source: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What a NIfTI file of the prediction holds: [x, y, z]."""
-        return on_source
+    def files(self, volume_id: str, on_source: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+        """NIfTI files of the prediction: path -> what is in it [x, y, z]."""
+        return {f"{volume_id}.nii.gz": on_source}
 
     def drawn(self, decided: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One colour a voxel: [Z, Y, X]."""
@@ -93,9 +94,9 @@ class Regions:
         """Scores of each region against the classes that it is made of."""
         return score_regions(decided, truth, self.names, self.classes_of_region, spacing_mm, nsd_tolerance_mm)
 
-    def file_voxels(self, on_source: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What a NIfTI file of the prediction holds: a mask a region, along the fourth axis [x, y, z, K]."""
-        return np.moveaxis(on_source, 0, -1)
+    def files(self, volume_id: str, on_source: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+        """NIfTI files of the prediction, a mask of each region: path -> what is in it [x, y, z]."""
+        return {f"{volume_id}/{file_name(name)}.nii.gz": mask for name, mask in zip(self.names, on_source, strict=True)}
 
     def drawn(self, decided: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One colour a voxel [Z, Y, X]: region 1, 2, ...; of several the one that is made of the fewest classes."""
@@ -111,8 +112,19 @@ class Regions:
         return picture
 
 
+def file_name(region: str) -> str:
+    """A region's name, which may be any text, as the name of a file."""
+    return "".join(letter if letter.isalnum() or letter in "-_. " else "_" for letter in region).strip(". ") or "_"
+
+
 def outputs_of(config: FinetuneConfig, class_names: Sequence[str]) -> Classes | Regions:
-    """What the outputs of a run mean, on a store whose overlay has these classes."""
+    """What the outputs of a run mean, on a store whose overlay has these classes.
+
+    Raises:
+        ConfigError: two regions would be files of one name.
+    """
     if config.regions is None:
         return Classes(list(class_names))
+    if len(set(map(file_name, config.regions))) < len(config.regions):
+        raise ConfigError(f"regions {', '.join(config.regions)}: two of them would be files of one name; rename one")
     return Regions(list(config.regions), classes_of_region(config.regions, class_names).numpy())

@@ -102,8 +102,10 @@ def evaluate_segmentation(
             store_scores.append(outputs.score(prediction, truth, row.spacing_mm, None))
         case: dict[str, Any] = {"volume": row.id, "subject": row.subject, "shape_zyx": list(row.shape[1:])}
         if config.save_predictions:
-            case["prediction"] = f"predictions/{row.id}.nii.gz"
-            write_nifti(folder / case["prediction"], outputs.file_voxels(on_source), row.source_affine, DISK_WAY_OUT)
+            files = outputs.files(row.id, on_source)
+            case["predictions"] = [f"predictions/{path}" for path in files]
+            for path, voxels in files.items():
+                write_nifti(folder / "predictions" / path, voxels, row.source_affine, DISK_WAY_OUT)
         if number < config.pictures:
             case["slices"] = f"slices/{row.id}.npz"
             drawn = outputs.truth_drawn(truth), outputs.drawn(prediction)

@@ -70,8 +70,8 @@ def test_the_best_checkpoint_is_scored_beside_the_last_and_says_what_it_was_best
     greys = [(line["dice"], line["best_dice"], line["best_hd95_mm"]) for line in lines if line["class"] == "grey"]
     assert greys == [("0.0", "1.0", "0.0")] * len(SOURCES)
     # Files are of the headline alone.
-    assert {case["prediction"] for case in scores["cases"]} == {f"predictions/{name}.nii.gz" for name in SOURCES}
-    assert all("prediction" not in case for case in best["cases"])
+    assert [case["predictions"] for case in scores["cases"]] == [[f"predictions/{name}.nii.gz"] for name in SOURCES]
+    assert all("predictions" not in case for case in best["cases"])
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
     text = (run / "report" / "index.html").read_text()

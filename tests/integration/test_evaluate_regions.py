@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -11,6 +12,7 @@ from small_segmentation import CLASSES, SOURCES, make_finetune_run, make_store
 from torch import nn
 
 from mimscale.cli import main
+from mimscale.errors import ConfigError
 from mimscale.evaluate import weights
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.outputs import Regions, outputs_of
@@ -53,15 +55,16 @@ def test_a_network_that_is_right_scores_one_in_every_region_and_there_is_no_back
 
 
 @pytest.mark.parametrize("volume", SOURCES)
-def test_a_file_holds_a_mask_of_each_region_on_the_grid_of_the_source(volume, scored):
-    store, run, _ = scored
+def test_each_region_is_a_mask_on_the_grid_of_the_source(volume, scored):
+    store, run, scores = scored
     label = nibabel.load(store.parent / "sources" / f"{volume}_label.nii.gz")
-    predicted = nibabel.load(run / "evaluate" / "predictions" / f"{volume}.nii.gz")
-    assert predicted.shape == (*label.shape, 2)
-    assert np.allclose(predicted.affine, label.affine)
-    truth, masks = np.asarray(label.dataobj), np.asarray(predicted.dataobj)
-    assert np.array_equal(masks[..., 0], truth > 0)
-    assert np.array_equal(masks[..., 1], truth == 2)
+    truth = np.asarray(label.dataobj)
+    for region, inside in (("all", truth > 0), ("core", truth == 2)):
+        predicted = nibabel.load(run / "evaluate" / "predictions" / volume / f"{region}.nii.gz")
+        assert np.allclose(predicted.affine, label.affine)
+        assert np.array_equal(np.asarray(predicted.dataobj), inside)
+    case = next(case for case in scores["cases"] if case["volume"] == volume)
+    assert case["predictions"] == [f"predictions/{volume}/{region}.nii.gz" for region in REGIONS]
 
 
 def test_the_table_of_cases_has_a_line_for_each_region(scored):
@@ -97,3 +100,12 @@ def test_the_verb_and_the_report_show_regions(tmp_path, capsys):
     assert '"></span>all' in text
     assert '"></span>core' in text
     assert "Dice of the whole volume: all " in text
+
+
+def test_regions_of_any_name_are_files_and_two_of_one_name_are_refused(scored):
+    *_, run, _ = scored
+    config = load_run_config(run)
+    outputs = outputs_of(replace(config, regions={"../a b": ["grey"], "": ["white"]}), CLASSES)
+    assert list(outputs.files("v", np.zeros((2, 1, 1, 1), np.uint8))) == ["v/_a b.nii.gz", "v/_.nii.gz"]
+    with pytest.raises(ConfigError, match="regions a/b, a:b: two of them would be files of one name"):
+        outputs_of(replace(config, regions={"a/b": ["grey"], "a:b": ["white"]}), CLASSES)

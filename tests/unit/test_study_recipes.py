@@ -25,8 +25,7 @@ def data_of(study):
 
 
 def test_there_is_a_study_for_each_experiment_of_the_paper():
-    # E10, other encoders, is not here.
-    wanted = {f"e{number:02d}" for number in range(1, 12)} - {"e10"} | {
+    wanted = {f"e{number:02d}" for number in range(1, 12)} | {
         "small",
         "small_quick",
         "small_lr_grid",
