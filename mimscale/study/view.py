@@ -279,7 +279,7 @@ def _matched_notes(graph: Graph, study_dir: Path) -> list[str]:
         other = graph.nodes[node.config["steps"]["in_the_time_of"].removeprefix("@")]
         notes.append(
             f"{node.label}: {found.steps} steps instead of {found.of_steps}, as many as fit into the "
-            f"{found.time_s:.0f} s of {other.label} at {found.step_s:.3g} s a step."
+            f"{found.time_s:.3g} s of {other.label} at {found.step_s:.3g} s a step."
         )
     return notes
 

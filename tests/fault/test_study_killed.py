@@ -171,7 +171,7 @@ def test_an_arm_that_gets_the_time_of_another_has_the_steps_that_fit_into_it_and
     assert json.loads((Path(node["folder"]) / "outcome.json").read_text())["step"] == 2  # of 0.2 s; of mae 4 of 0.1 s
     assert json.loads((Path(nodes[RATE]["folder"]) / "outcome.json").read_text())["step"] == 4
     text = (place.folder / "study" / "report" / "index.html").read_text()
-    assert "2 steps instead of 4, as many as fit into the 0 s of pretrain mae, seed 0 at 0.2 s a step" in text
+    assert "2 steps instead of 4, as many as fit into the 0.4 s of pretrain mae, seed 0 at 0.2 s a step" in text
 
 
 RATE = "pretrain slow, same time (its rate), seed 0"
