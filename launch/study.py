@@ -115,7 +115,8 @@ class Study:
             return NodeState("queued" if status.state == "queued" else "running", status.reason)
         if node.verb in ("pretrain", "finetune"):
             trained = run.read_outcome()
-            if trained is not None and trained.outcome == "finished" and trained.step >= node.config["steps"]:
+            ended = 0 if trained is None or trained.outcome != "finished" else trained.step
+            if ended and ended >= resolve(self.graph, self.folder, node).steps:
                 return NodeState("done", "")
         if newest is None or status is None:
             return NodeState("to do", "")
@@ -250,7 +251,8 @@ def _signal_nodes(study: Study, node_ids: Sequence[str], number: signal.Signals)
 def submit_all(study: Study) -> int:
     """Submit every node that can be submitted, each to wait for its parent; returns how many.
 
-    Training waits until its data are there, because what they are is checked before anything trains on them.
+    Training waits until its data are there, because what they are is checked before anything trains on them; a
+    pretraining of as long as another one takes waits until that is known.
     """
     count = 0
     study.look()
@@ -259,6 +261,8 @@ def submit_all(study: Study) -> int:
             continue
         waiting = [study.graph.nodes[p] for p in node.parents if study.states[p].name != "done"]
         if node.verb not in DATA_VERBS and any(p.verb in DATA_VERBS for p in waiting):
+            continue
+        if waiting and node.waits_for_results:
             continue
         assert len(waiting) <= 1, f"{node.label} waits for {[parent.label for parent in waiting]}"
         study.started.add(node.id)

@@ -174,8 +174,10 @@ COMMON = {
 }
 
 
-def make_finetune_run(folder: Path, store: Path, **changes) -> Path:
-    config = FinetuneConfig(store=store, run_dir=folder, unetr=UnetrConfig(feature_size=4, num_classes=3), **COMMON)
+def make_finetune_run(folder: Path, store: Path, outputs=3, fields=None, **changes) -> Path:
+    """A run of `outputs` classes or regions; `fields` are of its config, `changes` of the contract of its weights."""
+    unetr = UnetrConfig(feature_size=4, num_classes=outputs)
+    config = FinetuneConfig(store=store, run_dir=folder, unetr=unetr, **{**COMMON, **(fields or {})})
     torch.manual_seed(0)
     return _with_checkpoint(config, build_segmenter(config, 1), CLASSES, changes)
 

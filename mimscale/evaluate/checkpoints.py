@@ -1,10 +1,22 @@
 """Which checkpoint of a run a user means. No torch here."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from mimscale.errors import CheckpointError
-from mimscale.train.checkpoint import newest, tags, why_not_loadable
+from mimscale.errors import CheckpointError, ConfigError
+from mimscale.train.checkpoint import newest, step_of, tag_name, tags, why_not_loadable
+from mimscale.train.config import RunConfig
+from mimscale.train.retention import best_step, read_scores
 from mimscale.train.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint of a run that was best on validation."""
+
+    tag: Path
+    metric: str
+    value: float
 
 
 def find_checkpoint(run: RunDir, name: str) -> Path:
@@ -25,3 +37,25 @@ def find_checkpoint(run: RunDir, name: str) -> Path:
     if (reason := why_not_loadable(tag)) is not None:
         raise CheckpointError(f"{tag}: {reason}; choose another checkpoint")
     return tag
+
+
+def find_best(run: RunDir, config: RunConfig) -> BestCheckpoint:
+    """The checkpoint that was best on validation, by the metric that the run kept it for.
+
+    Raises:
+        ConfigError: the run was not told to keep one.
+        CheckpointError: it is not there, or damaged.
+    """
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        raise ConfigError(
+            f"{run.path}: best=true, but checkpoint.keep_best of the run is null, so it kept no such checkpoint; "
+            "train with checkpoint.keep_best=val_dice"
+        )
+    scores = read_scores(run, metric)
+    # The earliest first: of equals it is the one that training kept.
+    saved = {step_of(tag): scores[step_of(tag)] for tag in reversed(tags(run)) if step_of(tag) in scores}
+    if not saved:
+        raise CheckpointError(f"{run.checkpoints}: best=true, but no checkpoint has a {metric} in {run.metrics}")
+    step = best_step(saved, metric)
+    return BestCheckpoint(find_checkpoint(run, tag_name(step)), metric, saved[step])

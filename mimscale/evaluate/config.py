@@ -15,15 +15,22 @@ class EvaluateConfig:
     store: Path | None = None  # volumes to score on; null: the store that the run was trained on
     split: str = "val"  # which volumes of the store
     checkpoint: str = "newest"  # "newest" verified one, or a name such as step_00000100
+    best: bool = False  # score the checkpoint that checkpoint.keep_best of the run kept too, as a second column
     unlabelled: Literal["refuse", "skip"] = "refuse"  # volumes of the split that have no label: an error, or left out
     overlap: float = 0.5  # share of a window that the next one covers again; more is smoother and slower
+    # How windows that overlap are weighted: by a Gaussian, so that a window's edge counts little, or equally
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    # Mirror each window along these axes, in every combination, and take the mean of the logits: 2, 4 or 8 times as
+    # long. x swaps left and right: not for networks that tell a left organ from a right one
+    flips: tuple[Literal["z", "y", "x"], ...] = ()
     batch: int = 2  # windows per forward pass; more needs more memory
     device: Literal["auto", "cpu", "cuda"] = (
         "auto"  # where the model runs: auto, cpu, cuda; whole volumes are always put together in main memory
     )
     threads: int | None = None  # CPU threads of the network; null: all cores that this process may use
     nsd_tolerance_mm: float = 2.0  # a surface point counts as right within this distance
-    save_predictions: bool = True  # write evaluate/predictions/<volume>.nii.gz on the source grid
+    # Write evaluate/predictions/<volume>.nii.gz on the source grid; of regions, a mask each: <volume>/<region>.nii.gz
+    save_predictions: bool = True
     store_grid: bool = True  # Dice on the store's grid too, as a second column
     pictures: int = 4  # volumes of which slices are kept for the report
     crops: int = 4  # pretraining runs: fixed crops per volume, each with a fixed mask
@@ -31,6 +38,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
+        if len(set(self.flips)) < len(self.flips):
+            raise ValueError(f"flips={list(self.flips)}: names an axis twice")
         if self.pictures < 0:
             raise ValueError(f"pictures={self.pictures}: must be at least 0")
         if self.threads is not None:

@@ -1,15 +1,18 @@
 """Whole volumes through a network that sees windows.
 
-MONAI cuts the windows and puts the logits together again, weighted by a Gaussian so that a window's edge, where the
-network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that the accelerator
-holds `batch` windows and nothing else; main memory holds `(classes + 1) * voxels * 4` bytes of one volume at a time.
-Logits, not classes, are what goes back to the grid of a source that was resampled: see `mimscale.ingest.placement`.
+MONAI cuts the windows and puts the logits together again, by default weighted by a Gaussian so that a window's edge,
+where the network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that the
+accelerator holds `batch` windows and nothing else; main memory holds `(classes + 1) * voxels * 4` bytes of one volume
+at a time. Logits, not classes, are what goes back to the grid of a source that was resampled: see
+`mimscale.ingest.placement`.
 
     B windows | C channels | K classes | Z Y X volume, voxels
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,8 @@ def predict_logits(
     overlap: float,
     batch: int,
     device: torch.device,
+    blending: Literal["gaussian", "constant"] = "gaussian",
+    flips: Sequence[int] = (),
     after_batch: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Logits of every voxel: [C, Z, Y, X] float32 on the CPU -> [K, Z, Y, X] float32 on the CPU.
@@ -44,6 +49,9 @@ def predict_logits(
         overlap: share of a window that the next one covers again, 0 to below 1.
         batch: windows per forward pass.
         device: where the model is.
+        blending: how windows that overlap are weighted: less towards their edges, or equally.
+        flips: axes of a window, 0 for Z to 2 for X; the answer is the mean of the logits of the window and of its
+            mirror images along every combination of them, turned back.
         after_batch: called after each forward pass.
 
     Raises:
@@ -57,7 +65,7 @@ def predict_logits(
     from monai.inferers.utils import sliding_window_inference
 
     def predict(windows: Tensor) -> Tensor:
-        logits: Tensor = model(windows).float()
+        logits = _mean_over_flips(model, windows, flips)
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError("the network answered with numbers that are not finite")
         after_batch()
@@ -69,12 +77,23 @@ def predict_logits(
         batch,
         predict,
         overlap=overlap,
-        mode="gaussian",
+        mode=blending,
         sw_device=device,
         device="cpu",
     )
     assert isinstance(logits, Tensor)
     return logits[0]
+
+
+def _mean_over_flips(model: nn.Module, windows: Tensor, flips: Sequence[int]) -> Tensor:
+    """[B, C, Z, Y, X] -> mean logits [B, K, Z, Y, X]."""
+    total = model(windows).float()
+    mirrored = [axes for count in range(1, len(flips) + 1) for axes in itertools.combinations(flips, count)]
+    for axes in mirrored:
+        turned = [axis + 2 for axis in axes]
+        total = total + model(windows.flip(turned)).float().flip(turned)
+    mean: Tensor = total / (1 + len(mirrored))
+    return mean
 
 
 def classes_of(logits: Tensor) -> Tensor:

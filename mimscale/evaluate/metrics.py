@@ -18,8 +18,9 @@ Background has a Dice only: its surface is mostly the edge of the image.
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,41 @@ def score_case(
         )
         for number, name in enumerate(class_names)
     }
+
+
+def score_regions(
+    prediction: NDArray[np.integer],
+    truth: NDArray[np.integer],
+    region_names: Sequence[str],
+    classes_of_region: NDArray[np.bool_],
+    spacing_mm: Sequence[float],
+    nsd_tolerance_mm: float | None,
+) -> dict[str, ClassScore]:
+    """Score regions that may overlap against the classes that each is made of: region name -> scores.
+
+    Args:
+        prediction: [K, Z, Y, X], above 0 inside of a region.
+        truth: [Z, Y, X] class numbers, or IGNORE_LABEL, where nothing counts.
+        region_names: of the K regions.
+        classes_of_region: [K, 256], the classes that belong to each.
+        spacing_mm: voxel edges in the order of the arrays' axes.
+        nsd_tolerance_mm: a surface point counts as right within this distance; None leaves out the surface scores.
+
+    Raises:
+        ValueError: the two grids differ.
+    """
+    if prediction.shape[1:] != truth.shape:
+        raise ValueError(f"prediction is on a grid of {prediction.shape[1:]} voxels, the truth on one of {truth.shape}")
+    known = truth != IGNORE_LABEL
+    return {
+        name: _score_class((inside > 0) & known, members[truth] & known, spacing_mm, nsd_tolerance_mm)
+        for name, inside, members in zip(region_names, prediction, classes_of_region, strict=True)
+    }
+
+
+def foreground_names(scores: Mapping[str, Any]) -> list[str]:
+    """Of scores.json of a segmentation: its classes without the background, or all of its regions."""
+    return list(scores["classes"])[0 if scores.get("regions") else 1 :]
 
 
 def _score_class(

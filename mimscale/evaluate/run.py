@@ -1,12 +1,14 @@
 """`mimscale evaluate run_dir=DIR [store=STORE] [key=value ...]`: score a run on whole volumes of a split.
 
 A fine-tuning run is scored on segmentation, a pretraining run on reconstruction; the run's own config says which.
-Results go to run_dir/evaluate: scores.json, and cases.csv, predictions/, slices/ or reconstructions/.
+Results go to run_dir/evaluate: scores.json, and cases.csv, predictions/, slices/ or reconstructions/. The headline is
+the last checkpoint; with `best`, the one that was best on validation is scored too, beside it.
 """
 
 import shutil
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mimscale.config import config_tree, config_yaml, load_verb_config, verb_par
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.evaluate.config import EvaluateConfig
+from mimscale.evaluate.metrics import foreground_names
 
 LIBRARIES = ("mimscale", "torch", "monai", "numpy")
 
@@ -33,7 +36,8 @@ def main(argv: list[str]) -> int:
     scores = evaluate(config)
     _show(scores)
     if arguments.json:
-        keys = ("kind", "checkpoint", "step", "split", "classes", "per_class", "mean", "error", "baseline", "seconds")
+        shared = ("kind", "checkpoint", "step", "split", "seconds")
+        keys = (*shared, "classes", "regions", "per_class", "mean", "best", "error", "baseline")
         print_json({key: scores[key] for key in keys if key in scores})
     return 0
 
@@ -48,9 +52,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     import numpy as np
 
-    from mimscale.evaluate.checkpoints import find_checkpoint
+    from mimscale.evaluate.checkpoints import find_best, find_checkpoint
     from mimscale.evaluate.reconstruction import evaluate_reconstruction
-    from mimscale.evaluate.segmentation import evaluate_segmentation
+    from mimscale.evaluate.segmentation import best_column, cases_csv, evaluate_segmentation
     from mimscale.evaluate.weights import check_contract, choose_device, cpu_threads, load_model
     from mimscale.models.mae import MaskedAutoencoder
     from mimscale.models.simmim import Simmim
@@ -68,12 +72,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.run_dir}: a run of method={run_config.method} predicts no voxels, so there is nothing to score; "
             "fine-tune it (init_from=RUN_DIR), or see val_cosine_views and val_cosine_crops in its metrics.jsonl"
         )
-    if isinstance(run_config, FinetuneConfig) and run_config.regions is not None:
-        raise ConfigError(
-            f"{config.run_dir}: whole volumes are scored by classes, and this run has regions that may overlap; see "
-            "val_dice of each region in its metrics.jsonl"
-        )
+    if isinstance(run_config, PretrainConfig) and config.best:
+        raise ConfigError(f"{config.run_dir}: best=true: is for fine-tuning runs, this one pretrains")
     run = RunDir(config.run_dir)
+    best = find_best(run, run_config) if config.best else None
     store = config.store or run_config.store
     info, manifest = read_info(store), load_manifest(store)
     wanted = {"split": config.split}
@@ -96,7 +98,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise DataError(f"{store}: no volume with {wanted}; see `mimscale inspect {store}` for what there is")
     tag = find_checkpoint(run, config.checkpoint)
     device = choose_device(config.device)
-    model, contract = load_model(run_config, tag, manifest.row(int(indices[0])).shape[0], device)
+    channels = manifest.row(int(indices[0])).shape[0]
+    model, contract = load_model(run_config, tag, channels, device)
     overlay = run_config.overlay if isinstance(run_config, FinetuneConfig) else None
     check_contract(contract, info, store, overlay)
     say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
@@ -104,7 +107,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with cpu_threads(config.threads), durable.explained(DataError, run.evaluation, way_out):
         _clear(run.evaluation)
         if isinstance(run_config, FinetuneConfig):
-            scores = evaluate_segmentation(config, run_config, model, device, store, info, manifest, indices)
+            data = (device, store, info, manifest, indices)
+            scores = evaluate_segmentation(config, run_config, model, *data)
+            if best is not None:
+                say(f"{best.tag.name} was best on validation: {best.metric} {best.value:.4f}")
+                again = scores
+                if best.tag != tag:
+                    model, _ = load_model(run_config, best.tag, channels, device)
+                    numbers_alone = replace(config, save_predictions=False, pictures=0, store_grid=False)
+                    again = evaluate_segmentation(numbers_alone, run_config, model, *data)
+                scores["best"] = best_column(best, again)
+            durable.write_text(run.evaluation / "cases.csv", cases_csv(scores))
         else:
             assert isinstance(model, MaskedAutoencoder | Simmim)
             scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
@@ -144,14 +157,19 @@ def _show(scores: dict[str, Any]) -> None:
         print_table(title, ["volume", "crop", "network", "baseline"], rows)
         return
     columns = ["class", "dice", "hd95 mm", "nsd", "cases", "no dice", "no hd95"]
+    best = scores.get("best")
+    columns += ["dice, best on validation"] if best else []
+    with_surfaces = foreground_names(scores)
     rows = []
-    for index, (name, entry) in enumerate(scores["per_class"].items()):
+    for name, entry in scores["per_class"].items():
         dice, hd95, nsd = entry["dice"], entry["hd95_mm"], entry["nsd"]
         row = [name, _text(dice["mean"]), _text(hd95["mean"]), _text(nsd["mean"]), str(dice["cases"])]
-        rows.append([*row, str(dice["undefined"]), str(hd95["undefined"]) if index else ""])
+        row += [str(dice["undefined"]), str(hd95["undefined"]) if name in with_surfaces else ""]
+        rows.append(row + ([_text(best["per_class"][name]["dice"]["mean"])] if best else []))
     for key in ("without_background", "with_background"):
         mean = scores["mean"][key]
-        rows.append([key.replace("_", " "), *(_text(mean[metric]) for metric in mean), "", "", ""])
+        row = [key.replace("_", " "), *(_text(mean[metric]) for metric in mean), "", "", ""]
+        rows.append(row + ([_text(best["mean"][key]["dice"])] if best else []))
     print_table(f"{len(scores['cases'])} whole {scores['split']} volumes, source grid", columns, rows)
 
 

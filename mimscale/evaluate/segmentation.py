@@ -1,6 +1,6 @@
 """Whole volumes of a split through a fine-tuned network: scores, predictions on the source grid, slices for the report.
 
-C channels | K classes | Z Y X volume, voxels | x y z source file, voxels
+C channels | K outputs | Z Y X volume, voxels | x y z source file, voxels
 """
 
 import csv
@@ -16,24 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mimscale import durable
 from mimscale.console import track
 from mimscale.errors import CheckpointError, DataError
+from mimscale.evaluate.checkpoints import BestCheckpoint
 from mimscale.evaluate.config import EvaluateConfig
-from mimscale.evaluate.inference import classes_of, predict_logits, window_batches
-from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class, score_case
+from mimscale.evaluate.inference import predict_logits, window_batches
+from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class
+from mimscale.evaluate.outputs import Classes, outputs_of
 from mimscale.evaluate.resampling import predict_at_spacing, stored_voxels, target_voxels
 from mimscale.evaluate.slices import centre_of, cut_planes, grey_levels, save_planes
 from mimscale.evaluate.volumes import read_normalised, read_source_labels, source_spacing_mm, write_nifti
 from mimscale.ingest.geometry import to_source_grid
-from mimscale.ingest.placement import Placement
 from mimscale.store.layout import StoreInfo
 from mimscale.store.manifest import Manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.rows import VolumeRow
+from mimscale.train.checkpoint import step_of
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.run_dir import RunDir
 
+AXES = ("z", "y", "x")
 DISK_WAY_OUT = "free some space, or evaluate with save_predictions=false"
 
 
@@ -53,7 +55,7 @@ def evaluate_segmentation(
         DataError: a volume without label, or one that cannot be read.
         CheckpointError: the network answers with numbers that are not finite.
     """
-    names = list(info.overlays[run_config.overlay].class_names)
+    outputs = outputs_of(run_config, info.overlays[run_config.overlay].class_names)
     rows = labelled_rows(config, run_config.overlay, manifest, indices)
     reader = ShardReader(store, manifest)
     folder = RunDir(config.run_dir).evaluation
@@ -79,6 +81,8 @@ def evaluate_segmentation(
                     overlap=config.overlap,
                     batch=config.batch,
                     device=device,
+                    blending=config.blending,
+                    flips=[AXES.index(axis) for axis in config.flips],
                     after_batch=lambda: next(ticks, None),
                 ),
             )
@@ -88,30 +92,25 @@ def evaluate_segmentation(
             ) from None
         predicted_s = time.perf_counter() - started_s
         logits = logits[(slice(None), *inside)]
-        prediction = classes_of(logits).numpy()
+        prediction = outputs.decide(logits)
         truth = reader.read(row, (0, 0, 0), row.shape[1:], overlay=run_config.overlay)[0]
-        placement = Placement.of_row(row)
-        on_source = to_source_grid(
-            placement.logits_to_source(logits.numpy())
-            if placement.resampled
-            else placement.classes_to_source(prediction),
-            row,
-        )
+        on_source = outputs.on_source(logits, prediction, row)
         del logits  # the largest array here: the scores need as much
         source_truth = to_source_grid(read_source_labels(reader, row, run_config.overlay), row)
-        source_scores.append(
-            score_case(on_source, source_truth, names, source_spacing_mm(row), config.nsd_tolerance_mm)
-        )
+        source_scores.append(outputs.score(on_source, source_truth, source_spacing_mm(row), config.nsd_tolerance_mm))
         if config.store_grid:
             # Mostly the store's grid is the source's, turned: the same surfaces, which would only take as long again.
-            store_scores.append(score_case(prediction, truth, names, row.spacing_mm, None))
+            store_scores.append(outputs.score(prediction, truth, row.spacing_mm, None))
         case: dict[str, Any] = {"volume": row.id, "subject": row.subject, "shape_zyx": list(row.shape[1:])}
         if config.save_predictions:
-            case["prediction"] = f"predictions/{row.id}.nii.gz"
-            write_nifti(folder / case["prediction"], on_source, row.source_affine, DISK_WAY_OUT)
+            files = outputs.files(row.id, on_source)
+            case["predictions"] = [f"predictions/{path}" for path in files]
+            for path, voxels in files.items():
+                write_nifti(folder / "predictions" / path, voxels, row.source_affine, DISK_WAY_OUT)
         if number < config.pictures:
             case["slices"] = f"slices/{row.id}.npz"
-            _save_slices(folder / case["slices"], image[0][inside], truth, prediction, row)
+            drawn = outputs.truth_drawn(truth), outputs.drawn(prediction)
+            _save_slices(folder / case["slices"], image[0][inside], *drawn, row)
         case["scores"] = {name: asdict(score) for name, score in source_scores[-1].items()}
         if config.store_grid:
             case["store_grid_scores"] = {name: asdict(score) for name, score in store_scores[-1].items()}
@@ -119,11 +118,12 @@ def evaluate_segmentation(
         case["total_s"] = round(time.perf_counter() - started_s, 3)
         cases.append(case)
     next(ticks, None)  # lets the progress bar end
-    durable.write_text(folder / "cases.csv", cases_csv(cases))
+    has_background = isinstance(outputs, Classes)
     return {
-        "classes": names,
-        **_means(source_scores),
-        "store_grid": _means(store_scores) if config.store_grid else None,
+        "classes": outputs.names,
+        "regions": run_config.regions,
+        **_means(source_scores, has_background),
+        "store_grid": _means(store_scores, has_background) if config.store_grid else None,
         "cases": cases,
     }
 
@@ -152,20 +152,37 @@ def labelled_rows(
     return labelled
 
 
-def cases_csv(cases: list[dict[str, Any]]) -> str:
-    """One line a volume and class; a score that is not defined is an empty cell."""
+def best_column(best: BestCheckpoint, scores: dict[str, Any]) -> dict[str, Any]:
+    """What scores.json says of the checkpoint that was best on validation, from what scoring it gave."""
+    return {
+        "checkpoint": best.tag.name,
+        "step": step_of(best.tag),
+        "metric": best.metric,
+        "value": best.value,
+        "per_class": scores["per_class"],
+        "mean": scores["mean"],
+        "cases": [{key: case[key] for key in ("volume", "subject", "scores")} for case in scores["cases"]],
+    }
+
+
+def cases_csv(scores: dict[str, Any]) -> str:
+    """One line a volume and class or region; a score that is not defined is an empty cell."""
+    cases, best = scores["cases"], scores.get("best")
     columns = ["volume", "class", "truth_voxels", "predicted_voxels", *METRICS]
     columns += ["store_grid_dice"] if "store_grid_scores" in cases[0] else []
+    columns += [f"best_{metric}" for metric in METRICS] if best else []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for case in cases:
+    for number, case in enumerate(cases):
         for name, score in case["scores"].items():
             line = {"volume": case["volume"], "class": name}
             line |= {key: score[key] for key in ("truth_voxels", "predicted_voxels")}
             line |= {metric: score[metric] for metric in METRICS}
             if "store_grid_scores" in case:
                 line["store_grid_dice"] = case["store_grid_scores"][name]["dice"]
+            if best:
+                line |= {f"best_{metric}": best["cases"][number]["scores"][name][metric] for metric in METRICS}
             writer.writerow(line)
     return text.getvalue()
 
@@ -181,15 +198,17 @@ def _batches(
     return window_batches(target_voxels(padded, row.spacing_mm, target_mm), crop_voxels, config.overlap, config.batch)
 
 
-def _means(scores: list[dict[str, ClassScore]]) -> dict[str, Any]:
+def _means(scores: list[dict[str, ClassScore]], has_background: bool) -> dict[str, Any]:
     per_class = means_per_class(scores)
+    means = {counted: mean_over_classes(per_class, background=counted) for counted in (False, True)}
     return {
         "per_class": {
             name: {metric: asdict(mean) for metric, mean in entry.items()} for name, entry in per_class.items()
         },
         "mean": {
-            "without_background": mean_over_classes(per_class, background=False),
-            "with_background": mean_over_classes(per_class, background=True),
+            # Of regions none is the background.
+            "without_background": means[not has_background],
+            "with_background": means[True] if has_background else dict.fromkeys(METRICS),
         },
     }
 

@@ -19,6 +19,7 @@ from mimscale.ingest.formats import QuarantineError
 from mimscale.ingest.resample import (
     Steps,
     Zyx,
+    likely_regions,
     most_likely_classes,
     new_size,
     positions,
@@ -112,6 +113,15 @@ class Placement:
         Outside the crop there is background. Without resampling `classes_to_source` gives the same and is faster.
         """
         return self._padded(most_likely_classes(logits, self._box_zyx(), self._back()), 0)
+
+    def regions_to_source(self, regions: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Masks [K, Z, Y, X] of a volume that was not resampled, on the grid of its source; 0 outside the crop."""
+        assert not self.resampled, "masks cannot be interpolated; give region_logits_to_source the logits"
+        return self._padded(regions, 0)
+
+    def region_logits_to_source(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Logits [K, Z, Y, X] of regions that may overlap -> 1 inside of each, on the grid of the source; else 0."""
+        return self._padded(likely_regions(logits, self._box_zyx(), self._back()), 0)
 
     def _axes(self) -> tuple[Sequence[int], Zyx, Zyx, Steps]:
         return [start for start, _ in self.box], self._box_zyx(), self.shape_zyx, self.step_zyx

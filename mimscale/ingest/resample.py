@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.special import expit
 
 Zyx = tuple[int, int, int]
 Steps = tuple[float, float, float]
@@ -134,6 +135,20 @@ def most_likely_classes(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: S
             best[higher] = part[higher]
             classes[start:stop][higher] = number
     return classes
+
+
+def likely_regions(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: Steps) -> NDArray[np.uint8]:
+    """Logits [K, Z, Y, X] of regions that may overlap -> 1 where each has a probability above one half, else 0.
+
+    On the grid [K, *shape_zyx]. Probabilities are interpolated, as in `most_likely_classes`.
+    """
+    axes = _axes(logits.shape[1:], shape_zyx, step_zyx)
+    regions = np.zeros((len(logits), *shape_zyx), dtype=np.uint8)
+    for start, stop in _slabs(axes):
+        low, high = axes[0].needs(start, stop)
+        for region, one in zip(regions, logits[:, low:high], strict=True):
+            region[start:stop] = _interpolated(expit(one), axes, *_whole(axes, start, stop)) > 0.5
+    return regions
 
 
 @dataclass(frozen=True)

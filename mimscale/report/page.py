@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mimscale.evaluate.metrics import foreground_names
 from mimscale.evaluate.slices import cut_planes, grey_levels, load_planes
 from mimscale.report.charts import dice_chart, loss_chart, throughput_chart, yardstick_chart
 from mimscale.report.data import StoreFacts
@@ -230,6 +231,7 @@ def _comparison(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dict[str, Any]:
     per_class, mean, store = scores["per_class"], scores["mean"], scores.get("store_grid")
+    best, foreground = scores.get("best"), foreground_names(scores)
     rows = [
         {
             "name": name,
@@ -239,10 +241,11 @@ def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dic
             "nsd": spread(entry["nsd"]),
             "cases": entry["dice"]["cases"],
             "undefined": entry["dice"]["undefined"],
-            "hd95_undefined": NOTHING if index == 0 else entry["hd95_mm"]["undefined"],
+            "hd95_undefined": entry["hd95_mm"]["undefined"] if name in foreground else NOTHING,
             "store_dice": spread(store["per_class"][name]["dice"]) if store else "",
+            "best_dice": spread(best["per_class"][name]["dice"]) if best else "",
         }
-        for index, (name, entry) in enumerate(per_class.items())
+        for name, entry in per_class.items()
     ]
     for key, label in (("without_background", "mean, no background"), ("with_background", "mean, with background")):
         rows.append(
@@ -256,6 +259,7 @@ def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dic
                 "undefined": "",
                 "hd95_undefined": "",
                 "store_dice": number(store["mean"][key]["dice"]) if store else "",
+                "best_dice": number(best["mean"][key]["dice"]) if best else "",
             }
         )
     cases = [
@@ -285,19 +289,34 @@ def _segmentation(scores: dict[str, Any], origins: dict[str, str | None]) -> dic
         "store_grid": store is not None,
         "rows": rows,
         "cases": cases,
-        "legend": legend(scores["classes"]),
+        "best": _best_sentence(scores),
+        "legend": legend(foreground_names(scores)),
     }
+
+
+def _best_sentence(scores: dict[str, Any]) -> str:
+    """What the second column of Dice is, and what it is not; empty where there is none."""
+    best = scores.get("best")
+    if best is None:
+        return ""
+    return (
+        f"Dice, best on validation: of {best['checkpoint']}, which had the best {best['metric']} "
+        f"({number(best['value'])}) of all that were saved. The headline is the last checkpoint: of many, the best on "
+        "validation looks better there than it is."
+    )
 
 
 def segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder: Path) -> list[dict[str, str]]:
     """Draw truth and prediction of a run's scored volumes into `folder`: {"file", "volume", "caption"} each."""
+    if not run.scores:
+        return []
     pictures = []
-    for case in run.scores["cases"] if run.scores else []:
+    for case in run.scores["cases"]:
         if case.get("slices") is None:
             continue
         name = f"{run.name}_segmentation_{case['volume']}.png"
         segmentation_picture(load_planes(run.run.evaluation / case["slices"]), folder / name)
-        dice = ", ".join(f"{key} {number(score['dice'])}" for key, score in list(case["scores"].items())[1:])
+        dice = ", ".join(f"{key} {number(case['scores'][key]['dice'])}" for key in foreground_names(run.scores))
         caption = f"{_described(case['volume'], origins)}. Dice of the whole volume: {dice}."
         pictures.append({"file": name, "volume": case["volume"], "caption": caption})
     return pictures

@@ -109,6 +109,6 @@ def _rgb(colour: str) -> Sequence[float]:
     return [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
 
 
-def legend(class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Name and colour of every class but the background, for the page."""
-    return [{"name": name, "colour": class_colour(number)} for number, name in enumerate(class_names) if number > 0]
+def legend(foreground: Sequence[str]) -> list[dict[str, Any]]:
+    """Name and colour of class 1, 2, ..., or of every region, for the page."""
+    return [{"name": name, "colour": class_colour(number)} for number, name in enumerate(foreground, start=1)]

@@ -75,7 +75,7 @@ class StudyView:
     costs: Table
     provenance: list[Table]
     pictures: list[tuple[str, RunFacts]]  # caption and run, of which reconstructions or overlays are drawn
-    classes: list[str]
+    classes: list[str]  # without the background, or regions: what overlays are drawn in
     volumes: list[tuple[str, list[str]]]  # a use of volumes, and their ids
     configs: list[tuple[str, str]]  # name and YAML
     footer: str

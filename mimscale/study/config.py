@@ -66,6 +66,9 @@ class ArmConfig:
 
     pretrain: dict[str, Any] | None = None  # on top of the study's pretraining; null: from scratch
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the common plan: `may_differ` says why
+    # Arm whose pretraining time this one gets, where others get as many crops: its steps follow from what that arm's
+    # pretraining and its own with as many crops have measured; put both into the experiment
+    same_time_as: str | None = None
     note: str = ""  # for the report
 
 
@@ -165,6 +168,14 @@ class StudyConfig:
         if self.target.arm is not None and self.target.arm not in self.arms:
             raise ValueError(f"target.arm={self.target.arm}: no such arm; there are {', '.join(self.arms)}")
         for name, arm in self.arms.items():
+            other = self.arms.get(arm.same_time_as) if arm.same_time_as is not None else None
+            if arm.same_time_as is not None and (
+                arm.pretrain is None or other is None or other.pretrain is None or other.same_time_as is not None
+            ):
+                raise ValueError(
+                    f"arms.{name}.same_time_as={arm.same_time_as}: this arm and that one must both be pretrained, and "
+                    "that one without same_time_as"
+                )
             if unexplained := sorted(set(dotted_keys(arm.finetune)) - self.may_differ.keys()):
                 raise ValueError(
                     f"arms.{name}.finetune: {', '.join(unexplained)} differ(s) from the plan of the other arms; say "

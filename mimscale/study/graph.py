@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mimscale.config import parse_yaml, recipe_text, tree_hash
 from mimscale.errors import ConfigError
 from mimscale.study.config import ArmConfig, ExperimentConfig, StudyConfig, merged
+from mimscale.study.matched import is_matched, steps_in_time_of
 
 Verb = Literal["cohort", "ingest", "pretrain", "finetune", "evaluate"]
 
@@ -27,6 +28,11 @@ class Node:
     config: dict[str, Any]
     parents: tuple[str, ...]
     needs: str = ""  # what a user must have for it, in words
+
+    @property
+    def waits_for_results(self) -> bool:
+        """Whether it can only be submitted after its parents have ended: its config follows from what they measure."""
+        return is_matched(self.config)
 
     @property
     def folder_id(self) -> str:
@@ -130,8 +136,11 @@ def expand(config: StudyConfig) -> Graph:
             pretrain = None
             if arm.pretrain is not None:
                 tree = _stage_tree(config, arm, keys, "pretrain", pretrain_seed)
+                kind = tree_hash({**tree, "seed": None, "same_time_as": arm.same_time_as})
+                if arm.same_time_as is not None:
+                    tree["steps"] = _matched(builder, arm, keys, label, tree)
                 pretrain = builder.add("pretrain", f"pretrain {label}, seed {pretrain_seed}", tree)
-                pictured.setdefault(tree_hash({**tree, "seed": None}), pretrain)
+                pictured.setdefault(kind, pretrain)
             tree = _stage_tree(config, arm, keys, "finetune", finetune_seed)
             if pretrain is not None:
                 tree["init_from"] = f"@{pretrain}"
@@ -157,6 +166,18 @@ def expand(config: StudyConfig) -> Graph:
             label = node.label.replace("pretrain", "reconstruct", 1)
             pictures.append(builder.add("evaluate", label, {"crops": 1, "pictures": 2}, (node_id,)))
     return Graph(nodes=builder.nodes, trials=tuple(trials), data=dict(builder.data), reconstructions=tuple(pictures))
+
+
+def _matched(
+    builder: _Builder, arm: ArmConfig, keys: dict[str, Any], label: str, tree: dict[str, Any]
+) -> dict[str, Any]:
+    """What stands for the steps of an arm that gets another one's time; adds the two runs that they follow from."""
+    assert arm.same_time_as is not None, "the caller asks"
+    other_arm = builder.config.arms[arm.same_time_as]
+    other_tree = _stage_tree(builder.config, other_arm, keys, "pretrain", tree["seed"])
+    other = builder.add("pretrain", f"pretrain {arm.same_time_as} (its time), seed {tree['seed']}", other_tree)
+    own = builder.add("pretrain", f"pretrain {label} (its rate), seed {tree['seed']}", tree)
+    return steps_in_time_of(other, own, tree["steps"])
 
 
 def _points(config: StudyConfig, experiment: ExperimentConfig) -> Iterator[tuple[str, str, int | None, int]]:

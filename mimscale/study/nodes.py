@@ -12,6 +12,7 @@ from mimscale.ingest.config import CohortConfig, IngestConfig
 from mimscale.study.checks import VolumeUse, seen_in_pretraining, store_problems
 from mimscale.study.config import StudyConfig
 from mimscale.study.graph import Graph, Node
+from mimscale.study.matched import is_matched, with_steps
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 from mimscale.train.verbs import check_run
 
@@ -31,12 +32,20 @@ def resolve(graph: Graph, study_dir: Path, node: Node) -> Any:
     Raises:
         ConfigError: naming every mistake.
     """
+    tree = graph.config_of(study_dir, node)
     try:
-        config = build_config(VERB_CONFIGS[node.verb], graph.config_of(study_dir, node), node.label)
+        config = build_config(VERB_CONFIGS[node.verb], with_steps(tree) if is_matched(tree) else tree, node.label)
     except ConfigError as error:
         raise ConfigError(f"{error}\n  needs {node.needs}" if node.needs else str(error)) from None
     if isinstance(config, RunConfig):
         check_run(config)
+    if isinstance(config, EvaluateConfig) and config.best:
+        trained = graph.config_of(study_dir, graph.nodes[node.folder_id])
+        if trained.get("checkpoint", {}).get("keep_best") is None:
+            raise ConfigError(
+                f"{node.label}: best=true, but its run keeps no checkpoint for that; set checkpoint.keep_best=val_dice "
+                "in finetune.config"
+            )
     return config
 
 

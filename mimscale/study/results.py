@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from mimscale.evaluate.metrics import foreground_names
 from mimscale.report.facts import RunFacts, read_run
 from mimscale.study.config import ExperimentConfig, StudyConfig
 from mimscale.study.graph import Graph, Trial
+from mimscale.study.matched import compute_s
 from mimscale.study.statistics import (
     Floats,
     Interval,
@@ -62,6 +64,13 @@ class Result:
         value = self.scores["mean"]["with_background" if background else "without_background"][metric]
         return None if value is None else float(value)
 
+    @property
+    def best_mean(self) -> float | None:
+        """Dice without background of the checkpoint that was best on validation; None where it was not scored."""
+        best = self.scores.get("best") if self.scores else None
+        value = best["mean"]["without_background"]["dice"] if best else None
+        return None if value is None else float(value)
+
     def class_mean(self, name: str, metric: str) -> float | None:
         """A score's mean over the cases, of one class."""
         if self.scores is None or name not in self.scores["per_class"]:
@@ -71,12 +80,13 @@ class Result:
 
     @property
     def case_dice(self) -> dict[str, float]:
-        """Volume -> Dice, the mean over the classes but the background that the volume has a score of."""
+        """Volume -> Dice, the mean over those classes but the background, or regions, that it has a score of."""
         if self.scores is None:
             return {}
         found = {}
         for case in self.scores["cases"]:
-            values = [score["dice"] for score in list(case["scores"].values())[1:] if score["dice"] is not None]
+            dice = [case["scores"][name]["dice"] for name in foreground_names(self.scores)]
+            values = [value for value in dice if value is not None]
             if values:
                 found[str(case["volume"])] = float(np.mean(values))
         return found
@@ -110,6 +120,11 @@ class Group:
     def spread(self, metric: str, *, background: bool = False) -> Spread:
         """Over the runs, each with its own seeds."""
         return spread([result.mean(metric, background=background) for result in self.results])
+
+    @property
+    def best(self) -> Spread:
+        """Dice of the checkpoints that were best on validation, over the runs that have one scored."""
+        return spread([result.best_mean for result in self.results])
 
     def class_spread(self, name: str, metric: str) -> Spread:
         """Of one class, over the runs."""
@@ -166,12 +181,6 @@ class Comparison:
     target: float | None  # validation Dice; None where the arm that sets it has no run
     steps: Ratio  # how many times sooner ours reaches the target
     seconds: Ratio  # the same with what pretraining took
-
-
-def compute_s(run: RunFacts) -> float | None:
-    """Median step time x steps that were done."""
-    step_s = run.percentile("step_s", 50)
-    return None if step_s is None else step_s * run.last_step
 
 
 def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collection[str]) -> list[Group]:

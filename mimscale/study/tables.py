@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from mimscale.report.study import Table
 from mimscale.study.config import StudyConfig
-from mimscale.study.results import Comparison, Group, compute_s
+from mimscale.study.matched import compute_s
+from mimscale.study.results import Comparison, Group
 from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
 
 NOTHING = "n/a"
@@ -12,7 +13,7 @@ NOTHING = "n/a"
 
 def score_table(groups: Sequence[Group]) -> Table:
     """Test scores of every arm and setting."""
-    rows = []
+    rows, has_best = [], any(group.best.count for group in groups)
     for group in groups:
         best = [result.best_validation for result in group.results if result.best_validation is not None]
         rows.append(
@@ -21,6 +22,7 @@ def score_table(groups: Sequence[Group]) -> Table:
                 group.setting,
                 f"{sum(result.scores is not None for result in group.results)} of {group.planned}",
                 _spread(group.spread("dice")),
+                *([_spread(group.best)] if has_best else []),
                 _spread(group.spread("dice", background=True)),
                 _spread(group.spread("hd95_mm"), 2),
                 _spread(group.spread("nsd")),
@@ -35,6 +37,7 @@ def score_table(groups: Sequence[Group]) -> Table:
             "setting",
             "runs",
             "Dice",
+            *(["Dice, best on validation"] if has_best else []),
             "Dice with background",
             "HD95, mm",
             "NSD",
@@ -44,7 +47,8 @@ def score_table(groups: Sequence[Group]) -> Table:
         rows=rows,
         note="Mean +/- standard deviation over runs, which differ by their seeds. Each run is scored on whole volumes, "
         "on the grid and against the labels of the source files; a mean over classes leaves out the background unless "
-        "it says otherwise. Validation Dice is that of fixed crops; the best of it chose nothing.",
+        "it says otherwise. Validation Dice is that of fixed crops; the best of it chose nothing"
+        + (" but the checkpoint of the column that names it, which looks better than it is." if has_best else "."),
         text_columns=2,
     )
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from mimscale.config import config_yaml
 from mimscale.errors import MimscaleError
+from mimscale.evaluate.metrics import foreground_names
 from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.study.checks import VolumeUse, used_rows
 from mimscale.study.config import ExperimentConfig, StudyConfig, dotted_keys
 from mimscale.study.graph import Graph
+from mimscale.study.matched import is_matched, measured_steps
 from mimscale.study.nodes import resolve, tested_on, use_of
 from mimscale.study.results import (
     Comparison,
@@ -73,13 +75,13 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
     return StudyView(
         title=config.title,
         question=" ".join(dict.fromkeys(config.experiments[section.name].question for section in sections[:1])),
-        notes=_notes(config, graph, states),
+        notes=_notes(config, graph, study_dir, states),
         nodes=_node_table(graph, states),
         sections=sections,
         costs=cost_table(groups),
         provenance=provenance,
         pictures=_pictures(graph, groups, [RunDir(path) for path in pictured]),
-        classes=next((list(r.scores["classes"]) for r in results if r.scores), []),
+        classes=next((foreground_names(r.scores) for r in results if r.scores), []),
         volumes=uses.listed(),
         configs=[("the study's recipe, resolved", config_yaml(config)), *_run_configs(graph, groups)],
         footer=f"mimscale {version('mimscale')}, written {time.strftime('%Y-%m-%d %H:%M %Z')}.",
@@ -244,7 +246,7 @@ def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
     )
 
 
-def _notes(config: StudyConfig, graph: Graph, states: Mapping[str, NodeState]) -> list[str]:
+def _notes(config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[str, NodeState]) -> list[str]:
     notes = [config.caveat] if config.caveat else []
     if config.pretrain_on_validation is not None:
         notes.append(f"Pretraining may read volumes that are validated or tested on: {config.pretrain_on_validation}")
@@ -253,6 +255,7 @@ def _notes(config: StudyConfig, graph: Graph, states: Mapping[str, NodeState]) -
         differing = [name for name, arm in config.arms.items() if name in used and key in dotted_keys(arm.finetune)]
         if differing:
             notes.append(f"{key} of fine-tuning differs in {'; '.join(differing)}: {reason}")
+    notes += _matched_notes(graph, study_dir)
     counts: dict[str, int] = {}
     for state in states.values():
         counts[state.name] = counts.get(state.name, 0) + 1
@@ -264,6 +267,20 @@ def _notes(config: StudyConfig, graph: Graph, states: Mapping[str, NodeState]) -
         for node_id, state in states.items()
         if state.name == "failed"
     ]
+    return notes
+
+
+def _matched_notes(graph: Graph, study_dir: Path) -> list[str]:
+    """How the steps came about of pretraining that got the time of another arm."""
+    notes = []
+    for node in graph.nodes.values():
+        if not is_matched(node.config) or (found := measured_steps(graph.config_of(study_dir, node))) is None:
+            continue
+        other = graph.nodes[node.config["steps"]["in_the_time_of"].removeprefix("@")]
+        notes.append(
+            f"{node.label}: {found.steps} steps instead of {found.of_steps}, as many as fit into the "
+            f"{found.time_s:.3g} s of {other.label} at {found.step_s:.3g} s a step."
+        )
     return notes
 
 

@@ -55,9 +55,14 @@ def why_kept(
             reasons[step].append(f"every {keep_every_steps} steps")
     scored = {step: scores[step] for step in reversed(good) if scores is not None and step in scores}
     if keep_best is not None and scored:
-        best = (max if higher_is_better(keep_best) else min)(scored, key=lambda step: scored[step])
+        best = best_step(scored, keep_best)
         reasons[best].append(f"best {keep_best} ({scored[best]:.6g})")
     return {step: why for step, why in reasons.items() if why}
+
+
+def best_step(scores: Mapping[int, float], metric: str) -> int:
+    """The step with the best value of a metric (step -> value, one at least); of equals the first in the mapping."""
+    return (max if higher_is_better(metric) else min)(scores, key=lambda step: scores[step])
 
 
 def read_scores(run: RunDir, metric: str | None) -> dict[int, float]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -119,13 +120,14 @@ def test_a_study_that_is_asked_to_stop_lets_its_nodes_save_and_leaves_with_75(tm
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory):
-    """A study with an arm that cannot be and one that diverges, run to its end."""
+    """A study with an arm that cannot be, one that diverges, and one that gets another's time, run to its end."""
     folder = tmp_path_factory.mktemp("failing")
     arms = {
         "scratch": {},
         "mae": {"pretrain": {}},
         "bad recipe": {"pretrain": {"mask": {"ratio": 1.5}}},
         "diverges": {"pretrain": {"optim": {"lr": 9.0}}},
+        "slow, same time": {"pretrain": {"mask": {"ratio": 0.5}}, "same_time_as": "mae"},
     }
     experiments = {"main": {"question": "Which?", "arms": list(arms)}}
     place = Place(folder, arms=arms, experiments=experiments)
@@ -146,19 +148,33 @@ def test_a_failed_node_is_shown_with_its_reason_and_only_what_depends_on_it_is_l
     assert left_out == {
         f"{verb} {arm}, seeds 0, 0" for verb in ("finetune", "evaluate") for arm in ("bad recipe", "diverges")
     }
-    assert all(nodes[f"evaluate {arm}"]["state"] == "done" for arm in ("scratch, seed 0", "mae, seeds 0, 0"))
+    others = ("scratch, seed 0", "mae, seeds 0, 0", "slow, same time, seeds 0, 0")
+    assert all(nodes[f"evaluate {arm}"]["state"] == "done" for arm in others)
 
 
 def test_the_report_of_a_study_with_failures_has_the_others_numbers_and_says_what_is_missing(failing):
     place, _, result, _ = failing
     text = (place.folder / "study" / "report" / "index.html").read_text()
     assert "loss is not finite at step 3" in text
-    assert "5 done, 2 failed, 4 left out" in text
+    assert "9 done, 2 failed, 4 left out" in text
     scores = {row[0]: row for row in result["tables"][0]["rows"]}
     assert scores["mae"][2:4] == ["1 of 1", "0.750"]
     assert scores["diverges"][2:4] == ["0 of 1", "n/a"]
     (difference,) = [row for row in result["tables"][1]["rows"] if row[0] == "mae"]
     assert difference[2] == "+0.250"
+
+
+def test_an_arm_that_gets_the_time_of_another_has_the_steps_that_fit_into_it_and_the_report_says_how(failing):
+    place, _, result, _ = failing
+    nodes = {node["label"]: node for node in result["nodes"]}
+    node = nodes["pretrain slow, same time, seed 0"]
+    assert json.loads((Path(node["folder"]) / "outcome.json").read_text())["step"] == 2  # of 0.2 s; of mae 4 of 0.1 s
+    assert json.loads((Path(nodes[RATE]["folder"]) / "outcome.json").read_text())["step"] == 4
+    text = (place.folder / "study" / "report" / "index.html").read_text()
+    assert "2 steps instead of 4, as many as fit into the 0.4 s of pretrain mae, seed 0 at 0.2 s a step" in text
+
+
+RATE = "pretrain slow, same time (its rate), seed 0"
 
 
 def test_what_failed_is_tried_again_only_when_asked(failing):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_study import write_study
+from small_study import study_tree, write_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +19,17 @@ def study(recipe, *words):
     return ended.returncode, json.loads(ended.stdout), ended.stderr
 
 
+def validations(node):
+    lines = (Path(node["folder"]) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "val_dice" in line]
+
+
 def test_a_study_goes_from_volumes_to_tables_and_repeats_nothing(tmp_path):
-    code, result, said = study(write_study(tmp_path), "workers=2")
+    tree = study_tree(tmp_path)
+    tree["finetune"]["config"]["checkpoint"] = {"every_steps": 2, "keep": 1, "keep_best": "val_dice"}
+    evaluation = {**tree["evaluate"], "best": True, "flips": ["x"]}
+    recipe = write_study(tmp_path, finetune=tree["finetune"], evaluate=evaluation)
+    code, result, said = study(recipe, "workers=2")
     assert code == 0, said
     assert [node["state"] for node in result["nodes"]] == ["done"] * 7
     scores, differences = result["tables"]
@@ -35,6 +44,10 @@ def test_a_study_goes_from_volumes_to_tables_and_repeats_nothing(tmp_path):
     written = json.loads((Path(node["folder"]) / "evaluate" / "scores.json").read_text())
     assert written["checkpoint"] == "step_00000006"
     assert scores["rows"][0][3] == f"{written['mean']['without_background']['dice']:.3f}"
+    best = written["best"]
+    assert best["value"] == max(line["val_dice"] for line in validations(node) if line["step"] in (2, 4, 6))
+    assert scores["columns"][4] == "Dice, best on validation"
+    assert scores["rows"][0][4] == f"{best['mean']['without_background']['dice']:.3f}"
     page = Path(result["report"])
     assert (page.parent / "01_main_convergence.png").exists()
 

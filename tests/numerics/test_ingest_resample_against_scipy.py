@@ -8,7 +8,13 @@ import pytest
 from scipy import ndimage
 
 from mimscale.ingest import resample
-from mimscale.ingest.resample import blur_sigma, most_likely_classes, resample_classes, resample_intensities
+from mimscale.ingest.resample import (
+    blur_sigma,
+    likely_regions,
+    most_likely_classes,
+    resample_classes,
+    resample_intensities,
+)
 
 SHAPE = (23, 31, 18)
 STEPS = [(2.0, 2.0, 2.0), (1.7, 1.0, 0.6), (0.4, 3.3, 1.0), (1.0, 1.0, 2.5), (0.5, 0.5, 0.5)]
@@ -71,3 +77,13 @@ def test_most_likely_classes_are_those_of_interpolated_probabilities(steps):
     clear = ranked[-1] - ranked[-2] > 1e-5
     assert clear.mean() > 0.99
     assert np.array_equal(most_likely_classes(logits, shape, steps)[clear], wanted.argmax(axis=0)[clear])
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_likely_regions_are_those_whose_interpolated_probability_is_above_one_half(steps):
+    logits = np.random.RandomState(3).randn(2, *SHAPE).astype(np.float32) * 5
+    shape = new_shape(steps)
+    wanted = np.stack([reference(1 / (1 + np.exp(-one.astype(np.float64))), shape, steps) for one in logits])
+    clear = np.abs(wanted - 0.5) > 1e-5
+    assert clear.mean() > 0.99
+    assert np.array_equal(likely_regions(logits, shape, steps)[clear], wanted[clear] > 0.5)

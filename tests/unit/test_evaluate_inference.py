@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +72,50 @@ def test_a_network_that_answers_with_nan_is_an_error_and_no_prediction():
 
     with pytest.raises(FloatingPointError, match="not finite"):
         predict_logits(Broken(), torch.zeros(1, 8, 8, 8), (8, 8, 8), overlap=0.5, batch=1, device=CPU)
+
+
+class Lopsided(nn.Module):
+    """Answers with something else when the window is mirrored: each voxel sees its neighbours to one side."""
+
+    def forward(self, windows):
+        value = windows[:, 0]
+        seen = value + 2 * value.roll(1, 1) + 3 * value.roll(1, 2) + 5 * value.roll(1, 3)
+        return torch.stack([seen, -seen], dim=1)
+
+
+@pytest.mark.parametrize("flips", [(), (2,), (0, 2), (0, 1, 2)])
+def test_flips_give_the_mean_over_every_combination_of_mirror_images(flips):
+    image = torch.randn(1, 6, 5, 4, generator=torch.Generator().manual_seed(0))
+    ticks = []
+    logits = predict_logits(
+        Lopsided(), image, (6, 5, 4), overlap=0, batch=1, device=CPU, flips=flips, after_batch=lambda: ticks.append(1)
+    )
+    wanted = []
+    for turned in itertools.product(*[(False, True) if axis in flips else (False,) for axis in range(3)]):
+        axes = [axis + 2 for axis in range(3) if turned[axis]]
+        wanted.append(Lopsided()(image[None].flip(axes)).flip(axes)[0])
+    assert len(wanted) == 2 ** len(flips)
+    torch.testing.assert_close(logits, torch.stack(wanted).mean(0), rtol=1e-5, atol=1e-5)  # sums in another order
+    assert len(ticks) == 1  # a batch of windows, however often it is looked at
+
+
+def test_windows_are_blended_by_a_gaussian_or_equally_as_asked():
+    class Place(nn.Module):
+        """Answers with how often it was asked, so that the weights of two windows can be read off."""
+
+        calls = 0
+
+        def forward(self, windows):
+            self.calls += 1
+            return torch.full((1, 2, *windows.shape[2:]), float(self.calls))
+
+    def along_x(blending):
+        words = {"overlap": 0.5, "batch": 1, "device": CPU}
+        return predict_logits(Place(), torch.zeros(1, 8, 8, 12), (8, 8, 8), blending=blending, **words)[0, 4, 4]
+
+    assert along_x("constant").tolist() == pytest.approx([1] * 4 + [1.5] * 4 + [2] * 4)
+    gaussian = along_x("gaussian").tolist()
+    assert gaussian[:4] == pytest.approx([1] * 4)
+    assert gaussian[4:8] == sorted(gaussian[4:8])
+    assert gaussian[4] < 1.3
+    assert gaussian[7] > 1.7

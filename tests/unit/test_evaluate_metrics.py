@@ -7,10 +7,12 @@ import pytest
 from mimscale.evaluate.metrics import (
     IGNORE_LABEL,
     ClassScore,
+    foreground_names,
     mean_over_cases,
     mean_over_classes,
     means_per_class,
     score_case,
+    score_regions,
 )
 
 NAMES = ("background", "grey", "white")
@@ -138,3 +140,38 @@ def test_the_mean_over_classes_weighs_every_class_the_same_however_many_cases_ha
 
 def test_a_metric_that_no_class_has_is_null():
     assert mean_over_classes(means_per_class([case(background=1.0, grey=0.8)]), background=False)["hd95_mm"] is None
+
+
+def members(*regions):
+    table = np.zeros((len(regions), 256), bool)
+    for number, classes in enumerate(regions):
+        table[number, list(classes)] = True
+    return table
+
+
+def test_regions_have_the_scores_of_their_masks_and_share_voxels():
+    truth = label_map(grey=box(2, 2, 2, 6), white=box(3, 3, 3, 2))
+    prediction = np.stack([truth > 0, np.roll(truth == 2, 1, axis=0)])
+    scores = score_regions(prediction, truth, ["all", "core"], members((1, 2), (2,)), (5.0, 1.0, 1.0), 1.0)
+    assert (scores["all"].dice, scores["all"].hd95_mm, scores["all"].nsd) == (1.0, 0.0, 1.0)
+    # One mask by itself has the same scores as the only class of a label map.
+    alone = score((prediction[1] * 2).astype(np.uint8), (truth == 2).astype(np.uint8) * 2, (5.0, 1.0, 1.0))["white"]
+    assert scores["core"] == alone
+    assert alone.dice == 0.5
+
+
+def test_nothing_counts_in_a_region_where_the_truth_is_unknown():
+    truth = label_map(grey=box(2, 2, 2, 4))
+    truth[2] = IGNORE_LABEL
+    prediction = (truth > 0)[None]
+    prediction[0, :3] = True
+    scores = score_regions(prediction, truth, ["all"], members((1, 2)), (1.0, 1.0, 1.0), None)
+    assert scores["all"].truth_voxels == 48
+    assert scores["all"].predicted_voxels == 48 + 2 * 14 * 10
+    with pytest.raises(ValueError, match=r"grid of \(3, 14, 10\) voxels, the truth on one of"):
+        score_regions(prediction[:, :3], truth, ["all"], members((1,)), (1.0, 1.0, 1.0), None)
+
+
+def test_of_classes_the_first_is_the_background_and_of_regions_none():
+    assert foreground_names({"classes": ["air", "grey"]}) == ["grey"]
+    assert foreground_names({"classes": ["all", "core"], "regions": {"all": ["a"], "core": ["b"]}}) == ["all", "core"]

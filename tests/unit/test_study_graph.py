@@ -144,3 +144,13 @@ def test_a_dry_run_shows_a_node_that_cannot_be_and_what_depends_on_it(tmp_path, 
     assert states["finetune mae, seeds 0, 0"]["state"] == "left out"
     assert states["finetune scratch, seed 0"]["state"] == "to do"
     assert not (tmp_path / "study").exists()
+
+
+def test_scoring_the_best_checkpoint_needs_runs_that_keep_it(tmp_path):
+    graph = graph_of(tmp_path, evaluate={"best": True})
+    with pytest.raises(ConfigError, match=r"evaluate scratch, seed 0: best=true, but its run keeps no checkpoint"):
+        resolve(graph, tmp_path, graph.nodes[graph.trials[0].evaluate])
+    tree = study_tree(tmp_path)["finetune"]
+    tree["config"]["checkpoint"] = {"every_steps": 2, "keep_best": "val_dice"}
+    graph = graph_of(tmp_path, evaluate={"best": True}, finetune=tree)
+    assert resolve(graph, tmp_path, graph.nodes[graph.trials[0].evaluate]).best

@@ -1,11 +1,16 @@
 """Every packaged study is one that its verbs take, once its data are there."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from small_segmentation import make_store
 
 from mimscale.cli import main
 from mimscale.config import recipe_names
+from mimscale.store.layout import OverlayInfo, read_info, write_info
+from mimscale.store.manifest import load_manifest, write_manifest
+from mimscale.study.checks import store_problems
 from mimscale.study.config import load_study
 
 STUDIES = [
@@ -25,8 +30,7 @@ def data_of(study):
 
 
 def test_there_is_a_study_for_each_experiment_of_the_paper():
-    # E10, other encoders, is not here.
-    wanted = {f"e{number:02d}" for number in range(1, 12)} - {"e10"} | {
+    wanted = {f"e{number:02d}" for number in range(1, 12)} | {
         "small",
         "small_quick",
         "small_lr_grid",
@@ -58,3 +62,81 @@ def test_the_paper_s_own_numbers_are_not_invented():
     for study in STUDIES:
         for experiment in load_study([study, "run_dir=x"]).experiments.values():
             assert experiment.paper_value is None
+
+
+def as_downloaded(folder, study, data):
+    """Rows of a store, and what is said of it, that is what a packaged study expects; of no voxels."""
+    expect = load_study([study, "run_dir=x"]).data[data].expect
+    sample = load_manifest(make_store(folder / "sample")).row(0)
+    info = read_info(folder / "sample" / "store")
+    counts = {"train": expect.train, "val": expect.val}
+    if expect.train is None:
+        counts = {"train": expect.volumes - 219, "val": 219}
+    shape = expect.shape[0] if expect.shape is not None else (60, 200, 240)
+    overlay = replace(sample.overlays["label"], class_voxels=(9,) * len(expect.class_names))
+    rows = [
+        replace(
+            sample,
+            id=f"{split}{number:05d}",
+            split=split,
+            modality=expect.modality,
+            shape=(expect.channels, *shape),
+            spacing_mm=expect.spacing_mm[0],
+            stats=sample.stats * expect.channels,
+            overlays={"label": overlay},
+        )
+        for split, count in counts.items()
+        for number in range(count)
+    ]
+    overlays = {"label": OverlayInfo(class_names=expect.class_names)}
+    return rows, replace(info, modality=expect.modality, overlays=overlays), expect
+
+
+def problems(folder, rows, info, expect):
+    write_info(folder, info)
+    write_manifest(folder, rows)
+    return store_problems(folder, expect)
+
+
+@pytest.mark.parametrize(
+    ("study", "data", "count"),
+    [("studies/paper_btcv", "btcv", 30), ("studies/paper_brats", "t1ce", 1251), ("studies/paper_brats", "all", 1251)],
+)
+def test_data_as_they_are_downloaded_have_no_problem_and_others_are_named(study, data, count, tmp_path):
+    rows, info, expect = as_downloaded(tmp_path, study, data)
+    assert len(rows) == count
+    assert problems(tmp_path / "good", rows, info, expect) == []
+    assert any(
+        f"expected {count}" in one or "expected 24" in one
+        for one in problems(tmp_path / "fewer", rows[1:], info, expect)
+    )
+    coarse = [replace(rows[0], spacing_mm=(5.0, 0.8, 0.8)), *rows[1:]]
+    (problem,) = problems(tmp_path / "coarse", coarse, info, expect)
+    assert problem.startswith(f"spacing_mm of 1 volume(s): {rows[0].id} has 5 x 0.8 x 0.8; expected")
+    bare = replace(info, overlays={"label": OverlayInfo(class_names=expect.class_names[:-1])})
+    (problem,) = problems(tmp_path / "bare", rows, bare, expect)
+    assert problem.endswith(f"expected {', '.join(expect.class_names)}")
+    lost = replace(rows[0].overlays["label"], class_voxels=(9,) * (len(expect.class_names) - 1) + (0,))
+    without = [replace(row, overlays={"label": lost}) for row in rows]
+    (problem,) = problems(tmp_path / "without", without, info, expect)
+    assert problem.startswith(f"class {expect.class_names[-1]} is in 0 of {count} labelled volumes")
+
+
+def test_brats_is_learned_as_the_regions_that_it_is_scored_by():
+    study = load_study(["studies/paper_brats", "run_dir=x"])
+    regions = study.finetune.config["regions"]
+    assert list(regions) == ["TC", "WT", "ET"]
+    classes = study.data["t1ce"].config["class_names"]
+    assert {name for members in regions.values() for name in members} == set(classes[1:])
+    # The labels 1, 2 and 4 of its files: necrotic core, oedema, enhancing tumour.
+    assert study.data["t1ce"].config["class_map"] == {4: 3}
+
+
+def test_btcv_is_scored_in_five_folds_and_simclr_gets_the_time_of_mae_too():
+    study = load_study(["studies/paper_btcv", "run_dir=x"])
+    folds = study.experiments["folds"]
+    assert folds.pool_settings
+    assert [keys["both.stream.fold"] for keys in folds.points.values()] == [f"{fold}/5" for fold in range(5)]
+    assert study.arms["simclr, same time"].same_time_as == "mae"
+    assert study.arms["simclr, same time"].pretrain == study.arms["simclr"].pretrain
+    assert study.pretrain_on_validation is None

@@ -13,6 +13,7 @@ from mimscale.config import build_config
 from mimscale.study.config import StudyConfig
 from mimscale.study.graph import expand
 from mimscale.study.results import comparisons, read_groups
+from mimscale.study.tables import score_table
 
 
 def test_folds_are_one_group_whose_cases_are_those_of_all_folds(tmp_path):
@@ -75,3 +76,40 @@ def test_a_store_that_is_not_what_the_study_takes_it_for_stops_it_at_once(tmp_pa
     said = capsys.readouterr().err
     assert "data.store: 0 volumes to train, expected 24" in said
     assert "data.store: 3 volumes to val, expected 6" in said
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_best_checkpoint_is_a_column_beside_the_last_and_changes_no_difference(tmp_path, kept):
+    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
+    graph = expand(config)
+    for trial in graph.trials:
+        run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+        fake_run(run, "finetune")
+        last = 0.5 + 0.2 * (trial.arm == "mae")
+        scores = add_segmentation_scores(run, volumes=["a", "b"], dice=last)
+        if kept:
+            mean = {key: {"dice": 0.9, "hd95_mm": 1.0, "nsd": 0.9} for key in scores["mean"]}
+            scores["best"] = {"checkpoint": "step_00000030", "step": 30, "mean": mean}
+        (run / "evaluate" / "scores.json").write_text(json.dumps(scores))
+    groups = read_groups(config, graph, tmp_path, {*graph.nodes} - {t.pretrain for t in graph.trials})
+    table = score_table(groups)
+    row = dict(zip(table.columns, table.rows[1], strict=True))
+    assert row["Dice"] == "0.700"
+    assert row.get("Dice, best on validation") == ("0.900" if kept else None)
+    assert ("looks better than it is" in table.note) == kept
+    (found,) = comparisons(config, "main", groups)
+    assert found.dice.difference == pytest.approx(0.2)
+
+
+def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
+    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
+    graph = expand(config)
+    trial = graph.trials[0]
+    run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+    fake_run(run, "finetune")
+    scores = add_segmentation_scores(run, volumes=["a"], dice=0.5)
+    scores["cases"][0]["scores"]["background"]["dice"] = 0.8  # the first of three
+    for regions, dice in ((None, 0.5), ({"background": ["x"]}, 0.6)):
+        (run / "evaluate" / "scores.json").write_text(json.dumps({**scores, "regions": regions}))
+        groups = read_groups(config, graph, tmp_path, {trial.finetune, trial.evaluate})
+        assert groups[0].results[0].case_dice == {"a": pytest.approx(dice)}

@@ -1,4 +1,6 @@
+import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from mimscale.errors import ConfigError
 from mimscale.train.config import EngineConfig, OptimConfig, PretrainConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
-from mimscale.train.optim import group_rate, learning_rate, lr_scale, parameter_groups, stage_at, stages
+from mimscale.train.optim import adamw, group_rate, learning_rate, lr_scale, parameter_groups, stage_at, stages
 
 
 def test_the_rate_rises_linearly_then_falls_to_its_minimum():
@@ -186,3 +188,73 @@ def test_a_schedule_without_a_head_stage_has_no_more_groups_than_it_needs():
 def test_steps_of_the_head_alone_belong_to_a_sawtooth(change, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**change)
+
+
+# Of each schedule: rates of a group of the encoder (half the rate) and of the head (twice) on both sides of every
+# boundary. A stage of n steps after its warm-up ends at 0.1 + 0.9 (1 + cos(pi (n - 1) / n)) / 2 of its peak.
+BOUNDARIES = {
+    "full": {0: (0.125, 0.5), 3: (0.5, 2.0), 4: (0.5, 2.0), 14: (0.275, 1.1), 23: (0.05277, 0.21108), 24: (0.05, 0.2)},
+    "low_peak": {0: (0.0125, 0.05), 3: (0.05, 0.2), 4: (0.05, 0.2), 14: (0.0275, 0.11), 24: (0.005, 0.02)},
+    "frozen": {0: (0, 0.5), 3: (0, 2.0), 4: (0, 2.0), 14: (0, 1.1), 23: (0, 0.21108), 24: (0, 0.2)},
+    "sawtooth": {
+        0: (0, 0.5),
+        3: (0, 2.0),
+        4: (0, 2.0),
+        7: (0, 0.46360),  # three quarters of the head's fall
+        8: (0.1, 0.4),  # both rise from here
+        12: (0.5, 2.0),
+        13: (0.5, 2.0),
+        23: (0.05911, 0.23646),  # ten elevenths of the fall
+        24: (0.05, 0.2),
+    },
+}
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_encoder_and_head_have_their_rates_on_both_sides_of_every_boundary(name):
+    groups = [{"lr_scale": scale, "is_encoder": inside} for scale, inside in ((0.5, True), (2.0, False))]
+    for step, rates in BOUNDARIES[name].items():
+        # A frozen encoder is in no group at all; its group would have no rate either.
+        found = [group_rate(group, SCHEDULES[name], step, 24) for group in groups]
+        assert found == pytest.approx(rates, abs=1e-5), step
+
+
+def test_without_a_warm_up_the_first_step_has_the_peak():
+    assert learning_rate(OptimConfig(lr=1.0), 0, 24) == 1.0
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_cut_at_any_step_goes_on_to_the_same_bits_whatever_the_schedule(name, layer_decay):
+    config = replace(SCHEDULES[name], layer_decay=layer_decay, head_lr_ratio=2.0)
+    steps = 24
+
+    def begin():
+        torch.manual_seed(0)
+        model = Small()
+        model.encoder.requires_grad_(name != "frozen")
+        return model, adamw(model, config, depth=1)
+
+    def go_on(model, optimizer, first, last):
+        ours = parameter_groups(model, config, depth=1)
+        for step in range(first, last):
+            for group, own in zip(optimizer.param_groups, ours, strict=True):
+                group["lr"] = group_rate(own, config, step, steps)
+            optimizer.zero_grad()
+            noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(step))
+            (model.head(model.encoder(noise) + model.mask_token) ** 2).mean().backward()
+            optimizer.step()
+        return {key: value.clone() for key, value in model.state_dict().items()}
+
+    start = {key: value.clone() for key, value in begin()[0].state_dict().items()}
+    straight = go_on(*begin(), 0, steps)
+    for cut in range(1, steps):
+        first, optimizer = begin()
+        saved = go_on(first, optimizer, 0, cut)
+        model, resumed = begin()
+        model.load_state_dict(saved)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        ended = go_on(model, resumed, cut, steps)
+        assert all(torch.equal(ended[key], straight[key]) for key in straight), cut
+        encoder_stays = name == "frozen" or (name == "sawtooth" and cut <= config.head_steps)
+        assert torch.equal(saved["encoder.weight"], start["encoder.weight"]) == encoder_stays, cut

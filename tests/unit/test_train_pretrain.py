@@ -1,12 +1,13 @@
 """What the objectives of pretraining hand to their networks."""
 
+import copy
 import hashlib
 
 import numpy as np
 import pytest
 import torch
 
-from mimscale.config import build_config
+from mimscale.config import apply_override, build_config
 from mimscale.errors import ConfigError
 from mimscale.models.patches import hidden_voxels
 from mimscale.stream.batch import Batch
@@ -170,3 +171,54 @@ def test_simclr_without_augmentation_or_with_a_mask_of_the_loss_is_refused():
     with pytest.raises(ConfigError, match="exclude_overlay=face: method=simclr predicts no voxels"):
         check_run(config_with(method="simclr", augment=STRONG, exclude_overlay="face"))
     check_run(config_with(method="simclr", augment=STRONG))
+
+
+# Every choice of a recipe that is not its default: the method, and the key as a command line has it.
+CHOICES = [
+    ("mae", "patch_voxels=[2,4,4]"),
+    ("mae", "mask.ratio=0.5"),
+    ("mae", "mask.ratio_range=[0.2,0.4]"),
+    ("mae", "mask.unit_voxels=[8,4,4]"),
+    ("mae", "mask.style=block"),
+    ("mae", "mask.style=grid"),
+    ("mae", "mask.predicted_share=0.5"),
+    ("mae", "mask.repeats=2"),
+    ("mae", "exclude_overlay=face"),
+    ("mae", "mae.decoder_depth=0"),
+    ("mae", "mae.decoder_depth=2"),
+    ("mae", "mae.decoder_dim=48"),
+    ("mae", "mae.target=patch_normalised"),
+    ("mae", "mae.loss=l2"),
+    ("mae", "mae.loss_on=all"),
+    ("mae", "model.positions=learned"),
+    ("mae", "model.positions=rope"),
+    ("mae", "model.mlp=swiglu"),
+    ("mae", "model.layer_scale=0.1"),
+    ("simmim", "mask.style=block"),
+    ("simmim", "mask.predicted_share=0.5"),
+    ("simmim", "simmim.head=mlp"),
+    ("simmim", "simmim.target=patch_normalised"),
+    ("simmim", "simmim.loss=l2"),
+    ("simmim", "simmim.loss_on=all"),
+    ("simclr", "simclr.temperature=0.5"),
+    ("simclr", "simclr.projection_dim=12"),
+    ("simclr", "simclr.hidden_dim=24"),
+]
+
+
+@pytest.mark.parametrize(("method", "choice"), CHOICES)
+def test_every_choice_of_a_recipe_changes_the_loss_and_trains_every_weight(method, choice):
+    augment = STRONG if method == "simclr" else {}
+    losses = []
+    for words in ((), (choice,)):
+        tree = {**copy.deepcopy(COMMON), "method": method, "augment": augment}
+        for word in words:
+            apply_override(tree, word)
+        objective, forward = built(build_config(PretrainConfig, tree, "test"))
+        loss = objective.loss(forward, a_batch())
+        loss.backward()
+        without = [name for name, one in forward.model.named_parameters() if one.grad is None or not one.grad.any()]
+        assert without == []
+        losses.append(float(loss.detach()))
+    assert np.isfinite(losses).all()
+    assert losses[0] != losses[1]
