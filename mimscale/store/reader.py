@@ -67,8 +67,8 @@ class _Shard:
 class ShardReader:
     """Reads boxes of the volumes of a store.
 
-    `bytes_read` counts what came from files, `voxels_decoded` what was decompressed: against the voxels that were asked
-    for, they are the read amplification.
+    `bytes_read` counts what came from files (`bytes_mapped` of them out of mappings), `voxels_decoded` what was
+    decompressed: against the voxels that were asked for, they are the read amplification.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ShardReader:
         self._inside: set[Path] = set()  # packs that are known to lie in the store
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_mapped = 0
         self.voxels_decoded = 0
 
     def close(self) -> None:
@@ -253,18 +253,31 @@ class ShardReader:
         def announce(ranges: list[tuple[int, int]]) -> None:
             file.will_read([(target.offset_bytes + start, length) for start, length in ranges])
 
-        num_decoded, damaged = read_boxes(
-            index,
-            shard.chunk_grid(target.shape, edge),
-            edge,
-            target.fill,
-            boxes,
-            self._gap_bytes(file),
-            _LARGEST_READ_BYTES,
-            announce if self._is_worth_announcing(file) else None,
-            partial(self._pread, target, file),
-        )
-        self.voxels_decoded += num_decoded * edge**3
+        def decode(source: Any, ask: int = -1) -> tuple[int, bytes] | None:
+            damaged: tuple[int, bytes] | None
+            num_decoded, damaged, bytes_copied = read_boxes(
+                index,
+                shard.chunk_grid(target.shape, edge),
+                edge,
+                target.fill,
+                boxes,
+                self._gap_bytes(file),
+                _LARGEST_READ_BYTES,
+                announce if self._is_worth_announcing(file) else None,
+                source,
+                ask,
+                target.offset_bytes,
+            )
+            self.voxels_decoded += num_decoded * edge**3
+            self.bytes_read += bytes_copied
+            self.bytes_mapped += bytes_copied
+            return damaged
+
+        window = self._files.window(target.path, target.offset_bytes, target.length_bytes)
+        if window is not None and decode(*window) is None:
+            return
+        # Also after a mapping that cannot be read, or not at once, or has a damaged chunk: reading says what is wrong.
+        damaged = decode(partial(self._pread, target, file))
         if damaged is not None:
             number, data = damaged
             self._decode(target, number, data, memoryview(bytearray(edge**3 * target.dtype.itemsize)))
