@@ -109,14 +109,30 @@ static Copy copy_of(const Work *work, const Piece *piece, Decoded from, int repe
     return copy;
 }
 
-static inline void copy_row(char *restrict to, const char *restrict from, size_t bytes)
+/* Rows are short, and of one of a few lengths. What is a few moves must not become a call, nor a loop over bytes: a row is
+ * its beginning and its end, of a length that the compiler knows, which may overlap. */
+static inline void copy_ends(char *to, const char *from, size_t bytes, size_t part)
 {
-    switch (bytes) { /* rows of whole chunks: a length that the compiler knows is a few moves instead of a call */
-    case 32: memcpy(to, from, 32); break;
-    case 64: memcpy(to, from, 64); break;
-    case 128: memcpy(to, from, 128); break;
-    default: memcpy(to, from, bytes);
-    }
+    memcpy(to, from, part);
+    memcpy(to + bytes - part, from + bytes - part, part);
+}
+
+static inline void copy_row(char *to, const char *from, size_t bytes)
+{
+    if (bytes > 64)
+        memcpy(to, from, bytes);
+    else if (bytes >= 32)
+        copy_ends(to, from, bytes, 32);
+    else if (bytes >= 16)
+        copy_ends(to, from, bytes, 16);
+    else if (bytes >= 8)
+        copy_ends(to, from, bytes, 8);
+    else if (bytes >= 4)
+        copy_ends(to, from, bytes, 4);
+    else if (bytes >= 2)
+        copy_ends(to, from, bytes, 2);
+    else
+        *to = *from;
 }
 
 enum { MERGED = 16 };
