@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files = Files() if files is None else files
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        # The same objects again: comparing paths that are equal but not the same takes longer than finding a chunk.
+        self._pack_path = lru_cache(max_cached_indices)(partial(layout.pack_path, store))
+        self._overlay_path = lru_cache(max_cached_indices)(partial(layout.overlay_path, store))
         self._inside: set[Path] = set()  # packs that are known to lie in the store
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
@@ -215,7 +218,7 @@ class ShardReader:
         return target
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
-        path = layout.pack_path(self._store, row.part)
+        path = self._pack_path(row.part)
         dtype = np.dtype(row.dtype)
         return _Shard(
             row.id, path, row.offset_bytes, row.length_bytes, row.shape, dtype, row.fill_value, row.fill_value
@@ -226,7 +229,7 @@ class ShardReader:
         if place is None:
             has = ", ".join(row.overlays) or "none"
             raise DataError(f"volume {row.id}: has no overlay {name!r} (it has: {has}); ingest it with a label file")
-        path = layout.overlay_path(self._store, name, place.part)
+        path = self._overlay_path(name, place.part)
         shape = (1, *(place.source_zyx or row.shape[1:]))
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
