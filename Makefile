@@ -19,7 +19,7 @@ help:
 
 .PRECIOUS: .venv/installed-% .venv/op-built-%
 
-.venv/installed-%: pyproject.toml setup.py mimscale/store/_chunks.c constraints.txt
+.venv/installed-%: pyproject.toml setup.py mimscale/store/_chunks.c mimscale/store/_guard.h constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@

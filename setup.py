@@ -2,4 +2,10 @@
 
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("mimscale.store._chunks", ["mimscale/store/_chunks.c"], optional=True)])
+setup(
+    ext_modules=[
+        Extension(
+            "mimscale.store._chunks", ["mimscale/store/_chunks.c"], depends=["mimscale/store/_guard.h"], optional=True
+        )
+    ]
+)

@@ -4,7 +4,8 @@
  * takes one a mebibyte). Covered: read, pread, readv, preadv and their 64-bit and v2 forms, fread of at least a page,
  * and mapped files: a mapping starts without pages, and each first touch reads SLOW_WINDOW bytes around it, as the
  * kernel's read-around does. Not covered: io_uring, raw system calls, opening and listing. There is no page cache for
- * the calls: what is read twice is paid twice. Mapped pages stay until they are unmapped.
+ * the calls: what is read twice is paid twice. Mapped pages stay until they are unmapped. Who asks what kind of file
+ * system it is hears Lustre.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,6 +19,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -108,6 +110,12 @@ ssize_t preadv(int f, const struct iovec *v, int n, off_t o) {
 ssize_t preadv64(int f, const struct iovec *v, int n, off64_t o) { return preadv(f, v, n, o); }
 ssize_t preadv2(int f, const struct iovec *v, int n, off_t o, int flags) { (void)flags; return preadv(f, v, n, o); }
 ssize_t preadv64v2(int f, const struct iovec *v, int n, off64_t o, int flags) { (void)flags; return preadv(f, v, n, o); }
+
+int fstatfs(int f, struct statfs *status) {
+    int failed = syscall(SYS_fstatfs, f, status);
+    if (!failed && is_slow(f)) status->f_type = 0x0BD00BD0;
+    return failed;
+}
 
 size_t fread(void *b, size_t size, size_t n, FILE *f) {
     if (size * n >= 4096 && is_slow(fileno(f))) wait_for(size * n);

@@ -63,6 +63,8 @@ def _write_blosc2(blosc2: Any, volume: np.ndarray, path: Path) -> None:
 class _Arrays:
     """Contenders that hold one array a volume and are asked for boxes of it."""
 
+    bytes_mapped = 0  # blosc2 and npy are mapped, and do not count
+
     def __init__(self, job: Job) -> None:
         self._folder, self._crops = Path(job.folder), Crops(job)
         self._arrays: list[Any] = []
@@ -176,6 +178,8 @@ class Nifti(_Arrays):
 class Monai:
     """PersistentDataset (whole volumes as tensors on disk) and four random crops of each that is loaded."""
 
+    bytes_mapped = 0
+
     def __init__(self, job: Job) -> None:
         warnings.simplefilter("ignore")
         self._folder, self._crops = Path(job.folder), Crops(job)
@@ -208,6 +212,8 @@ class Monai:
 
 class TorchIO:
     """Queue of whole NIfTI volumes, four uniform samples of each."""
+
+    bytes_mapped = 0
 
     def __init__(self, job: Job) -> None:
         warnings.simplefilter("ignore")

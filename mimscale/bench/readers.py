@@ -10,6 +10,7 @@ import numpy as np
 from mimscale.bench.contender import Crops, Job
 from mimscale.bench.crops import chunks_of
 from mimscale.store import layout, shard
+from mimscale.store.files import Files, ReadBy
 from mimscale.store.reader import ShardReader
 from mimscale.store.rows import SampleRow
 
@@ -17,13 +18,15 @@ from mimscale.store.rows import SampleRow
 class OwnReader:
     """`ShardReader`, into memory that is reused, as the loader uses it."""
 
+    read_by: ReadBy = "auto"
+
     def __init__(self, job: Job) -> None:
         self._store, self._crops = Path(job.store), Crops(job)
-        self._voxels_of_closed = 0
+        self._voxels_of_closed = self._bytes_of_closed = 0
 
     def open(self) -> None:
         """As `Contender`."""
-        self._reader = ShardReader(self._store, self._crops.manifest)
+        self._reader = ShardReader(self._store, self._crops.manifest, Files(read_by=self.read_by))
         calls = self._crops.mode.crops
         self._out = [np.empty((calls, row.shape[0], *self._crops.size), dtype=row.dtype) for row in self._crops.rows]
 
@@ -38,6 +41,7 @@ class OwnReader:
     def close(self) -> None:
         """As `Contender`."""
         self._voxels_of_closed += self._reader.voxels_decoded
+        self._bytes_of_closed += self._reader.bytes_mapped
         self._reader.close()
 
     @property
@@ -45,9 +49,22 @@ class OwnReader:
         """As `Contender`."""
         return self._voxels_of_closed + self._reader.voxels_decoded
 
+    @property
+    def bytes_mapped(self) -> int:
+        """As `Contender`."""
+        return self._bytes_of_closed + self._reader.bytes_mapped
+
+
+class OwnReaderByCalls(OwnReader):
+    """The same without mappings: as it reads from a parallel file system."""
+
+    read_by: ReadBy = "pread"
+
 
 class Ceiling:
     """Nothing but Blosc: the encoded chunks lie in memory, and what is decoded is overwritten by the next chunk."""
+
+    bytes_mapped = 0
 
     def __init__(self, job: Job) -> None:
         self._store, self._crops = Path(job.store), Crops(job)
@@ -91,6 +108,8 @@ class Ceiling:
 
 class ZarrPython:
     """Stock zarr-python, on unzipped copies: inside a zip it reads whole volumes."""
+
+    bytes_mapped = 0
 
     def __init__(self, job: Job) -> None:
         self._folder, self._crops = Path(job.folder), Crops(job)

@@ -49,6 +49,7 @@ class Entry:
 
 OWN_ENTRIES = (
     *(Entry(name=OWN, contender="mimscale.bench.readers:OwnReader", mode=mode) for mode in MODES),
+    Entry(name=f"{OWN}, nothing mapped", contender="mimscale.bench.readers:OwnReaderByCalls"),
     *(
         Entry(name=CEILING, contender="mimscale.bench.readers:Ceiling", mode=mode, in_memory=True)
         for mode in MODES

@@ -2,20 +2,27 @@
  *
  * What takes time in a crop of 64 chunks is 64 times the Python between two C calls. Here one call does them all and
  * holds the GIL only to ask for bytes. The work itself is that of libraries, whose functions are passed as addresses:
- * `blosc_decompress_ctx` of C-Blosc and `crc32c_extend` of crc32c. No state outlives a call and no thread is started,
- * so that a process may fork at any time.
+ * `blosc_decompress_ctx` of C-Blosc, `LZ4_decompress_safe` of LZ4 and `crc32c_extend` of crc32c. No state outlives a call
+ * but the handler in `_guard.h`, and no thread is started, so that a process may fork at any time.
  *
  * Nothing that comes from a file is trusted: the crc32c is checked first, then the sizes in Blosc's header against those
- * that are expected, and C-Blosc is told how much it may write. What comes from Python is checked too.
+ * that are expected, and the libraries are told how much they may read and write. What comes from Python is checked too.
  *
  *     C channels | Z Y X voxels; all lengths, offsets and strides in bytes unless named otherwise
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#endif
+
+#include "_guard.h"
 
 #define EMPTY UINT64_MAX
 #define CRC_BYTES 4
@@ -26,6 +33,8 @@
 
 typedef int (*Decompress)(const void *from, void *to, size_t most, int threads);
 typedef uint32_t (*Crc32c)(uint32_t crc, const uint8_t *data, size_t count);
+
+typedef int (*Lz4)(const char *from, char *to, int count, int most);
 
 typedef struct {
     Py_buffer view;                  /* [C, Z, Y, X], where its voxels go */
@@ -38,8 +47,15 @@ typedef struct {                     /* what one box takes of one chunk */
     const Box *box;
 } Piece;
 
+/* A chunk that is decoded, or the fill value. */
+typedef struct {
+    const char *voxels;              /* NULL: in its place */
+    const char *high;                /* NULL; or the second byte of each voxel, and `voxels` holds only the first ones */
+} Decoded;
+
 typedef struct {
     Decompress decompress;
+    Lz4 lz4;                         /* NULL: not known */
     Crc32c crc32c;
     Py_ssize_t grid[4];              /* chunks along C, Z, Y, X */
     Py_ssize_t edge;                 /* voxels of a chunk along Z, Y and X */
@@ -49,7 +65,13 @@ typedef struct {
     Piece *pieces;
     Py_ssize_t num_pieces;
     char *scratch;                   /* decoded chunks */
-    const char **decoded;            /* where each piece of those that are worked on lies; NULL: in its place */
+    Decoded *decoded;                /* the chunks of the pieces that are worked on */
+    const uint8_t *data;             /* what was read of the shard, or all of it as a mapping ... */
+    uint64_t base;                   /* ... from this byte on */
+    uint8_t *copy;                   /* encoded chunks of a mapping; NULL: `data` is no mapping */
+    Py_ssize_t longest;              /* of them */
+    uint64_t gap, most;              /* of a run: between its chunks, and in all */
+    Py_ssize_t num_decoded, bytes_copied;
 } Work;
 
 /* ---------------------------------------------------------------------------------------------- placing voxels */
@@ -57,15 +79,20 @@ typedef struct {
 /* A box's piece of a chunk as two places in memory. */
 typedef struct {
     char *to;
-    const char *from;
+    Decoded from;
     Py_ssize_t count[3];             /* voxels along Z, Y, X */
+    Py_ssize_t stride[2];            /* of `from` along Z, Y */
 } Copy;
 
-static Copy copy_of(const Work *work, const Piece *piece, const char *from, const Py_ssize_t from_stride[3])
+static Copy copy_of(const Work *work, const Piece *piece, Decoded from, int repeats)
 {
     const Box *box = piece->box;
-    Copy copy = {box->view.buf, from, {0}};
-    Py_ssize_t number = piece->number;
+    /* Of bytes that lie apart, a row is half as long. */
+    const Py_ssize_t parts = from.high ? 2 : 1;
+    const Py_ssize_t stride[3] = {repeats ? 0 : work->plane / parts, repeats ? 0 : work->row / parts,
+                                  repeats ? 0 : work->voxel / parts};
+    Copy copy = {box->view.buf, from, {0}, {stride[0], stride[1]}};
+    Py_ssize_t number = piece->number, skipped = 0;
     for (int axis = 2; axis >= 0; axis--) {
         Py_ssize_t corner = number % work->grid[axis + 1] * work->edge;
         number /= work->grid[axis + 1];
@@ -73,37 +100,83 @@ static Copy copy_of(const Work *work, const Piece *piece, const char *from, cons
         Py_ssize_t stop = corner + work->edge < box->stop[axis] ? corner + work->edge : box->stop[axis];
         copy.count[axis] = stop - first;
         copy.to += (first - box->low[axis]) * box->view.strides[axis + 1];
-        copy.from += (first - corner) * from_stride[axis];
+        skipped += (first - corner) * stride[axis];
     }
     copy.to += number * box->view.strides[0]; /* what is left is the channel */
+    copy.from.voxels += skipped;
+    if (from.high)
+        copy.from.high += skipped;
     return copy;
 }
 
-static inline void copy_row(char *restrict to, const char *restrict from, size_t bytes)
+/* Rows are short, and of one of a few lengths. What is a few moves must not become a call, nor a loop over bytes: a row is
+ * its beginning and its end, of a length that the compiler knows, which may overlap. */
+static inline void copy_ends(char *to, const char *from, size_t bytes, size_t part)
 {
-    switch (bytes) { /* rows of whole chunks: a length that the compiler knows is a few moves instead of a call */
-    case 32: memcpy(to, from, 32); break;
-    case 64: memcpy(to, from, 64); break;
-    case 128: memcpy(to, from, 128); break;
-    default: memcpy(to, from, bytes);
+    memcpy(to, from, part);
+    memcpy(to + bytes - part, from + bytes - part, part);
+}
+
+static inline void copy_row(char *to, const char *from, size_t bytes)
+{
+    if (bytes > 64)
+        memcpy(to, from, bytes);
+    else if (bytes >= 32)
+        copy_ends(to, from, bytes, 32);
+    else if (bytes >= 16)
+        copy_ends(to, from, bytes, 16);
+    else if (bytes >= 8)
+        copy_ends(to, from, bytes, 8);
+    else if (bytes >= 4)
+        copy_ends(to, from, bytes, 4);
+    else if (bytes >= 2)
+        copy_ends(to, from, bytes, 2);
+    else
+        *to = *from;
+}
+
+enum { MERGED = 16 };
+
+/* Join the bytes of voxels of two bytes, which lie apart; written so that compilers make a few vector operations of it. */
+static inline void merge(char *to, const uint8_t *low, const uint8_t *high)
+{
+    uint16_t voxels[MERGED];
+    for (int n = 0; n < MERGED; n++)
+        voxels[n] = (uint16_t)(low[n] | high[n] << 8);
+    memcpy(to, voxels, sizeof voxels);
+}
+
+static inline void merge_row(char *restrict to, const char *restrict low, const char *restrict high, Py_ssize_t count)
+{
+    const uint8_t *one = (const uint8_t *)low, *other = (const uint8_t *)high;
+    Py_ssize_t voxel = 0;
+    for (; voxel + MERGED <= count; voxel += MERGED)
+        merge(to + 2 * voxel, one + voxel, other + voxel);
+    if (voxel < count && count >= MERGED) { /* some of them again, rather than the rest one by one */
+        voxel = count - MERGED;
+        merge(to + 2 * voxel, one + voxel, other + voxel);
+        return;
+    }
+    for (; voxel < count; voxel++) {
+        to[2 * voxel] = low[voxel];
+        to[2 * voxel + 1] = high[voxel];
     }
 }
 
-/* Put pieces that lie side by side along X in place: row by row of the box, so that memory is written in order.
- * A `from_stride` of 0 repeats one row. */
-static void place(const Work *work, const Piece *const *pieces, const char *const *from, Py_ssize_t num_pieces,
-                  const Py_ssize_t from_stride[3])
+/* Put pieces that lie side by side along X in place: row by row of the box, so that memory is written in order. */
+static void place(const Work *work, const Copy *copies, Py_ssize_t num_copies, const Py_ssize_t *to_stride)
 {
-    Copy copies[CHUNKS_AT_ONCE];
-    for (Py_ssize_t n = 0; n < num_pieces; n++)
-        copies[n] = copy_of(work, pieces[n], from[n], from_stride);
-    const Py_ssize_t *to_stride = pieces[0]->box->view.strides;
     for (Py_ssize_t z = 0; z < copies[0].count[0]; z++)
         for (Py_ssize_t y = 0; y < copies[0].count[1]; y++)
-            for (Py_ssize_t n = 0; n < num_pieces; n++)
-                copy_row(copies[n].to + z * to_stride[1] + y * to_stride[2],
-                         copies[n].from + z * from_stride[0] + y * from_stride[1],
-                         (size_t)(copies[n].count[2] * work->voxel));
+            for (Py_ssize_t n = 0; n < num_copies; n++) {
+                const Copy *copy = &copies[n];
+                char *to = copy->to + z * to_stride[1] + y * to_stride[2];
+                Py_ssize_t at = z * copy->stride[0] + y * copy->stride[1];
+                if (copy->from.high)
+                    merge_row(to, copy->from.voxels + at, copy->from.high + at, copy->count[2]);
+                else
+                    copy_row(to, copy->from.voxels + at, (size_t)(copy->count[2] * work->voxel));
+            }
 }
 
 /* Where a chunk may be decoded straight into its box, or NULL: all of it is wanted, and lies there without a gap. */
@@ -132,56 +205,115 @@ static uint32_t little_endian_32(const uint8_t *at)
     return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
-/* Check and decode one chunk into `to`, which has room for exactly one. Returns 0 when it is damaged. */
-static int decode(const Work *work, const uint8_t *data, uint64_t length, char *to)
+/* Decode a chunk that Blosc has compressed with LZ4 in one block, as it is with the preset for speed. Blosc would copy
+ * what did not get smaller (noise: the low bytes of a CT), then join the bytes of all voxels, wanted or not; here they
+ * stay apart in `scratch` until they are put in place. Returns 0 for anything else, which is left to Blosc. */
+static int decode_lz4(const Work *work, const uint8_t *data, uint64_t length, char *scratch, Decoded *decoded)
+{
+    enum { VERSION = 2, LZ4_VERSION = 1, LZ4_FORMAT = 1 << 5, FORMATS = 7 << 5 };
+    enum { BYTES_APART = 1, STORED = 2, BITS_APART = 4, IN_ONE_PART = 16 };
+    const int flags = data[2];
+    if (data[0] == VERSION && flags & STORED && length == BLOSC_HEADER_BYTES + (uint64_t)work->chunk) {
+        *decoded = (Decoded){(const char *)data + BLOSC_HEADER_BYTES, NULL};
+        return 1;
+    }
+    if (data[0] != VERSION || data[1] != LZ4_VERSION || (flags & FORMATS) != LZ4_FORMAT || flags & (BITS_APART | STORED))
+        return 0;
+    if (work->voxel > 2 || data[3] != work->voxel || (work->voxel == 2 && !(flags & BYTES_APART)))
+        return 0;
+    if (little_endian_32(data + 8) != (uint64_t)work->chunk || length < BLOSC_HEADER_BYTES + 4)
+        return 0;
+    const Py_ssize_t parts = flags & IN_ONE_PART ? 1 : work->voxel, part_bytes = work->chunk / parts;
+    const char *part[2] = {NULL, NULL};
+    uint64_t at = little_endian_32(data + BLOSC_HEADER_BYTES); /* where the block begins */
+    for (Py_ssize_t n = 0; n < parts; n++) {
+        if (at > length || length - at < 4)
+            return 0;
+        uint64_t size = little_endian_32(data + at);
+        at += 4;
+        if (size > length - at)
+            return 0;
+        part[n] = (const char *)data + at;
+        if (size != (uint64_t)part_bytes) { /* else it is stored as it is */
+            char *place = scratch + n * part_bytes;
+            if (work->lz4(part[n], place, (int)size, (int)part_bytes) != part_bytes)
+                return 0;
+            part[n] = place;
+        }
+        at += size;
+    }
+    decoded->voxels = part[0];
+    decoded->high = work->voxel == 1 ? NULL : parts == 2 ? part[1] : part[0] + work->chunk / 2;
+    return 1;
+}
+
+/* Check and decode one chunk, straight into `own` place where there is one and its bytes come out in order, else into
+ * `scratch` or, of what did not get smaller, not at all. Returns 0 when it is damaged. */
+static int decode(const Work *work, const uint8_t *data, uint64_t length, char *own, char *scratch, Decoded *decoded)
 {
     if (length < BLOSC_HEADER_BYTES + CRC_BYTES || length > INT32_MAX)
         return 0;
     if (work->crc32c(0, data, length) != CRC_RESIDUE)
         return 0;
+    length -= CRC_BYTES;
     /* Blosc trusts its header: it would fill a part of `to`, or read beyond the data, without a word. */
-    if (little_endian_32(data + 4) != (uint64_t)work->chunk || little_endian_32(data + 12) != length - CRC_BYTES)
+    if (little_endian_32(data + 4) != (uint64_t)work->chunk || little_endian_32(data + 12) != length)
         return 0;
-    return work->decompress(data, to, (size_t)work->chunk, 1) == work->chunk;
+    if (work->lz4 && decode_lz4(work, data, length, own && work->voxel == 1 ? own : scratch, decoded))
+        return 1;
+    *decoded = (Decoded){own ? own : scratch, NULL};
+    return work->decompress(data, own ? own : scratch, (size_t)work->chunk, 1) == work->chunk;
 }
 
-/* Decode pieces [first, stop), whose bytes lie in `data`, which begins at byte `base` of the shard.
- * Returns the first piece of a damaged chunk, or `stop`; counts chunks. */
-static Py_ssize_t decode_run(const Work *work, Py_ssize_t first, Py_ssize_t stop, const uint8_t *data, uint64_t base,
-                             Py_ssize_t *num_decoded)
+/* The bytes of a chunk, or NULL when its mapping cannot be read. What is mapped is copied, a chunk at a time into the
+ * core's own cache: nobody can change the bytes between their check and their use. */
+static const uint8_t *encoded(Work *work, Py_ssize_t number, uint8_t *copy)
 {
-    const Py_ssize_t stride[3] = {work->plane, work->row, work->voxel};
+    const Piece *piece = &work->pieces[number];
+    const uint8_t *at = work->data + (piece->offset - work->base);
+    if (!work->copy)
+        return at;
+    if (!guarded_copy(copy, at, piece->length))
+        return NULL;
+    work->bytes_copied += (Py_ssize_t)piece->length;
+    return copy;
+}
+
+/* Decode pieces [first, stop), whose bytes lie in `data`. Returns the first piece of a damaged chunk, or `stop`. */
+static Py_ssize_t decode_run(Work *work, Py_ssize_t first, Py_ssize_t stop)
+{
     while (first < stop) {
         /* Some chunks that lie side by side along X, so that whole rows of a box can be written. */
         const Piece *pieces = work->pieces;
         const Py_ssize_t line = pieces[first].number / work->grid[3];
         Py_ssize_t num_chunks = 0, next = first;
         for (; next < stop && pieces[next].number / work->grid[3] == line; next++) {
+            Decoded *decoded = &work->decoded[next - first];
             if (next > first && pieces[next].number == pieces[next - 1].number) {
-                work->decoded[next - first] = work->decoded[next - first - 1];
+                *decoded = decoded[-1];
                 continue;
             }
             if (num_chunks == CHUNKS_AT_ONCE)
                 break;
             int is_shared = next + 1 < stop && pieces[next + 1].number == pieces[next].number;
             char *own = is_shared ? NULL : own_place(work, &pieces[next]);
-            char *scratch = work->scratch + num_chunks++ * work->chunk;
-            if (!decode(work, data + (pieces[next].offset - base), pieces[next].length, own ? own : scratch))
+            char *scratch = work->scratch + num_chunks * work->chunk;
+            const uint8_t *data = encoded(work, next, work->copy + num_chunks * work->longest);
+            num_chunks++;
+            if (!data || !decode(work, data, pieces[next].length, own, scratch, decoded))
                 return next;
-            ++*num_decoded;
-            work->decoded[next - first] = own ? NULL : scratch;
+            work->num_decoded++;
+            if (decoded->voxels == own)
+                decoded->voxels = NULL;
         }
         for (Py_ssize_t n = 0; n < work->num_boxes; n++) {
-            const Piece *side[CHUNKS_AT_ONCE];
-            const char *from[CHUNKS_AT_ONCE];
+            Copy copies[CHUNKS_AT_ONCE];
             Py_ssize_t count = 0;
             for (Py_ssize_t each = first; each < next; each++)
-                if (pieces[each].box == &work->boxes[n] && work->decoded[each - first]) {
-                    side[count] = &pieces[each];
-                    from[count++] = work->decoded[each - first];
-                }
+                if (pieces[each].box == &work->boxes[n] && work->decoded[each - first].voxels)
+                    copies[count++] = copy_of(work, &pieces[each], work->decoded[each - first], 0);
             if (count)
-                place(work, side, from, count, stride);
+                place(work, copies, count, work->boxes[n].view.strides);
         }
         first = next;
     }
@@ -229,9 +361,10 @@ static int plan(Work *work, const uint64_t *index, const char *fill_row)
                     for (Py_ssize_t x = from[2]; x < to[2]; x++) {
                         Py_ssize_t number = ((c * work->grid[1] + z) * work->grid[2] + y) * work->grid[3] + x;
                         Piece piece = {index[2 * number], index[2 * number + 1], number, box};
-                        if (piece.offset == EMPTY)
-                            place(work, &(const Piece *){&piece}, &fill_row, 1, (const Py_ssize_t[3]){0});
-                        else if (piece.length > UINT64_MAX - piece.offset || piece.offset + piece.length > PY_SSIZE_T_MAX) {
+                        if (piece.offset == EMPTY) {
+                            Copy air = copy_of(work, &piece, (Decoded){fill_row, NULL}, 1);
+                            place(work, &air, 1, box->view.strides);
+                        } else if (piece.length > UINT64_MAX - piece.offset || piece.offset + piece.length > PY_SSIZE_T_MAX) {
                             PyErr_SetString(PyExc_ValueError, "index: points beyond any file");
                             return -1;
                         } else
@@ -243,7 +376,7 @@ static int plan(Work *work, const uint64_t *index, const char *fill_row)
 }
 
 /* The end of the run of pieces that begins at `first` and is read at once, and where its bytes end. */
-static Py_ssize_t end_of_run(const Work *work, Py_ssize_t first, uint64_t gap, uint64_t most, uint64_t *end)
+static Py_ssize_t end_of_run(const Work *work, Py_ssize_t first, uint64_t *end)
 {
     const Piece *pieces = work->pieces;
     Py_ssize_t next = first + 1;
@@ -251,9 +384,9 @@ static Py_ssize_t end_of_run(const Work *work, Py_ssize_t first, uint64_t gap, u
     for (; next < work->num_pieces; next++) {
         uint64_t stop = pieces[next].offset + pieces[next].length;
         if (pieces[next].number != pieces[next - 1].number) {
-            if (pieces[next].offset > *end && pieces[next].offset - *end > gap)
+            if (pieces[next].offset > *end && pieces[next].offset - *end > work->gap)
                 break;
-            if (stop - pieces[first].offset > most)
+            if (stop - pieces[first].offset > work->most)
                 break;
         }
         if (stop > *end)
@@ -262,15 +395,15 @@ static Py_ssize_t end_of_run(const Work *work, Py_ssize_t first, uint64_t gap, u
     return next;
 }
 
-/* Tell `announce` of all ranges, when there are several. Returns 0, or -1 with an exception. */
-static int announce_runs(const Work *work, uint64_t gap, uint64_t most, PyObject *announce)
+/* Tell `announce` of all ranges, when there are at least `least`. Returns 0, or -1 with an exception. */
+static int announce_runs(const Work *work, PyObject *announce, Py_ssize_t least)
 {
     PyObject *ranges = PyList_New(0);
     if (!ranges)
         return -1;
     uint64_t end;
     for (Py_ssize_t first = 0, next; first < work->num_pieces; first = next) {
-        next = end_of_run(work, first, gap, most, &end);
+        next = end_of_run(work, first, &end);
         uint64_t start = work->pieces[first].offset;
         PyObject *range = Py_BuildValue("(KK)", (unsigned long long)start, (unsigned long long)(end - start));
         if (!range || PyList_Append(ranges, range) < 0) {
@@ -280,18 +413,18 @@ static int announce_runs(const Work *work, uint64_t gap, uint64_t most, PyObject
         }
         Py_DECREF(range);
     }
-    PyObject *done = PyList_GET_SIZE(ranges) > 1 ? PyObject_CallOneArg(announce, ranges) : Py_NewRef(Py_None);
+    PyObject *done = PyList_GET_SIZE(ranges) >= least ? PyObject_CallOneArg(announce, ranges) : Py_NewRef(Py_None);
     Py_DECREF(ranges);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
 /* Read and decode all runs. Returns None, or (number, encoded bytes) of a damaged chunk, or NULL with an exception. */
-static PyObject *decode_all(const Work *work, uint64_t gap, uint64_t most, PyObject *read, Py_ssize_t *num_decoded)
+static PyObject *decode_all(Work *work, PyObject *read)
 {
     uint64_t end;
     for (Py_ssize_t first = 0, next; first < work->num_pieces; first = next) {
-        next = end_of_run(work, first, gap, most, &end);
+        next = end_of_run(work, first, &end);
         uint64_t start = work->pieces[first].offset;
         PyObject *bytes = PyObject_CallFunction(read, "KK", (unsigned long long)start, (unsigned long long)(end - start));
         if (!bytes)
@@ -303,11 +436,13 @@ static PyObject *decode_all(const Work *work, uint64_t gap, uint64_t most, PyObj
         }
         PyObject *answer = NULL;
         if ((uint64_t)data.len < end - start) {
-            PyErr_SetString(PyExc_ValueError, "read: returned fewer bytes than were asked for");
+            PyErr_SetString(PyExc_ValueError, "source: returned fewer bytes than were asked for");
         } else {
             Py_ssize_t done;
+            work->data = data.buf;
+            work->base = start;
             Py_BEGIN_ALLOW_THREADS
-            done = decode_run(work, first, next, data.buf, start, num_decoded);
+            done = decode_run(work, first, next);
             Py_END_ALLOW_THREADS
             if (done == next)
                 answer = Py_NewRef(Py_None);
@@ -324,6 +459,50 @@ static PyObject *decode_all(const Work *work, uint64_t gap, uint64_t most, PyObj
         Py_DECREF(answer);
     }
     return Py_NewRef(Py_None);
+}
+
+/* The first piece of a run that does not begin in the page cache, or `num_pieces`; that too where the system cannot tell. */
+static Py_ssize_t first_absent(const Work *work, int file, uint64_t position)
+{
+#ifdef RWF_NOWAIT
+    uint64_t end;
+    for (Py_ssize_t first = 0; first < work->num_pieces; first = end_of_run(work, first, &end)) {
+        char byte;
+        struct iovec one = {&byte, 1};
+        ssize_t count = preadv2(file, &one, 1, (off_t)(position + work->pieces[first].offset), RWF_NOWAIT);
+        if (count < 0 && errno == EAGAIN)
+            return first;
+        if (count < 0)
+            break;
+    }
+#endif
+    return work->num_pieces;
+}
+
+/* Decode all pieces out of a mapping of the shard, which lies in `file` from `position` on. Returns None, or (number, no
+ * bytes) of a chunk that is damaged, cannot be read or does not lie in the page cache, or NULL with an exception. */
+static PyObject *decode_mapping(Work *work, const Py_buffer *mapping, int file, uint64_t position)
+{
+    Py_ssize_t done = 0;
+    uint64_t longest = 1, size = (uint64_t)mapping->len;
+    for (; done < work->num_pieces && work->pieces[done].offset + work->pieces[done].length <= size; done++)
+        if (work->pieces[done].length > longest)
+            longest = work->pieces[done].length;
+    if (done == work->num_pieces) {
+        work->data = mapping->buf;
+        work->longest = (Py_ssize_t)longest;
+        work->copy = PyMem_Malloc(longest * CHUNKS_AT_ONCE);
+        if (!work->copy)
+            return PyErr_NoMemory();
+        if (guard_bus_errors() < 0)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        Py_BEGIN_ALLOW_THREADS
+        done = file < 0 ? work->num_pieces : first_absent(work, file, position);
+        if (done == work->num_pieces)
+            done = decode_run(work, 0, work->num_pieces);
+        Py_END_ALLOW_THREADS
+    }
+    return done == work->num_pieces ? Py_NewRef(Py_None) : Py_BuildValue("(ny#)", work->pieces[done].number, "", (Py_ssize_t)0);
 }
 
 /* ------------------------------------------------------------------------------------------------ the call */
@@ -369,23 +548,24 @@ static int take_boxes(Work *work, PyObject *list)
 }
 
 PyDoc_STRVAR(read_boxes_doc,
-"read_boxes(decompress, crc32c, index, grid, edge, fill, boxes, gap_bytes, largest_read_bytes, announce, read)\n\n"
+"read_boxes(decompress, lz4, crc32c, index, grid, edge, fill, boxes, gap_bytes, largest_read_bytes, announce, source, file, position)\n\n"
 "Decode the chunks that boxes touch; see the stub.");
 
 static PyObject *read_boxes(PyObject *module, PyObject *arguments)
 {
     (void)module;
-    unsigned long long decompress, crc32c, gap, most;
-    PyObject *list, *announce, *read, *answer = NULL, *result = NULL;
-    Py_buffer index = {0}, fill = {0};
+    unsigned long long decompress, lz4, crc32c, position;
+    int file;
+    PyObject *list, *announce, *source, *answer = NULL, *result = NULL;
+    Py_buffer index = {0}, fill = {0}, mapping = {0};
     Work work = {0};
     char *fill_row = NULL;
-    Py_ssize_t num_decoded = 0;
-    if (!PyArg_ParseTuple(arguments, "KKy*(nnnn)ny*O!KKOO", &decompress, &crc32c, &index, &work.grid[0], &work.grid[1],
-                          &work.grid[2], &work.grid[3], &work.edge, &fill, &PyList_Type, &list, &gap, &most, &announce,
-                          &read))
+    if (!PyArg_ParseTuple(arguments, "KKKy*(nnnn)ny*O!KKOOiK", &decompress, &lz4, &crc32c, &index, &work.grid[0], &work.grid[1],
+                          &work.grid[2], &work.grid[3], &work.edge, &fill, &PyList_Type, &list, &work.gap, &work.most, &announce,
+                          &source, &file, &position))
         return NULL;
     work.decompress = (Decompress)(uintptr_t)decompress;
+    work.lz4 = (Lz4)(uintptr_t)lz4;
     work.crc32c = (Crc32c)(uintptr_t)crc32c;
     if (!work.decompress || !work.crc32c) {
         refuse("decompress, crc32c: no address");
@@ -417,8 +597,10 @@ static PyObject *read_boxes(PyObject *module, PyObject *arguments)
     }
     if (take_boxes(&work, list) < 0)
         goto done;
+    if (!PyCallable_Check(source) && PyObject_GetBuffer(source, &mapping, PyBUF_SIMPLE) < 0)
+        goto done;
     work.scratch = PyMem_Malloc((size_t)work.chunk * CHUNKS_AT_ONCE);
-    work.decoded = PyMem_New(const char *, work.num_boxes * CHUNKS_AT_ONCE + 1);
+    work.decoded = PyMem_New(Decoded, work.num_boxes * CHUNKS_AT_ONCE + 1);
     fill_row = PyMem_Malloc((size_t)work.row);
     if (!work.scratch || !work.decoded || !fill_row) {
         PyErr_NoMemory();
@@ -428,12 +610,13 @@ static PyObject *read_boxes(PyObject *module, PyObject *arguments)
         memcpy(fill_row + voxel * work.voxel, fill.buf, (size_t)work.voxel);
     if (plan(&work, index.buf, fill_row) < 0)
         goto done;
-    if (announce != Py_None && announce_runs(&work, gap, most, announce) < 0)
+    if (announce != Py_None && announce_runs(&work, announce, mapping.obj ? 1 : 2) < 0)
         goto done;
-    answer = decode_all(&work, gap, most, read, &num_decoded);
+    answer = mapping.obj ? decode_mapping(&work, &mapping, file, (uint64_t)position) : decode_all(&work, source);
     if (answer)
-        result = Py_BuildValue("(nN)", num_decoded, answer);
+        result = Py_BuildValue("(nNn)", work.num_decoded, answer, work.bytes_copied);
 done:
+    PyMem_Free(work.copy);
     PyMem_Free(work.scratch);
     PyMem_Free(work.decoded);
     PyMem_Free(fill_row);
@@ -441,12 +624,35 @@ done:
     for (Py_ssize_t n = 0; n < work.num_boxes; n++)
         PyBuffer_Release(&work.boxes[n].view);
     PyMem_Free(work.boxes);
+    PyBuffer_Release(&mapping);
     PyBuffer_Release(&fill);
     PyBuffer_Release(&index);
     return result;
 }
 
-static PyMethodDef methods[] = {{"read_boxes", read_boxes, METH_VARARGS, read_boxes_doc}, {NULL, NULL, 0, NULL}};
+PyDoc_STRVAR(file_system_doc, "file_system(file)\n\nWhat kind of file system an open file lies on; see the stub.");
+
+static PyObject *file_system(PyObject *module, PyObject *argument)
+{
+    (void)module;
+    int file = PyObject_AsFileDescriptor(argument);
+    if (file < 0)
+        return NULL;
+#ifdef __linux__
+    struct statfs status;
+    if (fstatfs(file, &status) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromUnsignedLong((unsigned long)status.f_type & 0xFFFFFFFFu);
+#else
+    return PyLong_FromLong(0);
+#endif
+}
+
+static PyMethodDef methods[] = {
+    {"read_boxes", read_boxes, METH_VARARGS, read_boxes_doc},
+    {"file_system", file_system, METH_O, file_system_doc},
+    {NULL, NULL, 0, NULL},
+};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_chunks", NULL, 0, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__chunks(void)

@@ -13,16 +13,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Literal, Protocol, cast
 
 from mimscale.errors import ConfigError
+from mimscale.store.windows import Windows, is_local
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "abfs", "memory")
 # Chunks of an object nearer than this are read at once: 20 ms a request at 50 MB/s of one connection.
 REMOTE_GAP_BYTES = 1024 * 1024
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 20
+# auto: map what lies on this machine's own file systems, and read what its page cache lacks; see `Files.window`.
+ReadBy = Literal["auto", "map", "pread"]
 ATTEMPTS = 4  # of a request that ends in a 5xx, "slow down" or a timeout
 # s3fs tries again what broke off under way, and does so at two levels: a silent server gets 2 x 2 x ATTEMPTS requests,
 # which end before `stream.timeout_s`; its own 5 x 5 would not.
@@ -69,6 +73,15 @@ class LocalFile:
         """See `OpenFile`."""
         for position, length in ranges:
             os.posix_fadvise(self._file, position, length, os.POSIX_FADV_WILLNEED)
+
+    def fileno(self) -> int:
+        """The descriptor, as for Python's own files."""
+        return self._file
+
+    @cached_property
+    def is_local(self) -> bool:
+        """True where a page that is touched comes from this machine's memory or disk."""
+        return is_local(self._file)
 
     @property
     def is_removed(self) -> bool:
@@ -124,8 +137,10 @@ class Files:
     `hits` and `misses` count how often an opened file was a copy on the stage or not. One for each process.
     """
 
-    def __init__(self, stage: "Copies | None" = None, *, max_open_files: int = 64) -> None:
+    def __init__(self, stage: "Copies | None" = None, *, read_by: ReadBy = "auto", max_open_files: int = 64) -> None:
         self._stage = stage
+        self._read_by = read_by
+        self._windows = Windows()
         self._max_open_files = max_open_files
         self._open: OrderedDict[Path, tuple[OpenFile, bool]] = OrderedDict()
         self._next_look_s: dict[Path, float] = {}
@@ -143,7 +158,7 @@ class Files:
         if entry is None:
             entry = self._open[path] = self._opened(path)
             if len(self._open) > self._max_open_files:
-                self._open.popitem(last=False)
+                self._let_go(next(iter(self._open)))
         else:
             self._open.move_to_end(path)
         file, is_copy = entry
@@ -151,8 +166,27 @@ class Files:
         self.misses += not is_copy
         return file
 
+    def window(self, path: Path, position: int, length: int) -> tuple[memoryview, int] | None:
+        """A part of an opened file as a mapping, or None where it is better read.
+
+        A page that the page cache lacks is a request of its own when it is touched, or of a few pages: larger reads are
+        faster, on a disk, and all the more on a parallel file system, which may take pages away at any time.
+
+        Returns:
+            the mapping: a byte of it that cannot be read ends the process, but for readers that are prepared; and the
+            descriptor by which to ask whether the page cache has what is wanted, or -1: then nobody asks.
+        """
+        file, _ = self._open[path]
+        if self._read_by == "pread" or not isinstance(file, LocalFile):
+            return None
+        if self._read_by == "auto" and not file.is_local:
+            return None
+        window = self._windows.of(path, file.fileno(), position, length)
+        return None if window is None else (window, file.fileno() if self._read_by == "auto" else -1)
+
     def close(self) -> None:
         """Forget the open files; they are opened again when asked for."""
+        self._windows.clear()
         self._open.clear()
         self._next_look_s.clear()
 
@@ -177,7 +211,11 @@ class Files:
         if (entry := self._open.get(path)) is not None:
             file, is_copy = entry
             if is_copy != (copy is not None) or (isinstance(file, LocalFile) and is_copy and file.is_removed):
-                del self._open[path]  # closed once nobody reads from it
+                self._let_go(path)
+
+    def _let_go(self, path: Path) -> None:
+        self._windows.forget(path)
+        del self._open[path]  # closed once nobody reads from it
 
 
 class Copies(Protocol):

@@ -1,6 +1,7 @@
 """The loop over chunks in C, where it could be built and the libraries whose functions it calls are found.
 
-`read_boxes` is None otherwise: the reader then does the same in Python, more slowly.
+`read_boxes` and `file_system` are None otherwise: the reader then does the same in Python, more slowly, and
+maps nothing.
 """
 
 import ctypes
@@ -28,20 +29,28 @@ def _address(symbol: str, extension: str) -> int:
     return address
 
 
-def _load() -> tuple[Callable[..., Any] | None, str]:
+def _load() -> tuple[Callable[..., Any] | None, Callable[[int], int] | None, str]:
     if sys.byteorder != "little":
-        return None, "a loop in Python, because this machine is not little-endian as the chunks are"
+        return None, None, "a loop in Python, because this machine is not little-endian as the chunks are"
     try:
         from mimscale.store import _chunks
 
         blosc = _address("blosc_decompress_ctx", "imagecodecs._blosc")
         crc32c = _address("crc32c_extend", "google_crc32c._crc32c")
     except ImportError as error:
-        return None, (
-            f"a loop in Python, slower than the one in C, which cannot be used ({error}); "
-            "install mimscale again where there is a C compiler"
+        return (
+            None,
+            None,
+            (
+                f"a loop in Python, slower than the one in C, which cannot be used ({error}); "
+                "install mimscale again where there is a C compiler"
+            ),
         )
-    return partial(_chunks.read_boxes, blosc, crc32c), "a loop in C"
+    try:
+        lz4 = _address("LZ4_decompress_safe", "imagecodecs._blosc")
+    except ImportError:
+        lz4 = 0  # built into Blosc: Blosc decodes everything
+    return partial(_chunks.read_boxes, blosc, lz4, crc32c), _chunks.file_system, "a loop in C"
 
 
-read_boxes, description = _load()
+read_boxes, file_system, description = _load()

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class _Shard:
 class ShardReader:
     """Reads boxes of the volumes of a store.
 
-    `bytes_read` counts what came from files, `voxels_decoded` what was decompressed: against the voxels that were asked
-    for, they are the read amplification.
+    `bytes_read` counts what came from files (`bytes_mapped` of them out of mappings), `voxels_decoded` what was
+    decompressed: against the voxels that were asked for, they are the read amplification.
     """
 
     def __init__(
@@ -81,10 +81,13 @@ class ShardReader:
         self._max_cached_indices = max_cached_indices
         self._files = Files() if files is None else files
         self._indices: OrderedDict[tuple[Path, int], NDArray[np.uint64]] = OrderedDict()
+        # The same objects again: comparing paths that are equal but not the same takes longer than finding a chunk.
+        self._pack_path = lru_cache(max_cached_indices)(partial(layout.pack_path, store))
+        self._overlay_path = lru_cache(max_cached_indices)(partial(layout.overlay_path, store))
         self._inside: set[Path] = set()  # packs that are known to lie in the store
         self._buffer = memoryview(bytearray())
         self._request_s = _FIRST_GUESS_S
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_mapped = 0
         self.voxels_decoded = 0
 
     def close(self) -> None:
@@ -216,7 +219,7 @@ class ShardReader:
         return target
 
     def _volume_shard(self, row: VolumeRow | SampleRow) -> _Shard:
-        path = layout.pack_path(self._store, row.part)
+        path = self._pack_path(row.part)
         dtype = np.dtype(row.dtype)
         return _Shard(
             row.id, path, row.offset_bytes, row.length_bytes, row.shape, dtype, row.fill_value, row.fill_value
@@ -227,7 +230,7 @@ class ShardReader:
         if place is None:
             has = ", ".join(row.overlays) or "none"
             raise DataError(f"volume {row.id}: has no overlay {name!r} (it has: {has}); ingest it with a label file")
-        path = layout.overlay_path(self._store, name, place.part)
+        path = self._overlay_path(name, place.part)
         shape = (1, *(place.source_zyx or row.shape[1:]))
         ignore = float(layout.IGNORE_VALUE)
         return _Shard(row.id, path, place.offset_bytes, place.length_bytes, shape, np.dtype(np.uint8), 0.0, ignore)
@@ -254,18 +257,31 @@ class ShardReader:
         def announce(ranges: list[tuple[int, int]]) -> None:
             file.will_read([(target.offset_bytes + start, length) for start, length in ranges])
 
-        num_decoded, damaged = read_boxes(
-            index,
-            shard.chunk_grid(target.shape, edge),
-            edge,
-            target.fill,
-            boxes,
-            self._gap_bytes(file),
-            _LARGEST_READ_BYTES,
-            announce if self._is_worth_announcing(file) else None,
-            partial(self._pread, target, file),
-        )
-        self.voxels_decoded += num_decoded * edge**3
+        def decode(source: Any, ask: int = -1) -> tuple[int, bytes] | None:
+            damaged: tuple[int, bytes] | None
+            num_decoded, damaged, bytes_copied = read_boxes(
+                index,
+                shard.chunk_grid(target.shape, edge),
+                edge,
+                target.fill,
+                boxes,
+                self._gap_bytes(file),
+                _LARGEST_READ_BYTES,
+                announce if self._is_worth_announcing(file) else None,
+                source,
+                ask,
+                target.offset_bytes,
+            )
+            self.voxels_decoded += num_decoded * edge**3
+            self.bytes_read += bytes_copied
+            self.bytes_mapped += bytes_copied
+            return damaged
+
+        window = self._files.window(target.path, target.offset_bytes, target.length_bytes)
+        if window is not None and decode(*window) is None:
+            return
+        # Also after a mapping that cannot be read, or not at once, or has a damaged chunk: reading says what is wrong.
+        damaged = decode(partial(self._pread, target, file))
         if damaged is not None:
             number, data = damaged
             self._decode(target, number, data, memoryview(bytearray(edge**3 * target.dtype.itemsize)))

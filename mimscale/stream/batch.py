@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimscale.errors import DataError
-from mimscale.store.files import Files
+from mimscale.store.files import Files, ReadBy
 from mimscale.store.intensity import normalisation
 from mimscale.store.layout import overlay_path, pack_path, read_info
 from mimscale.store.manifest import Manifest
@@ -175,6 +175,7 @@ class SampleReader:
         *,
         slots: Slots | None = None,
         stage: Stage | None = None,
+        read_by: ReadBy = "auto",
         refused: Mapping[int, str] | None = None,
         now: Callable[[int], None] = lambda volume: None,
     ) -> None:
@@ -188,6 +189,7 @@ class SampleReader:
             overlay: name of the label overlay to read, or None.
             slots: decode straight into these, which another process can map.
             stage: where copies of packs may lie, or None.
+            read_by: how packs on file systems are read; see `StreamConfig.read`.
             refused: volumes of the plan that count as unreadable, and why.
             now: told of each volume before it is read, and of -1 when nothing is.
         """
@@ -198,7 +200,7 @@ class SampleReader:
         # Crops of a volume are read near each other, and a row of a manifest takes a while to become an object.
         self._sample_row = lru_cache(maxsize=_MOST_ROWS)(manifest.sample_row)
         self._stage = stage
-        self._files = Files(stage)
+        self._files = Files(stage, read_by=read_by)
         self._reader = ShardReader(store, manifest, self._files)
         self._closed_voxels = self._closed_bytes = 0  # counted by readers that were closed
 

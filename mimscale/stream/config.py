@@ -60,6 +60,9 @@ class StreamConfig:
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"  # fork shares the manifest's memory
     stage_dir: Path | None = None  # folder on a disk of each node: packs are copied there ahead of use; null: no copies
     stage_gib: float = 500.0  # what all copies in it may take up
+    # map: packs are mapped; pread: they are read by calls; auto: mapped on file systems of the node (ext4, xfs, btrfs,
+    # tmpfs, overlay) while the page cache has what is read, read by calls on Lustre, GPFS, NFS and while a disk answers
+    read: Literal["auto", "map", "pread"] = "auto"
 
     def __post_init__(self) -> None:
         require_positive(

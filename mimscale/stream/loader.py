@@ -81,7 +81,7 @@ class StreamLoader:
         if native.read_boxes is None and world.rank == 0:
             console.say(f"chunks are decoded by {native.description}")
         part = partial(_training_part, plan, world, accumulation, start_batch)
-        dataset = Parts(store, manifest, indices, plan, overlay, part, stage)
+        dataset = Parts(store, manifest, indices, plan, overlay, part, stage, config.read)
         self._plan = plan
         self._is_staged = stage is not None
         self._stage_hits = self._stage_misses = self._staged_bytes = 0.0
@@ -161,7 +161,7 @@ def fixed_batches(
         DataError: as `StreamLoader`.
     """
     part = partial(_fixed_part, plan.rank_samples(world.rank, world.size, batch))
-    batches = Batches(Parts(store, manifest, indices, plan, overlay, part, stage), config, pin_memory)
+    batches = Batches(Parts(store, manifest, indices, plan, overlay, part, stage, config.read), config, pin_memory)
     try:
         yield from batches
     finally:

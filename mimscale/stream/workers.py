@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mimscale import console
 from mimscale.errors import DataError
+from mimscale.store.files import ReadBy
 from mimscale.store.manifest import Manifest
 from mimscale.store.stage import Stage
 from mimscale.stream.batch import BadSample, Batch, MicroBatch, Plan, SampleReader
@@ -56,8 +57,9 @@ class Parts(IterableDataset[list[Batch] | _Failure]):
         overlay: str | None,
         part: Callable[[int], Part | None],
         stage: Stage | None,
+        read_by: ReadBy,
     ) -> None:
-        self._open = partial(SampleReader, store, manifest, indices, plan, overlay, stage=stage)
+        self._open = partial(SampleReader, store, manifest, indices, plan, overlay, stage=stage, read_by=read_by)
         self._part = part
         self.first = 0  # number of the first part to read
         self.refused: dict[int, str] = {}  # volumes that killed workers, and how

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,16 @@ from store_samples import config_of, make_store, opened, rows_of, shard_index
 from mimscale.errors import DataError
 from mimscale.ingest.pool import process_pool
 from mimscale.ingest.run import ingest
-from mimscale.store import layout, shard
+from mimscale.store import layout, reader, shard
+from mimscale.store.files import Files
 from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.store.verify import verify
+
+
+@pytest.fixture(autouse=True, params=["map", "pread"])
+def read_by(request, monkeypatch):
+    """Every damage is found and named in the same words, whether packs are mapped or read by calls."""
+    monkeypatch.setattr(reader, "Files", partial(Files, read_by=request.param))
 
 
 @pytest.fixture(scope="module")

@@ -100,12 +100,14 @@ def remove_label(store: Path, manifest: Manifest, index: int) -> None:
 
 
 @pytest.mark.parametrize("break_it", [flip_a_bit, truncate, remove, remove_label])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_sample_is_replaced_named_and_counted(store: Path, break_it: Any, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "read"), [(0, "map"), (2, "map"), (0, "pread"), (2, "pread")])
+def test_an_unreadable_sample_is_replaced_named_and_counted(
+    store: Path, break_it: Any, workers: int, read: str
+) -> None:
     manifest = load_manifest(store)
     break_it(store, manifest, 3)
     plan = a_plan(manifest)
-    batches = take(loader := a_loader(store, workers=workers), 16)  # two epochs: four times in the plan
+    batches = take(loader := a_loader(store, workers=workers, read=read), 16)  # two epochs: four times in the plan
     replaced = 0
     for batch in batches:
         planned = plan.samples(batch.sample_ids.numpy())
@@ -134,10 +136,13 @@ def test_an_unreadable_sample_is_replaced_named_and_counted(store: Path, break_i
     assert [bad.volume_id for bad in loader.bad_samples] == ["vol_003"] * 4
 
 
-def test_substitutes_are_the_same_on_any_number_of_ranks(store: Path) -> None:
+def test_substitutes_are_the_same_on_any_number_of_ranks_however_they_read(store: Path) -> None:
     damage(store, load_manifest(store), 2)
-    alone = take(a_loader(store, workers=0, micro_batch=4), 8)
-    ranks = [take(a_loader(store, world=World(rank=rank, size=2), micro_batch=2), 8) for rank in range(2)]
+    alone = take(a_loader(store, workers=0, micro_batch=4, read="pread"), 8)
+    ranks = [
+        take(a_loader(store, world=World(rank=rank, size=2), micro_batch=2, read=read), 8)
+        for rank, read in enumerate(("map", "auto"))
+    ]
     assert sum(batch.substituted for batch in alone) > 0
     for step, batch in enumerate(alone):
         assert batch.volume_ids == ranks[0][step].volume_ids + ranks[1][step].volume_ids
@@ -175,6 +180,22 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_volumes(store: Path) -> 
     assert "vol_005 (sample " in text
     assert caught.value.exit_code == 3
     assert children() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pack_that_is_truncated_under_a_running_loader_costs_samples_and_no_worker(store: Path, workers: int) -> None:
+    manifest = load_manifest(store)
+    with a_loader(store, workers=workers, read="map") as loader:
+        before = [next(loader) for _ in range(8)]  # an epoch: every pack is mapped
+        alive = children()
+        truncate(store, manifest, 3)
+        after = [next(loader) for _ in range(24)]
+        assert children() == alive
+    assert not any(batch.bad for batch in before)
+    bad = [bad for batch in after for bad in batch.bad]
+    assert 4 <= len(bad) <= 6, "twice an epoch, but for what was read ahead"
+    assert {item.volume_id for item in bad} == {"vol_003"}
+    assert all("vol_003: " in item.reason and "truncated: ends at byte" in item.reason for item in bad)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from store_samples import make_store
 
 from mimscale.errors import DataError
 from mimscale.store import layout, native, reader, shard
+from mimscale.store.files import Files
 from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.writer import PackWriter
@@ -18,13 +20,16 @@ EDGE = 8
 AIR = -1000
 
 
-@pytest.fixture(autouse=True, params=["C", "Python"])
+@pytest.fixture(autouse=True, params=["C, mapped", "C, read by calls", "Python"])
 def decoded_by(request, monkeypatch):
-    """Both loops over chunks must do the same."""
+    """Both loops over chunks must do the same, and the one in C wherever it takes the bytes from."""
     if request.param == "Python":
         monkeypatch.setattr(native, "read_boxes", None)
     elif native.read_boxes is None:
         pytest.skip(native.description)
+    read_by = "map" if request.param == "C, mapped" else "pread"
+    monkeypatch.setattr(reader, "Files", partial(Files, read_by=read_by))
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +42,8 @@ def volume():
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, volume):
-    """A reader of one volume, and its row."""
+def pack(tmp_path_factory, volume):
+    """A store of one volume, its manifest and its row."""
     folder = tmp_path_factory.mktemp("paths")
     model = make_store(folder / "model", count=1)
     row, info = load_manifest(model).row(0), layout.read_info(model)
@@ -55,7 +60,14 @@ def opened(tmp_path_factory, volume):
         offset_bytes=place.offset_bytes,
         length_bytes=place.length_bytes,
     )
-    return ShardReader(folder, load_manifest(model)), row
+    return folder, load_manifest(model), row
+
+
+@pytest.fixture
+def opened(pack, decoded_by):
+    """A reader of one volume, and its row."""
+    folder, manifest, row = pack
+    return ShardReader(folder, manifest), row
 
 
 def box_of(volume, start, size):
@@ -113,6 +125,7 @@ def test_a_bad_chunk_is_named_when_several_crops_are_read(opened, tmp_path, volu
 
 def test_slow_storage_is_asked_for_fewer_and_larger_ranges(opened, volume, monkeypatch):
     source, row = opened
+    monkeypatch.setattr(reader, "Files", partial(Files, read_by="pread"))
     requests = []
     read = os.preadv
 
