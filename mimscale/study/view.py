@@ -138,6 +138,9 @@ def _answer(one: Comparison) -> str:
         "lower": "lower",
         "nothing": "not shown to differ: the interval holds 0" if interval.low is not None else "of unknown certainty",
     }[interval.shows]
+    if interval.shows != "nothing" and min(interval.pretrain_seeds, interval.finetune_seeds) < 2:
+        # Resampling one seed gives that seed again: the interval is one of cases, and seeds differ by more than cases.
+        said += f" for {interval.pretrain_seeds} x {interval.finetune_seeds} seeds, too few to speak of others"
     difference = f"Dice {signed(interval.difference)} {interval_text(interval)}"
     text = f"{one.ours.name} against {one.theirs.name}: {difference}, {said}"
     if one.steps.value is not None:
