@@ -150,6 +150,7 @@ class Batches:
             if worker.is_alive():
                 worker.kill()
             worker.join()
+            _remove_names_of_shared_memory(worker.pid)
         if self._slots is not None:
             self._slots.close()
             self._slots = None
@@ -284,6 +285,17 @@ def _kill_workers(owner_pid: int, workers: list[Any]) -> None:
     for worker in workers:
         worker.kill()
         worker.join(timeout=1.0)
+        _remove_names_of_shared_memory(worker.pid)
+
+
+def _remove_names_of_shared_memory(pid: int) -> None:
+    """Of a worker that has ended: one that is killed between torch's shm_open and its shm_unlink leaves a name behind.
+
+    The memory behind such a name would be taken until the machine starts again. Nobody else has it: torch hands on
+    descriptors, never names.
+    """
+    for path in Path("/dev/shm").glob(f"torch_{pid}_*"):  # noqa: S108
+        path.unlink(missing_ok=True)
 
 
 def _loader_iterator(iterator: Iterator[Any]) -> Any:

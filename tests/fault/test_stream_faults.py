@@ -255,6 +255,22 @@ def test_a_worker_that_is_killed_once_costs_nothing_but_time(store: Path, capfd:
     assert shared_memory() <= before
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no folder here")
+@pytest.mark.parametrize("is_killed_before", [True, False])
+def test_a_worker_killed_while_it_names_shared_memory_leaves_no_name(store: Path, is_killed_before: bool) -> None:
+    with a_loader(store) as loader:
+        next(loader)
+        victim = max(children())
+        left = Path(f"/dev/shm/torch_{victim}_123_4")  # as torch has it between shm_open and shm_unlink
+        left.touch()
+        if is_killed_before:
+            os.kill(victim, signal.SIGKILL)
+            for _ in range(11):
+                next(loader)
+            assert not left.exists()
+    assert not left.exists()
+
+
 def kill_the_reader_of(monkeypatch: pytest.MonkeyPatch, *volume_ids: str) -> None:
     read_crops = ShardReader.read_crops
 
