@@ -14,12 +14,12 @@ fine-tuning needs model.positions=learned.
 import argparse
 import re
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai_mae import monai_network
 from torch import Tensor, nn
 
 from mimscale.console import say
@@ -31,7 +31,7 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import normalise
 from mimscale.train.config import PretrainConfig, load_run_config
 from mimscale.train.optim import adamw, group_rate
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 from mimscale.world import World
 
 # Of the whole network, what is no part of an encoder: the decoder, its token and positions.
@@ -47,33 +47,10 @@ class MonaiMae(nn.Module):
 
     def __init__(self, config: PretrainConfig, channels: int) -> None:
         """Raises ConfigError where the run has what MONAI's network cannot do."""
-        from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
-
         super().__init__()
         _check(config)
-        vit, mae = config.model, config.mae
         self.config = config
-        # Our crops are Z, Y, X, and so is everything that is given to it here.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # of its sines
-            self.network = MaskedAutoEncoderViT(
-                in_channels=channels,
-                img_size=config.crop_voxels,
-                patch_size=config.patch_voxels,
-                hidden_size=vit.dim,
-                mlp_dim=vit.mlp_dim,
-                num_layers=vit.depth,
-                num_heads=vit.heads,
-                masking_ratio=config.mask.ratio,
-                decoder_hidden_size=mae.decoder_dim,
-                decoder_mlp_dim=4 * mae.decoder_dim,
-                decoder_num_layers=mae.decoder_depth,
-                decoder_num_heads=mae.decoder_heads,
-                # Its sines need a width that is a multiple of 6.
-                pos_embed_type="sincos" if vit.dim % 6 == 0 else "learnable",
-                decoder_pos_embed_type="sincos" if mae.decoder_dim % 6 == 0 else "learnable",
-                qkv_bias=True,
-            )
+        self.network = monai_network(config, channels)
 
     def forward(self, image: Tensor, valid: Tensor) -> Tensor:
         """[B, C, Z, Y, X] and bool [B, 1, Z, Y, X] -> [] our loss on the patches that it hid."""

@@ -6,6 +6,7 @@ B batch | C channels | L patches a crop | K visible patches | P numbers a patch 
 import math
 
 import torch
+from monai_mae import monai_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,25 +73,8 @@ def full_embedding_step(setting: Setting) -> Step:
 
 def monai_step(setting: Setting) -> Step:
     """A step of MONAI's MaskedAutoEncoderViT, with the loss that its users write."""
-    from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
-
     config = setting.config
-    vit, mae = config.model, config.mae
-    model = MaskedAutoEncoderViT(
-        in_channels=setting.channels,
-        img_size=config.crop_voxels,
-        patch_size=config.patch_voxels,
-        hidden_size=vit.dim,
-        mlp_dim=int(vit.dim * vit.mlp_ratio),
-        num_layers=vit.depth,
-        num_heads=vit.heads,
-        masking_ratio=config.mask.ratio,
-        decoder_hidden_size=mae.decoder_dim,
-        decoder_mlp_dim=4 * mae.decoder_dim,
-        decoder_num_layers=mae.decoder_depth,
-        decoder_num_heads=mae.decoder_heads,
-        qkv_bias=True,
-    ).to(setting.device, setting.dtype)
+    model = monai_network(config, setting.channels).to(setting.device, setting.dtype)
     image, _ = normalise(setting.batch())
     image = image.to(setting.dtype)
 
