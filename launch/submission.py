@@ -32,7 +32,7 @@ from mimscale import durable
 from mimscale.config import tree_hash
 from mimscale.errors import CheckpointError, LaunchError
 from mimscale.store.layout import info_path, read_info
-from mimscale.train.checkpoint import read_manifest, refuse_former_version, tags
+from mimscale.train.committed import read_manifest, refuse_former_version, tags
 from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
 from mimscale.train.run_dir import Outcome, RunDir

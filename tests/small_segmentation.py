@@ -22,7 +22,7 @@ from mimscale.store.manifest import write_manifest
 from mimscale.store.rows import OverlayRow, VolumeRow
 from mimscale.store.writer import PackWriter
 from mimscale.train.build import build_pretrain, build_segmenter
-from mimscale.train.checkpoint import tag_name
+from mimscale.train.committed import tag_name
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 
 CLASSES = ("background", "grey", "white")

@@ -20,7 +20,8 @@ from mimscale.config import load_verb_config, verb_parser
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
 from mimscale.train.build import build_pretrain
-from mimscale.train.checkpoint import MANIFEST, Checkpoints, Saved, read_manifest, tags, why_not_loadable
+from mimscale.train.checkpoint import Checkpoints, Saved
+from mimscale.train.committed import MANIFEST, read_manifest, tags, why_not_loadable
 from mimscale.train.config import PretrainConfig
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.ranks import Ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.train.config import PretrainConfig
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 from mimscale.world import World
 
 

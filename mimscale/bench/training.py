@@ -32,7 +32,7 @@ from mimscale.train.garbage import collected_between_steps
 from mimscale.train.loop import train
 from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 from mimscale.world import World
 
 MODES = ("synthetic", "loader", "end_to_end")

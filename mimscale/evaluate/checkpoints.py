@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimscale.errors import CheckpointError, ConfigError
-from mimscale.train.checkpoint import newest, step_of, tag_name, tags, why_not_loadable
+from mimscale.train.committed import newest, step_of, tag_name, tags, why_not_loadable
 from mimscale.train.config import RunConfig
 from mimscale.train.retention import best_step, read_scores
 from mimscale.train.run_dir import RunDir

@@ -31,7 +31,7 @@ from mimscale.store.layout import StoreInfo
 from mimscale.store.manifest import Manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.rows import VolumeRow
-from mimscale.train.checkpoint import step_of
+from mimscale.train.committed import step_of
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.run_dir import RunDir
 

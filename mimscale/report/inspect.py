@@ -97,7 +97,7 @@ def describe_checkpoints(folder: Path, config_tree: dict[str, Any], *, hashes: b
         hashes: read every byte; without it only sizes are compared, and `verified` stays None for a whole one.
     """
     from mimscale.config import build_config
-    from mimscale.train.checkpoint import checkpoints_kept, read_manifest, step_of, tags, why_not_loadable
+    from mimscale.train.committed import checkpoints_kept, read_manifest, step_of, tags, why_not_loadable
     from mimscale.train.config import CheckpointConfig
     from mimscale.train.run_dir import RunDir
 

@@ -17,7 +17,7 @@ from mimscale.stream.device import normalise
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
 from mimscale.train.ranks import Ranks
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 
 
 class Contrast:

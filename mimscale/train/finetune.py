@@ -20,12 +20,12 @@ from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import labels, normalise
 from mimscale.train.build import build_segmenter
-from mimscale.train.checkpoint import newest
+from mimscale.train.committed import newest
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.losses import dice_binary_cross_entropy, dice_cross_entropy, overlap_counts, region_overlap_counts
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 
 
 class Segmentation:

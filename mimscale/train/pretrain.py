@@ -17,7 +17,8 @@ from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
 from mimscale.train.contrast import Contrast
 from mimscale.train.ranks import Ranks
-from mimscale.train.session import Objective, TrainingData
+from mimscale.train.session import Objective
+from mimscale.train.training_data import TrainingData
 from mimscale.train.yardsticks import yardstick_metrics, yardstick_sums
 
 

@@ -14,7 +14,7 @@ from tiny_runs import SHAPES, pretrain_words, run_of
 
 from mimscale.errors import CheckpointError
 from mimscale.report.inspect import describe_run
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.run_dir import RunDir
 
 
@@ -37,24 +37,24 @@ def files_of(tag: Path) -> list[Path]:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_file_is_damaged_the_checkpoint_is_named_and_the_one_before_is_used(words, damage, capsys, survived):
     run = run_of(words)
-    newest, before = checkpoint.tags(run)
+    newest, before = committed.tags(run)
     names = [path.relative_to(newest) for path in files_of(newest)]
     assert {"weights.safetensors", "contract.json", "manifest.json"} <= {name.name for name in names}
     for name in names:
         with restored(newest):
             DAMAGES[damage](newest / name)
-            assert checkpoint.newest(run) == before, f"{name} {damage}"
+            assert committed.newest(run) == before, f"{name} {damage}"
             said = capsys.readouterr().err
             assert newest.name in said, f"{name} {damage}"
             assert name.name in said, f"{name} {damage}"
         survived[f"file of a checkpoint {damage}"] += 1
-    assert checkpoint.newest(run) == newest, "the files are back"
+    assert committed.newest(run) == newest, "the files are back"
 
 
 @pytest.mark.two_process
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_weights(words, survived):
     run = run_of(words)
-    newest = checkpoint.tags(run)[0]
+    newest = committed.tags(run)[0]
     weights = (newest / "weights.safetensors").read_bytes()
     flip_bit(max(files_of(newest), key=lambda path: path.stat().st_size))
     (ended,) = run_ranks(words, size=1)
@@ -62,7 +62,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_th
     assert f"checkpoint passed over: {newest.name}" in ended.err
     assert "continues at step 2 of 4" in ended.err
     assert (newest / "weights.safetensors").read_bytes() == weights
-    assert checkpoint.why_not_loadable(newest) is None
+    assert committed.why_not_loadable(newest) is None
     survived["run that goes on from the checkpoint before"] += 1
 
 
@@ -84,7 +84,7 @@ def test_a_write_that_fails_anywhere_in_a_save_leaves_the_last_good_checkpoint(n
         assert step == again.state
         assert not list(run.checkpoints.glob(".tmp-*"))
         if step == 2:  # it was committed, and what follows failed: the save that comes next clears up
-            assert {checkpoint.step_of(tag) for tag in checkpoint.tags(run)} <= {1, 2}
+            assert {committed.step_of(tag) for tag in committed.tags(run)} <= {1, 2}
             break
         survived[f"write that fails with {errno.errorcode[number]}"] += 1
         nth += 1

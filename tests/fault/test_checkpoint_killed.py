@@ -13,7 +13,7 @@ from rank_pool import run_ranks, start_ranks
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words, run_of
 
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.run_dir import RunDir
 
 # A process for each n: it saves step 1, then dies at the n-th file operation of saving step 2, on whichever thread.
@@ -73,7 +73,7 @@ TRAIN = """
 from pathlib import Path
 import fault_injector
 from fakes import FileEngine, checkpoints_of
-from mimscale.train.checkpoint import step_of, tags
+from mimscale.train.committed import step_of, tags
 from mimscale.train.config import MeterConfig
 from mimscale.train.meter import Meter
 from mimscale.train.run_dir import RunDir
@@ -104,7 +104,7 @@ def state_of(step: int) -> int:
 
 def kill_again_and_again(run: RunDir, kills: int, survived: Counter[str]) -> None:
     run.path.mkdir()
-    committed, within_s = 0, 0.25
+    latest, within_s = 0, 0.25
     for number in range(kills):
         ended = run_program(TRAIN, str(run.path), str(number), str(within_s))
         assert ended.returncode == -14, f"kill {number}: {ended.stderr}"
@@ -112,23 +112,23 @@ def kill_again_and_again(run: RunDir, kills: int, survived: Counter[str]) -> Non
         lines = [line.split() for line in ended.stdout.splitlines(keepends=True) if line.endswith("\n")]
         if lines:
             _, step, state = lines[0]
-            assert int(step) >= committed, f"kill {number}: went on at step {step}, {committed} was committed"
+            assert int(step) >= latest, f"kill {number}: went on at step {step}, {latest} was committed"
             assert int(state) == state_of(int(step)), f"kill {number}: the state is not that of step {step}"
-            before, committed = committed, max([int(step), *(int(line[1]) for line in lines[1:])])
-            if committed == before:
+            before, latest = latest, max([int(step), *(int(line[1]) for line in lines[1:])])
+            if latest == before:
                 within_s *= 1.3  # a slow machine needs longer for a save
         where = {path.name.removeprefix(".tmp-")[:6] for path in run.checkpoints.glob(".tmp-*")}
         place = "a deletion" if "doomed" in where else "a save" if where else "between saves, or a restore"
         survived[f"kill at a random time, in {place}"] += 1
-        if committed:
-            newest = checkpoint.newest(run)
+        if latest:
+            newest = committed.newest(run)
             assert newest is not None
-            assert checkpoint.step_of(newest) >= committed
-    assert committed > kills // 2, "hardly anything was saved between the kills"
-    steps = {checkpoint.step_of(tag) for tag in checkpoint.tags(run)}
-    assert set(range(5, committed, 5)) <= steps, "a checkpoint that stays for good is gone"
+            assert committed.step_of(newest) >= latest
+    assert latest > kills // 2, "hardly anything was saved between the kills"
+    steps = {committed.step_of(tag) for tag in committed.tags(run)}
+    assert set(range(5, latest, 5)) <= steps, "a checkpoint that stays for good is gone"
     left = checkpoints_of(run, FileEngine()).restore()
-    assert left.step >= committed
+    assert left.step >= latest
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
@@ -155,7 +155,7 @@ def test_a_training_run_that_is_killed_ten_times_ends_with_the_weights_of_a_stra
     kills = at_work = 0
     while kills < 10:
         # What is committed now is the least that the next start goes on from.
-        committed = checkpoint.newest(run)
+        least = committed.newest(run)
         (rank,) = start_ranks(words, size=1)
         rank.process.join(moments.uniform(0.3, 0.7) * whole_s)
         if rank.process.exitcode is not None:
@@ -166,15 +166,15 @@ def test_a_training_run_that_is_killed_ten_times_ends_with_the_weights_of_a_stra
         rank.process.join()
         kills += 1
         said = rank.err.read_text()
-        if committed is not None and "continues at step" in said:
+        if least is not None and "continues at step" in said:
             at_work += 1
-            assert int(said.split("continues at step ")[1].split()[0]) >= checkpoint.step_of(committed)
+            assert int(said.split("continues at step ")[1].split()[0]) >= committed.step_of(least)
         assert "checkpoint passed over" not in said
         survived["kill of a real training run at a random time"] += 1
     assert at_work >= 3, "no kill came after a start that went on"
     (ended,) = run_ranks(words, size=1)
     assert ended.code == 0, ended.err
-    ends = [checkpoint.newest(run_of(words)) / "weights.safetensors" for words in (straight, words)]
+    ends = [committed.newest(run_of(words)) / "weights.safetensors" for words in (straight, words)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 

@@ -24,7 +24,7 @@ from mimscale.store import layout
 from mimscale.store.manifest import CHUNK_MAPS_KEY, load_manifest, write_manifest
 from mimscale.store.reader import ShardReader
 from mimscale.store.verify import verify
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.run_dir import RunDir
 from mimscale.world import Process
 
@@ -106,7 +106,7 @@ HOSTILE_CHECKPOINTS = {
 @pytest.mark.parametrize("kind", HOSTILE_CHECKPOINTS)
 def test_a_hostile_checkpoint_is_passed_over_in_words(kind, run, capsys):
     HOSTILE_CHECKPOINTS[kind](run)
-    assert checkpoint.newest(run) == run.checkpoints / "step_00000001"
+    assert committed.newest(run) == run.checkpoints / "step_00000001"
     assert "checkpoint passed over: step_00000002: " in capsys.readouterr().err
     assert checkpoints_of(run, FileEngine()).restore().step == 1
 

@@ -12,7 +12,7 @@ from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words, run_of
 
 from mimscale.cli import main
-from mimscale.train import checkpoint
+from mimscale.train import checkpoint, committed
 from mimscale.train.run_dir import RunDir
 
 pytestmark = pytest.mark.two_process
@@ -42,10 +42,10 @@ def test_a_run_of_another_model_is_refused_with_exit_code_2(finished):
 
 
 def test_a_state_of_an_earlier_version_is_refused_with_exit_code_4_on_every_rank(finished):
-    manifests = [tag / checkpoint.MANIFEST for tag in checkpoint.tags(run_of(finished))]
+    manifests = [tag / committed.MANIFEST for tag in committed.tags(run_of(finished))]
     texts = [path.read_text() for path in manifests]
     for path, text in zip(manifests, texts, strict=True):
-        path.write_text(text.replace(f'"manifest_version": {checkpoint.MANIFEST_VERSION}', '"manifest_version": 1'))
+        path.write_text(text.replace(f'"manifest_version": {committed.MANIFEST_VERSION}', '"manifest_version": 1'))
     ended = run_ranks([*finished, "steps=6"], size=2)
     for path, text in zip(manifests, texts, strict=True):
         path.write_text(text)
@@ -69,7 +69,7 @@ def test_a_store_that_is_none_is_a_data_error(tmp_path):
 
 def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names_each(finished):
     run = run_of(finished)
-    for tag in checkpoint.tags(run):
+    for tag in committed.tags(run):
         shard = tag / "state-rank00000.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1])
     (ended,) = run_ranks([*finished, "steps=6"], size=1)
@@ -113,9 +113,9 @@ def test_a_full_disk_ends_both_ranks_as_configured_and_keeps_the_last_good_check
             assert re.search(lacking, ended[0].err)
         went_on = ended[0].err.count("Training goes on (checkpoint.on_failure=continue)")
         assert went_on == (9 if "continue" in how else 0)
-        good = checkpoint.newest(run)
+        good = committed.newest(run)
         assert good is not None
-        assert checkpoint.tags(run)[0] == good, "a broken checkpoint has a final name"
+        assert committed.tags(run)[0] == good, "a broken checkpoint has a final name"
         assert not list(run.checkpoints.glob(".tmp-*"))
 
 
@@ -143,7 +143,7 @@ def test_a_rank_that_dies_inside_a_save_ends_the_run_and_the_checkpoint_before_i
     assert [rank.code for rank in ended] == [6, -9], ended[0].err
     assert "another rank is gone or hangs" in ended[0].err
     run = run_of(words)
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000005"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000005"]
     (continued,) = run_ranks([*words, "steps=6"], size=1)  # on what is left
     assert continued.code == 0, continued.err
     assert "continues at step 5 of 6" in continued.err

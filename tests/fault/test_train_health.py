@@ -15,7 +15,7 @@ from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
 from mimscale.store.manifest import write_manifest
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import RunDir
 
@@ -36,7 +36,7 @@ def store(tmp_path_factory) -> Path:
 
 def optimizer_state(run: RunDir, step: int) -> list[torch.Tensor]:
     """Every tensor of the training state, on all ranks."""
-    files = sorted((run.checkpoints / checkpoint.tag_name(step)).glob("state-rank*.safetensors"))
+    files = sorted((run.checkpoints / committed.tag_name(step)).glob("state-rank*.safetensors"))
     return [tensor for file in files for tensor in load_file(file).values()]
 
 
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_neither_weights_nor_optim
     ended = run_ranks(words, plant=partial(fault, 1, 2))  # the global batch of step 3, on rank 1
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     weights = {
-        step: load_file(run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors") for step in (2, 3, 4)
+        step: load_file(run.checkpoints / committed.tag_name(step) / "weights.safetensors") for step in (2, 3, 4)
     }
     assert all(torch.equal(weights[2][name], weights[3][name]) for name in weights[2])
     assert not any(
@@ -107,7 +107,7 @@ def test_a_rollback_brings_back_weights_and_optimizer_and_training_goes_on(stage
     # A save reads the loss of its step first, so what a spike has done is never saved.
     assert (back["event"], back["step"], back["to_step"], back["steps_undone"]) == ("rolled_back", 5, 4, 1)
     weights = {
-        step: load_file(run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors") for step in (4, 5, 6)
+        step: load_file(run.checkpoints / committed.tag_name(step) / "weights.safetensors") for step in (4, 5, 6)
     }
     assert all(torch.equal(weights[4][name], weights[5][name]) for name in weights[4])
     assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[4])
@@ -127,7 +127,7 @@ def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(st
         assert "health.max_skipped=0" in rank.err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code) == ("failed", 3)
-    assert not checkpoint.tags(run)
+    assert not committed.tags(run)
 
 
 def test_a_rank_that_hangs_ends_all_ranks_with_their_stacks_and_exit_code_6(store, tmp_path):
@@ -184,8 +184,8 @@ def test_a_rank_that_dies_inside_a_save_ends_the_other_and_the_same_command_cont
     assert "another rank is gone or hangs" in ended[0].err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code) == ("failed", 6)
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000002"]
-    assert checkpoint.why_not_loadable(checkpoint.tags(run)[0]) is None
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000002"]
+    assert committed.why_not_loadable(committed.tags(run)[0]) is None
     again = run_ranks(words)
     assert [rank.code for rank in again] == [0, 0], again[0].err
     assert "continues at step 2 of 5" in again[0].err

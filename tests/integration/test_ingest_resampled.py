@@ -19,7 +19,7 @@ from mimscale.ingest.run import ingest
 from mimscale.store.manifest import load_manifest
 from mimscale.store.verify import verify
 from mimscale.train.config import load_run_config
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 
 WINDOW = {"kind": "window", "window": [0.0, 1000.0]}
 OPTIONS = {"class_names": list(CLASSES), "val_fraction": 0, "intensity": WINDOW, "parts": 2, "chunk_voxels": 16}

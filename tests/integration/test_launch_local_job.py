@@ -13,7 +13,7 @@ from launch_fake_verb import Place, wait_until
 from processes import is_alive
 
 from launch.folder import job_folders
-from mimscale.train.checkpoint import MANIFEST, MANIFEST_VERSION, tag_name
+from mimscale.train.committed import MANIFEST, MANIFEST_VERSION, tag_name
 from mimscale.train.run_dir import Outcome
 
 

@@ -21,7 +21,7 @@ from mimscale.stream.config import StreamConfig
 from mimscale.stream.plan import SamplePlan
 from mimscale.stream.staging import Copier, upcoming_packs
 from mimscale.train.config import FinetuneConfig
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 from mimscale.world import World
 
 SHAPES = [(40, 36, 44)] * 8

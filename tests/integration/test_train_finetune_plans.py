@@ -18,7 +18,7 @@ from mimscale.train.build import build_pretrain, weights_contract
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.finetune import Segmentation
 from mimscale.train.run_dir import RunDir
-from mimscale.train.session import TrainingData
+from mimscale.train.training_data import TrainingData
 
 STEPS, HEAD_STEPS = 12, 6
 

@@ -126,7 +126,7 @@ GOLDEN = [2, 1, 0]
 def test_what_training_reads_is_what_the_check_says(many):
     from mimscale.config import build_config
     from mimscale.train.config import PretrainConfig
-    from mimscale.train.session import TrainingData
+    from mimscale.train.training_data import TrainingData
 
     tree = {
         "store": str(many),

@@ -8,7 +8,7 @@ from fakes import FileEngine, OneRank, checkpoints_of
 from fault_injector import flip_bit
 
 from mimscale.errors import CheckpointError
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.run_dir import RunDir
 from mimscale.world import World
 
@@ -41,7 +41,7 @@ def test_a_run_without_checkpoints_starts_at_step_0(run):
 
 def test_only_the_newest_ones_are_kept(run):
     saved(run, 1, 2, 3, 4, keep=2)
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000004", "step_00000003"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000004", "step_00000003"]
     assert (run.checkpoints / "newest").read_text() == "step_00000004\n"
     assert not list(run.checkpoints.glob(".tmp-*"))
 
@@ -86,7 +86,7 @@ def test_a_file_name_that_points_out_of_the_checkpoint_is_refused(run):
     manifest = json.loads(path.read_text())
     manifest["files"]["../../outside"] = {"bytes": 0, "sha256": ""}
     path.write_text(json.dumps(manifest))
-    assert checkpoint.why_not_loadable(path.parent) == "../../outside points out of the checkpoint"
+    assert committed.why_not_loadable(path.parent) == "../../outside points out of the checkpoint"
 
 
 def test_another_number_of_ranks_and_stage_continue_and_the_run_says_so(run, capsys):
@@ -108,7 +108,7 @@ def test_a_state_of_an_earlier_version_is_refused_and_its_weights_stay_readable(
     path.write_text(path.read_text().replace('"manifest_version": 2', '"manifest_version": 1'))
     with pytest.raises(CheckpointError, match="manifest version 1 holds the training state in DeepSpeed's files"):
         checkpoints_of(run, FileEngine()).restore()
-    assert checkpoint.newest(run) == path.parent
+    assert committed.newest(run) == path.parent
 
 
 def test_a_write_error_leaves_the_last_good_checkpoint_and_nothing_half_written(run):
@@ -116,7 +116,7 @@ def test_a_write_error_leaves_the_last_good_checkpoint_and_nothing_half_written(
     checkpoints._engine.error = OSError("no space left")
     with pytest.raises(CheckpointError, match=r"step_00000020: not saved .*\n  rank 0: no space left"):
         checkpoints.save(20, {"samples_done": 40})
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000010"]
     assert not list(run.checkpoints.glob(".tmp-*"))
 
 
@@ -130,14 +130,14 @@ def test_ranks_at_different_samples_do_not_commit(run):
     checkpoints._ranks = Disagreeing()
     with pytest.raises(CheckpointError, match=r"rank 1 stands at another sample: {'samples_done': 39}"):
         checkpoints.save(20, {"samples_done": 40})
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000010"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000010"]
 
 
 def test_a_second_save_of_the_same_step_does_nothing(run):
     checkpoints = saved(run, 10)
     shutil.rmtree(run.checkpoints / "step_00000010")
     checkpoints.save(10, {})
-    assert checkpoint.tags(run) == []
+    assert committed.tags(run) == []
 
 
 def test_a_background_save_is_committed_once_it_is_written(run):
@@ -148,7 +148,7 @@ def test_a_background_save_is_committed_once_it_is_written(run):
     assert checkpoints.save(10, {"samples_done": 20}) is None
     engine.state = 11  # training goes on
     assert not checkpoints.is_written()
-    assert checkpoint.tags(run) == []
+    assert committed.tags(run) == []
     engine.may_write.set()
     saved = checkpoints.commit()
     assert (saved.step, saved.stall_s >= 0, saved.total_bytes > 0) == (10, True, True)
@@ -169,7 +169,7 @@ def test_the_next_save_waits_for_the_one_before(run):
     assert saved.step == 10
     assert saved.stall_s > 0.1, "the wait is part of the stall"
     assert checkpoints.finish().step == 20
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000020", "step_00000010"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000020", "step_00000010"]
 
 
 def save_and_commit(checkpoints, step):
@@ -192,7 +192,7 @@ def test_after_a_failed_save_a_run_stops_or_goes_on_as_configured(run, capsys, m
     engine.error = None
     checkpoints.save(20, {})
     checkpoints.finish()
-    assert [tag.name for tag in checkpoint.tags(run)] == ["step_00000020"]
+    assert [tag.name for tag in committed.tags(run)] == ["step_00000020"]
     engine.error = OSError("no space left")
     checkpoints.save(30, {})
     with pytest.raises(CheckpointError, match="step_00000030: not saved"):
@@ -211,5 +211,5 @@ def test_ranks_share_the_work_of_verifying(run):
     saved(run, 10)
     tag = run.checkpoints / "step_00000010"
     flip_bit(tag / "weights.safetensors")
-    reasons = [checkpoint.why_not_loadable(tag, share=(rank, 3)) for rank in range(3)]
+    reasons = [committed.why_not_loadable(tag, share=(rank, 3)) for rank in range(3)]
     assert reasons == [None, None, "weights.safetensors has other bytes than were saved (sha256 differs)"]

@@ -10,7 +10,7 @@ from stream_stores import write_store
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError, DataError
-from mimscale.train import checkpoint
+from mimscale.train import committed
 from mimscale.train.config import CheckpointConfig, PretrainConfig
 from mimscale.train.retention import higher_is_better, read_scores, why_kept
 from mimscale.train.run_dir import RunDir
@@ -103,7 +103,7 @@ def test_keys_that_could_not_do_what_they_say_are_refused(checkpoint_keys, valid
 
 
 def test_a_store_without_validation_volumes_has_no_best_checkpoint(tmp_path):
-    from mimscale.train.session import TrainingData
+    from mimscale.train.training_data import TrainingData
 
     write_store(tmp_path / "store", [(20, 20, 20)])  # all for training
     keys = {"store": str(tmp_path / "store"), "checkpoint": {"every_steps": 500, "keep_best": "val_loss"}}
@@ -127,8 +127,8 @@ def saved(run, *steps, broken=(), **options):
         engine.state = step
         checkpoints.save(step, {"samples_done": step})
         if step in broken:
-            (run.checkpoints / checkpoint.tag_name(step) / "weights.safetensors").write_text("")
-    return [checkpoint.step_of(tag) for tag in checkpoint.tags(run)]
+            (run.checkpoints / committed.tag_name(step) / "weights.safetensors").write_text("")
+    return [committed.step_of(tag) for tag in committed.tags(run)]
 
 
 def test_a_run_keeps_the_last_the_regular_and_the_best(tmp_path):
@@ -152,4 +152,4 @@ def test_a_checkpoint_that_is_newer_than_the_newest_whole_one_goes_with_the_next
     checkpoints = checkpoints_of(run, engine)
     assert checkpoints.restore().step == 10
     checkpoints.save(15, {"samples_done": 15})
-    assert [checkpoint.step_of(tag) for tag in checkpoint.tags(run)] == [15, 10]
+    assert [committed.step_of(tag) for tag in committed.tags(run)] == [15, 10]
