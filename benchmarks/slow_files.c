@@ -116,6 +116,8 @@ int fstatfs(int f, struct statfs *status) {
     if (!failed && is_slow(f)) status->f_type = 0x0BD00BD0;
     return failed;
 }
+/* What a program built with 64-bit offsets calls, CPython's extensions among them. The structs are one on 64-bit Linux. */
+int fstatfs64(int f, struct statfs64 *status) { return fstatfs(f, (struct statfs *)status); }
 
 size_t fread(void *b, size_t size, size_t n, FILE *f) {
     if (size * n >= 4096 && is_slow(fileno(f))) wait_for(size * n);

@@ -23,7 +23,7 @@ from mimscale.train.size import count_parameters
 
 _VOLUMES_READ = 4
 _READ_S = 0.5
-# What a loader's worker gives of the reader alone: 0.60 to 0.67 in benchmarks/results/stream_xeon_2core_202611.json.
+# What a loader's worker gives of the reader alone: 0.64 to 1.05 in benchmarks/results/stream_epyc_2core_202611.json.
 _WORKER_OF_READER = 0.6
 _NOWHERE = "none"  # store or run_dir that nobody needs for arithmetic
 

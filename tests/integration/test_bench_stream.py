@@ -1,6 +1,10 @@
 """`mimscale bench stream` on a small store: every number is there, and those that can be counted are right."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +49,30 @@ def test_a_store_without_a_volume_that_has_room_for_a_crop_is_named(tmp_path, ca
     code, printed = bench(store, capfd, "crop_voxels=[64,64,64]", "modality=null")
     assert code == 3
     assert "no training volume has room for crop_voxels=[64, 64, 64]" in printed.err
+
+
+def test_slow_files_pass_for_a_parallel_file_system(tmp_path):
+    """They did not: extensions of CPython call fstatfs64, so the slow condition measured mapped files."""
+    library, source = tmp_path / "slow_files.so", Path(__file__).parents[2] / "benchmarks" / "slow_files.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    file = tmp_path / "slow" / "file"
+    file.parent.mkdir()
+    file.write_bytes(b"x")
+    ask = (
+        "import sys; from mimscale.store.windows import is_local\n"
+        "file = open(sys.argv[1]); print(is_local(file.fileno()))"
+    )
+    slow = {"SLOW_FOLDER": str(file.parent), "SLOW_LATENCY_US": "1", "SLOW_IOPS": "100000"}
+    for variables, expected in (({}, "True"), ({"LD_PRELOAD": str(library), **slow}, "False")):
+        told = subprocess.run(
+            [sys.executable, "-c", ask, file],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert told.stdout.strip() == expected, variables
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -189,7 +189,7 @@ def test_measured_runs_replace_the_assumed_network(capsys, tmp_path):
     assert "fitted to runs on 1, 2, 4 ranks on 4 node(s)" in capsys.readouterr().out
 
 
-STREAM_RESULT = str(Path(__file__).parents[2] / "benchmarks" / "results" / "stream_xeon_2core_202611.json")
+STREAM_RESULT = str(Path(__file__).parents[2] / "benchmarks" / "results" / "stream_epyc_2core_202611.json")
 BAD = {
     "no recipe": (["no_such_recipe", "--gpu", "h100"], "no such file and no packaged recipe"),
     "unknown gpu": (["demo/pretrain", "--gpu", "h1000"], "known are a40, a100-40g, a100-80g, a100-pcie, h100"),
