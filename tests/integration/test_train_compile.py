@@ -1,0 +1,41 @@
+"""Blocks that are compiled give what plain ones give, and where nothing can be compiled they run as they are."""
+
+import json
+
+import pytest
+from rank_pool import run_ranks
+
+
+def train_compiled_and_plain(words):
+    """In a process of its own: losses of three steps, plain and with compiled blocks; and how much was compiled."""
+    import torch
+
+    from mimscale.bench.step import Setting, compiled_frames, own_step
+    from mimscale.bench.verbs import bench_config
+    from mimscale.train.ranks import Ranks
+    from mimscale.world import World
+
+    if words == ["without a compiler"]:
+        import torch._inductor.config
+
+        torch._inductor.config.cpp.cxx = ("no-such-compiler",)
+    small = ["crop_voxels=[16,16,16]", "model={dim: 24, depth: 2, heads: 2}", "micro_batch=2", "global_batch=2"]
+    decoder = "mae={decoder_dim: 24, decoder_depth: 2, decoder_heads: 2}"
+    config = bench_config(["demo/pretrain", *small, decoder], needs_store=False)
+    setting = Setting(config, 1, Ranks(World(), torch.device("cpu")))
+    losses = []
+    for compiled in (False, True):
+        step = own_step(setting, compiled=compiled)
+        losses.append([float(step()) for _ in range(3)])
+    print(json.dumps({"losses": losses, "frames": compiled_frames()}))
+    return 0
+
+
+@pytest.mark.parametrize("compiler", ["with a compiler", "without a compiler"])
+def test_compiled_blocks_train_as_plain_ones_do_with_and_without_a_compiler(compiler):
+    (ended,) = run_ranks([compiler], size=1, body=train_compiled_and_plain)
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out.splitlines()[-1])
+    plain, compiled = told["losses"]
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert (told["frames"] > 0) == (compiler == "with a compiler")
