@@ -78,17 +78,17 @@ class MaskedAutoencoder(nn.Module):
         """
         device = image.device
         visible = visible_indices(hidden).to(device, non_blocking=True)  # [B, K]
-        counted = counted_patches(hidden, predicted, self.config)  # bool [B, L]
-        decoded = None if predicted is None else chosen_indices(~hidden | predicted)  # [B, N]
-        rows = None
-        if self.config.loss_on == "all":
-            places = decoded
-        else:
-            places = chosen_indices(counted)  # [B, M]
-            rows = places if decoded is None else chosen_indices(counted.gather(1, decoded))
-        decoded, rows, places = (
-            None if one is None else one.to(device, non_blocking=True) for one in (decoded, rows, places)
-        )
+        decoded = places = rows = None  # all of them
+        if self.config.loss_on == "masked":
+            answered = counted_patches(hidden, predicted, self.config)  # bool [B, L]
+            places = rows = chosen_indices(answered).to(device, non_blocking=True)  # [B, M]
+        if predicted is not None:
+            among = chosen_indices(~hidden | predicted)  # [B, N]
+            decoded = among.to(device, non_blocking=True)
+            if rows is None:
+                places = decoded
+            else:
+                rows = chosen_indices(answered.gather(1, among)).to(device, non_blocking=True)
         answers, tokens = self._predict(image, visible, decoded, rows)
         return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
 
