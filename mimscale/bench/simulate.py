@@ -99,7 +99,8 @@ def simulate(scales: Sequence[Scale], repeats: int = 5) -> list[dict[str, Any]]:
     for scale in scales:
         with ExitStack() as stack:
             plan = scale.plan()
-            calls = {name: partial(part, scale, plan) for name, part in PARTS.items()}
+            calls: dict[str, Callable[[], object]] = {}
+            calls.update((name, partial(part, scale, plan)) for name, part in PARTS.items())
             calls |= simulate_checkpoint.parts(scale.ranks, stack)
             for name, call in calls.items():
                 seconds, peak = _cost(call, repeats)
