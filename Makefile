@@ -88,9 +88,9 @@ QUICK := --hardware $(HARDWARE)-quick
 bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks, below 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ingest.py $(QUICK) --repeats 2 --receipts 5000 --rows 20000 --mb-a-run 10 --edge-factor 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py $(QUICK) --repeats 2 --seconds 0.1 --crops 96 --conditions warm --ct-edge 160
-	$(BIN)/python benchmarks/bench_step.py $(QUICK) --quick --repeats 2 --seconds 0.5 --no-compile
-	$(BIN)/python benchmarks/bench_less_work.py $(QUICK) --quick --repeats 1 --seconds 0.5 --train-seconds 4 --sizes "ViT-B 96/16"
-	$(BIN)/python benchmarks/bench_training.py $(QUICK) --steps 3 --windows 2 --memory-ranks 1 2
+	$(BIN)/python benchmarks/bench_step.py $(QUICK) --quick --repeats 1 --seconds 0.5 --no-compile
+	$(BIN)/python benchmarks/bench_less_work.py $(QUICK) --quick --repeats 1 --seconds 0.5 --train-seconds 3 --sizes "ViT-B 96/16"
+	$(BIN)/python benchmarks/bench_training.py $(QUICK) --steps 2 --windows 2 --memory-ranks 1 2 --edge 128
 	$(BIN)/python benchmarks/bench_verbs.py $(QUICK) checkpoint pretrain_mae_vit_s --repeats=1
 	$(BIN)/python benchmarks/bench_verbs.py $(QUICK) simulate --nodes=64 --volumes=50000
 
