@@ -141,8 +141,8 @@ def measure_steps(
         losses[name] = float(step())
         if recorded is None:
             recorded = record(step)
-        if name == COMPILED and not compiled_frames():
-            console.say(f"{name}: nothing could be compiled here, so this is the plain step once more")
+        if name == COMPILED and (plain := plain_functions()):
+            console.say(f"{name}: {plain} functions could not be compiled here and run as they are")
     assert recorded is not None
     calls: dict[str, Callable[[], object]] = {**steps, CEILING: Replay(recorded, setting.device)}
     gc.collect()
@@ -158,9 +158,10 @@ def measure_steps(
     return [_row(name, runs, losses.get(name), setting) for name, runs in rounds.items()], recorded
 
 
-def compiled_frames() -> int:
-    """How many functions torch has compiled in this process; 0 where blocks that ask for it run as they are."""
-    return int(torch._dynamo.utils.counters["frames"]["ok"])
+def plain_functions() -> int:
+    """How many functions torch should have compiled in this process and could not."""
+    frames = torch._dynamo.utils.counters["frames"]
+    return int(frames["total"] - frames["ok"])
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:
@@ -179,7 +180,7 @@ def _row(name: str, runs: Sequence[measure.Run], loss: float | None, setting: Se
         "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
         "samples_per_s": round(setting.config.micro_batch / median, 3),
         "loss": loss,
-        "compiled_frames": compiled_frames() if name == COMPILED else None,
+        "plain_functions": plain_functions() if name == COMPILED else None,
     }
 
 
@@ -223,7 +224,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     rows = sorted(result["contenders"], key=lambda row: row["step_s"])
     cells = [
         [
-            row["name"] + (" (fell back to plain)" if row.get("compiled_frames") == 0 else ""),
+            row["name"] + (" (fell back to plain)" if row["plain_functions"] else ""),
             f"{1e3 * row['step_s']:.0f}" if row["step_s"] >= 0.1 else f"{1e3 * row['step_s']:.2f}",
             f"{row['spread_percent']:.0f} %",
             f"{1e3 * row['cpu_s']:.0f}",

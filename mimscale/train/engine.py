@@ -105,6 +105,8 @@ def compile_blocks(model: nn.Module) -> None:
     that it does not know) runs as it is, and torch says so in a warning.
     """
     torch._dynamo.config.suppress_errors = True
+    # Else the backward pass is compiled when it first runs, and what fails there ends the run.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
