@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo study-small study-small-quick test soak check bench bench-ingest bench-stream bench-step bench-training format clean debian-packages
+.PHONY: help install demo study-small study-small-quick test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-checkpoint bench-simulate format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -74,12 +74,25 @@ bench-step: .venv/op-built-bench ## the training step of ours and of its peers, 
 bench-training: .venv/op-built-bench ## training in three modes, and its scaling over ranks of this machine
 	$(BIN)/python benchmarks/bench_training.py --hardware $(HARDWARE)
 
+bench-less-work: .venv/op-built-bench ## ways to do less work in a step, and what they do to the loss
+	$(BIN)/python benchmarks/bench_less_work.py --hardware $(HARDWARE)
+
+bench-checkpoint: .venv/op-built-bench ## how long training stands still for a ViT-B's checkpoint, and how fast it is read
+	$(BIN)/python benchmarks/bench_verbs.py --hardware $(HARDWARE) checkpoint pretrain_mae_vit_b
+
+bench-simulate: .venv/op-built-bench ## what grows with ranks and volumes, up to 4 096 ranks, in one process
+	$(BIN)/python benchmarks/bench_verbs.py --hardware $(HARDWARE) simulate
+
 # Two samples a step, short rounds: enough to see an error or a large change, in minutes. The names of such results say so.
-bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ingest.py --hardware $(HARDWARE)-quick --repeats 2 --receipts 5000 --rows 20000 --mb-a-run 10 --edge-factor 1
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py --hardware $(HARDWARE)-quick --repeats 2 --seconds 0.1 --crops 96 --conditions warm --ct-edge 160
-	$(BIN)/python benchmarks/bench_step.py --hardware $(HARDWARE)-quick --quick --repeats 2 --seconds 0.5 --no-compile
-	$(BIN)/python benchmarks/bench_training.py --hardware $(HARDWARE)-quick --steps 3 --windows 2 --memory-ranks 1 2
+QUICK := --hardware $(HARDWARE)-quick
+bench: .venv/op-built-bench debian-packages ## short forms of all benchmarks, below 15 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ingest.py $(QUICK) --repeats 2 --receipts 5000 --rows 20000 --mb-a-run 10 --edge-factor 1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_stream.py $(QUICK) --repeats 2 --seconds 0.1 --crops 96 --conditions warm --ct-edge 160
+	$(BIN)/python benchmarks/bench_step.py $(QUICK) --quick --repeats 1 --seconds 0.5 --no-compile
+	$(BIN)/python benchmarks/bench_less_work.py $(QUICK) --quick --repeats 1 --seconds 0.5 --train-seconds 3 --sizes "ViT-B 96/16"
+	$(BIN)/python benchmarks/bench_training.py $(QUICK) --steps 2 --windows 2 --memory-ranks 1 2 --edge 128
+	$(BIN)/python benchmarks/bench_verbs.py $(QUICK) checkpoint pretrain_mae_vit_s --repeats=1
+	$(BIN)/python benchmarks/bench_verbs.py $(QUICK) simulate --nodes=64 --volumes=50000
 
 format: .venv/installed-check ## format and fix what can be fixed
 	$(BIN)/ruff format .

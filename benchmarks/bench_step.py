@@ -15,13 +15,15 @@ from mimscale.train.engine import join_ranks, leave_ranks
 from mimscale.world import World
 
 MONAI, FULL = "MONAI MaskedAutoEncoderViT", "MIM-Med3D style, all patches embedded"
-RECIPE = "pretrain_mae_vit_b"
-# setting -> the recipe's changes, and the samples of a step on a CPU and on a GPU
+SIMMIM = "MIM-Med3D style SimMIM, MONAI's blocks"
+MAE_RECIPE, SIMMIM_RECIPE = "pretrain_mae_vit_b", "pretrain_simmim_vit_b"
+# setting -> recipe and its changes, and the samples of a step on a CPU and on a GPU
 SIZES: dict[str, tuple[list[str], int, int]] = {
-    "ViT-B 96/16": ([], 16, 256),
-    "ViT-B 96/8": (["patch_voxels=[8,8,8]"], 2, 32),
+    "ViT-B 96/16": ([MAE_RECIPE], 16, 256),
+    "ViT-B 96/8": ([MAE_RECIPE, "patch_voxels=[8,8,8]"], 2, 32),
     "ViT-S 64/8": (
         [
+            MAE_RECIPE,
             "crop_voxels=[64,64,64]",
             "patch_voxels=[8,8,8]",
             "model={dim: 384, heads: 6}",
@@ -30,6 +32,7 @@ SIZES: dict[str, tuple[list[str], int, int]] = {
         8,
         256,
     ),
+    "SimMIM ViT-B 96/16": ([SIMMIM_RECIPE], 4, 64),
 }
 QUICK_BATCH = 2
 # Least part of the ceiling, least ratio to MONAI, most overhead of ZeRO-1 over plain torch in percent.
@@ -68,12 +71,15 @@ def _measure(name: str, ranks: Any, arguments: Any) -> dict[str, Any]:
     words, on_cpu, on_gpu = SIZES[name]
     batch = QUICK_BATCH if arguments.quick else on_gpu if ranks.device.type == "cuda" else on_cpu
     config = bench_config(
-        [RECIPE, *words, f"micro_batch={batch}", f"global_batch={batch}", "engine.zero_stage=1"], needs_store=False
+        [*words, f"micro_batch={batch}", f"global_batch={batch}", "engine.zero_stage=1"], needs_store=False
     )
     contenders = own_contenders(1)
     if arguments.no_compile:
         contenders = {key: build for key, build in contenders.items() if "compiled" not in key}
-    contenders |= {MONAI: step_peers.monai_step, FULL: step_peers.full_embedding_step}
+    if config.method == "simmim":
+        contenders |= {SIMMIM: step_peers.simmim_step}
+    else:
+        contenders |= {MONAI: step_peers.monai_step, FULL: step_peers.full_embedding_step}
     table = measure_setting(Setting(config, 1, ranks), contenders, repeats=arguments.repeats, round_s=arguments.seconds)
     return {**table, "targets": against_targets(name, table["contenders"])}
 

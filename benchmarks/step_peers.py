@@ -24,8 +24,6 @@ class FullEmbedding(nn.Module):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        from monai.networks.blocks.transformerblock import TransformerBlock
-
         config = setting.config
         vit, mae = config.model, config.mae
         self.patch_voxels = config.patch_voxels
@@ -33,19 +31,13 @@ class FullEmbedding(nn.Module):
         P = math.prod(config.patch_voxels) * setting.channels
         self.hidden_count = round(config.mask.ratio * L)
 
-        def blocks(dim: int, mlp_ratio: float, heads: int, depth: int) -> nn.Sequential:
-            return nn.Sequential(
-                *(TransformerBlock(dim, int(dim * mlp_ratio), heads, qkv_bias=True) for _ in range(depth)),
-                nn.LayerNorm(dim),
-            )
-
         self.embedding = nn.Linear(P, vit.dim)
         self.positions = nn.Parameter(torch.zeros(1, L, vit.dim))
-        self.encoder = blocks(vit.dim, vit.mlp_ratio, vit.heads, vit.depth)
+        self.encoder = _blocks(vit.dim, vit.mlp_ratio, vit.heads, vit.depth)
         self.decoder_input = nn.Linear(vit.dim, mae.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(mae.decoder_dim))
         self.decoder_positions = nn.Embedding(L, mae.decoder_dim)
-        self.decoder = blocks(mae.decoder_dim, 4.0, mae.decoder_heads, mae.decoder_depth)
+        self.decoder = _blocks(mae.decoder_dim, 4.0, mae.decoder_heads, mae.decoder_depth)
         self.head = nn.Linear(mae.decoder_dim, P)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -63,9 +55,55 @@ class FullEmbedding(nn.Module):
         return F.l1_loss(self.head(decoded[:, : self.hidden_count]), patches[rows, hidden])
 
 
+class MaskTokens(nn.Module):
+    """SimMIM as MIM-Med3D has it: MONAI's ViT blocks on all tokens, mask tokens among them, a linear head on all."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        config = setting.config
+        vit = config.model
+        self.patch_voxels = config.patch_voxels
+        L = math.prod(patch_grid(config.crop_voxels, config.patch_voxels))
+        P = math.prod(config.patch_voxels) * setting.channels
+        self.hidden_count = round(config.mask.ratio * L)
+        self.embedding = nn.Linear(P, vit.dim)
+        self.mask_token = nn.Parameter(torch.zeros(vit.dim))
+        self.positions = nn.Parameter(torch.zeros(1, L, vit.dim))
+        self.encoder = _blocks(vit.dim, vit.mlp_ratio, vit.heads, vit.depth)
+        self.head = nn.Linear(vit.dim, P)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, Z, Y, X] -> the loss, []."""
+        patches = _patches(image, self.patch_voxels)  # [B, L, P]
+        B, L, _ = patches.shape
+        hidden = torch.rand(B, L, device=image.device).argsort(dim=-1).argsort(dim=-1) < self.hidden_count
+        tokens = torch.where(hidden[:, :, None], self.mask_token, self.embedding(patches)) + self.positions
+        error = F.l1_loss(self.head(self.encoder(tokens)), patches, reduction="none")
+        return (error * hidden[:, :, None]).sum() / (hidden.sum() * patches.shape[2])
+
+
+def _blocks(dim: int, mlp_ratio: float, heads: int, depth: int) -> nn.Sequential:
+    from monai.networks.blocks.transformerblock import TransformerBlock
+
+    return nn.Sequential(
+        *(TransformerBlock(dim, int(dim * mlp_ratio), heads, qkv_bias=True) for _ in range(depth)),
+        nn.LayerNorm(dim),
+    )
+
+
 def full_embedding_step(setting: Setting) -> Step:
     """A step of `FullEmbedding`."""
-    model = FullEmbedding(setting).to(setting.device, setting.dtype)
+    return _step_of(setting, FullEmbedding(setting))
+
+
+def simmim_step(setting: Setting) -> Step:
+    """A step of `MaskTokens`."""
+    return _step_of(setting, MaskTokens(setting))
+
+
+def _step_of(setting: Setting, model: nn.Module) -> Step:
+    """A step of a model that makes its loss itself."""
+    model = model.to(setting.device, setting.dtype)
     image, _ = normalise(setting.batch())
     image = image.to(setting.dtype)
     return plain_step(setting, model, lambda: model(image), clip=setting.config.engine.clip_grad_norm)

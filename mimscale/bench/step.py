@@ -141,6 +141,8 @@ def measure_steps(
         losses[name] = float(step())
         if recorded is None:
             recorded = record(step)
+        if name == COMPILED and (plain := plain_functions()):
+            console.say(f"{name}: {plain} functions could not be compiled here and run as they are")
     assert recorded is not None
     calls: dict[str, Callable[[], object]] = {**steps, CEILING: Replay(recorded, setting.device)}
     gc.collect()
@@ -154,6 +156,12 @@ def measure_steps(
             if number:
                 rounds[name].append(measure.Run(wall_s=mean_s, cpu_s=(time.process_time() - busy_s) / count))
     return [_row(name, runs, losses.get(name), setting) for name, runs in rounds.items()], recorded
+
+
+def plain_functions() -> int:
+    """How many functions torch should have compiled in this process and could not."""
+    frames = torch._dynamo.utils.counters["frames"]
+    return int(frames["total"] - frames["ok"])
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:
@@ -172,6 +180,7 @@ def _row(name: str, runs: Sequence[measure.Run], loss: float | None, setting: Se
         "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
         "samples_per_s": round(setting.config.micro_batch / median, 3),
         "loss": loss,
+        "plain_functions": plain_functions() if name == COMPILED else None,
     }
 
 
@@ -215,7 +224,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     rows = sorted(result["contenders"], key=lambda row: row["step_s"])
     cells = [
         [
-            row["name"],
+            row["name"] + (" (fell back to plain)" if row["plain_functions"] else ""),
             f"{1e3 * row['step_s']:.0f}" if row["step_s"] >= 0.1 else f"{1e3 * row['step_s']:.2f}",
             f"{row['spread_percent']:.0f} %",
             f"{1e3 * row['cpu_s']:.0f}",

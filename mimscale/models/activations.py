@@ -4,6 +4,7 @@ The operations name what they keep: a linear layer and a norm their input, GELU 
 values and output. `width` is the bytes of a number in the precision of the model; losses are computed in fp32.
 
 K tokens | D embedding | H hidden width of an MLP | L patches a crop | V voxels a crop | P numbers a patch
+M patches that the loss covers
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimscale.models.config import MaeConfig, UnetrConfig, VitConfig, patch_grid, unetr_halvings, upsampling_strides
+from mimscale.models.flops import answered_patches
 
 FP32_BYTES, INT64_BYTES = 4, 8
 
@@ -36,6 +38,21 @@ def block_bytes(tokens: int, dim: int, heads: int, hidden_dim: int, width: int, 
     return numbers * width + tokens * (4 + heads) * FP32_BYTES
 
 
+def last_block_bytes(tokens: int, rows: int, dim: int, heads: int, hidden_dim: int, width: int) -> int:
+    """A transformer block whose answer is wanted for `rows` of its tokens: keys and values are those of all."""
+    numbers = 5 * tokens * dim + rows * (4 * dim + 2 * hidden_dim)  # the rows' queries once more, by themselves
+    return numbers * width + (2 * tokens + (2 + heads) * rows) * FP32_BYTES
+
+
+def _loss(answered: int, numbers_a_patch: int, width: int) -> tuple[int, int]:
+    """What a loss keeps, the error and which numbers count (bool), and what it holds on top while it is computed.
+
+    The latter are prediction, target, the error by its sign and weighted.
+    """
+    numbers = answered * numbers_a_patch
+    return numbers * (FP32_BYTES + 1), numbers * (width + 3 * FP32_BYTES)
+
+
 def encoder_activations(vit: VitConfig, *, numbers_a_patch: int, tokens: int, width: int) -> Activations:
     """The vision transformer on `tokens` patches."""
     extra = 2 * vit.dim if vit.layer_scale is not None else 0
@@ -54,35 +71,37 @@ def mae_activations(
     vit: VitConfig,
     mae: MaeConfig,
     *,
-    crop_voxels: Sequence[int],
-    patch_voxels: Sequence[int],
-    channels: int,
+    numbers_a_patch: int,
     visible_patches: int,
     decoded_patches: int,
     width: int,
 ) -> Activations:
     """A masked autoencoder with its loss."""
-    L, P, E = math.prod(patch_grid(crop_voxels, patch_voxels)), math.prod(patch_voxels) * channels, mae.decoder_dim
+    P, E = numbers_a_patch, mae.decoder_dim
+    N, M = decoded_patches, answered_patches(mae, visible_patches, decoded_patches)
     encoder = encoder_activations(vit, numbers_a_patch=P, tokens=visible_patches, width=width)
-    block = block_bytes(decoded_patches, E, mae.decoder_heads, 4 * E, width)
-    decoder = mae.decoder_depth * block + 2 * decoded_patches * E * width
-    loss = 2 * L * P * FP32_BYTES  # the error and its weight
-    # Prediction, target, the error by its sign and weighted.
+    decoder = 2 * M * E * width  # both sides of the last norm
+    if mae.decoder_depth:
+        decoder += (mae.decoder_depth - 1) * block_bytes(N, E, mae.decoder_heads, 4 * E, width)
+        decoder += last_block_bytes(N, M, E, mae.decoder_heads, 4 * E, width)
+    kept, transient = _loss(M, P, width)
     return Activations(
-        kept=encoder.kept + decoder + loss,
-        transient=L * P * (width + 3 * FP32_BYTES),
-        recomputed=max(0, encoder.recomputed - decoder - loss),
+        kept=encoder.kept + decoder + kept,
+        transient=transient,
+        recomputed=max(0, encoder.recomputed - decoder - kept),
     )
 
 
-def simmim_activations(vit: VitConfig, *, numbers_a_patch: int, patches: int, width: int) -> Activations:
+def simmim_activations(
+    vit: VitConfig, *, numbers_a_patch: int, patches: int, answered_patches: int, width: int
+) -> Activations:
     """SimMIM with its loss."""
     encoder = encoder_activations(vit, numbers_a_patch=numbers_a_patch, tokens=patches, width=width)
-    loss = patches * numbers_a_patch
+    kept, transient = _loss(answered_patches, numbers_a_patch, width)
     return Activations(
-        kept=encoder.kept + 2 * loss * FP32_BYTES,
-        transient=loss * (width + 3 * FP32_BYTES),
-        recomputed=max(0, encoder.recomputed - 2 * loss * FP32_BYTES),
+        kept=encoder.kept + kept + answered_patches * vit.dim * width,  # the head's input
+        transient=transient,
+        recomputed=max(0, encoder.recomputed - kept),
     )
 
 

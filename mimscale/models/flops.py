@@ -16,6 +16,7 @@ from mimscale.models.config import (
     MaeConfig,
     SimclrConfig,
     SimmimConfig,
+    TargetConfig,
     UnetrConfig,
     VitConfig,
     Zyx,
@@ -118,8 +119,8 @@ def encoder_products(vit: VitConfig, shape: CropShape, *, tokens: int) -> list[P
     return [embedding, *block_products("encoder", vit, tokens)]
 
 
-def block_products(part: str, vit: VitConfig, tokens: int) -> list[Product]:
-    """The transformer blocks.
+def block_products(part: str, vit: VitConfig, tokens: int, rows: int | None = None) -> list[Product]:
+    """The transformer blocks; with `rows`, as many tokens are wanted of them: other queries have no answer.
 
     Fused attention keeps no scores, so its backward pass computes them again (Dao et al. 2022, arXiv:2205.14135,
     sec. 3.1). A checkpointed block is recomputed up to the last number that its gradients need, which is the input of
@@ -127,15 +128,16 @@ def block_products(part: str, vit: VitConfig, tokens: int) -> list[Product]:
     """
     dim, heads, depth, checkpointed = vit.dim, vit.heads, vit.depth, vit.checkpoint_activations
     again = int(checkpointed)
+    rows = tokens if rows is None else rows
 
     def linear(inner: int, columns: int, recomputed: int = again) -> Product:
-        return Product(part=part, rows=tokens, inner=inner, columns=columns, count=depth, recomputed=recomputed)
+        return Product(part=part, rows=rows, inner=inner, columns=columns, count=depth, recomputed=recomputed)
 
     def attention(inner: int, columns: int, recomputed: int) -> Product:
         return replace(linear(inner, columns, recomputed), count=depth * heads, of_weight=False)
 
     return [
-        linear(dim, 3 * dim),
+        replace(linear(dim, 3 * dim), rows=tokens),
         attention(dim // heads, tokens, 1 + again),
         attention(tokens, dim // heads, again),
         linear(dim, dim),
@@ -147,24 +149,35 @@ def block_products(part: str, vit: VitConfig, tokens: int) -> list[Product]:
 def mae_products(
     vit: VitConfig, mae: MaeConfig, shape: CropShape, *, visible_patches: int, decoded_patches: int
 ) -> list[Product]:
-    """A masked autoencoder: the encoder on visible patches, the decoder and the head on those that it decodes."""
+    """A masked autoencoder: the encoder on visible patches, the decoder on those that it decodes.
+
+    The decoder's last block and the head answer for the patches that the loss covers.
+    """
     E, K = mae.decoder_dim, visible_patches
-    decoder = VitConfig(dim=E, heads=mae.decoder_heads, depth=max(mae.decoder_depth, 1))
+    answered = answered_patches(mae, visible_patches, decoded_patches)
     products = [
         *encoder_products(vit, shape, tokens=K),
         Product(part="decoder", rows=K, inner=vit.dim, columns=E),
     ]
     if mae.decoder_depth:
-        products += block_products("decoder", decoder, decoded_patches)
+        block = VitConfig(dim=E, heads=mae.decoder_heads, depth=1)
+        if mae.decoder_depth > 1:
+            products += block_products("decoder", replace(block, depth=mae.decoder_depth - 1), decoded_patches)
+        products += block_products("decoder", block, decoded_patches, rows=answered)
     else:  # one attention whose weights follow from the positions: only the values have a gradient
         scores = Product(part="decoder", rows=shape.patches, inner=E, columns=K, of_weight=False)
         products += [scores, replace(scores, inner=K, columns=E)]
-    return [*products, Product(part="head", rows=decoded_patches, inner=E, columns=shape.numbers_a_patch)]
+    return [*products, Product(part="head", rows=answered, inner=E, columns=shape.numbers_a_patch)]
 
 
-def simmim_products(vit: VitConfig, simmim: SimmimConfig, shape: CropShape) -> list[Product]:
-    """SimMIM: the encoder on all patches, and a light head."""
-    to_voxels = Product(part="head", rows=shape.patches, inner=vit.dim, columns=shape.numbers_a_patch)
+def answered_patches(target: TargetConfig, visible_patches: int, decoded_patches: int) -> int:
+    """Patches that the loss covers, of the visible ones and those that are predicted."""
+    return decoded_patches - (visible_patches if target.loss_on == "masked" else 0)
+
+
+def simmim_products(vit: VitConfig, simmim: SimmimConfig, shape: CropShape, *, answered_patches: int) -> list[Product]:
+    """SimMIM: the encoder on all patches, and a light head on those that the loss covers."""
+    to_voxels = Product(part="head", rows=answered_patches, inner=vit.dim, columns=shape.numbers_a_patch)
     middle = [replace(to_voxels, columns=vit.dim)] if simmim.head == "mlp" else []
     return [*encoder_products(vit, shape, tokens=shape.patches), *middle, to_voxels]
 

@@ -1,6 +1,7 @@
 """3D masked autoencoder (He et al. 2022, arXiv:2111.06377; in 3D Chen et al. 2022, arXiv:2204.11716).
 
-B batch | C channels | Z Y X crop, voxels | L patches a crop | K visible patches | P numbers a patch
+B batch | C channels | Z Y X crop, voxels | L patches a crop | P numbers a patch
+K visible patches | N patches that the decoder works on | M patches that the loss covers
 D embedding of the encoder | E embedding of the decoder
 """
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimscale.models.config import MaeConfig, VitConfig
+from mimscale.models.patches import chosen_indices, take
 from mimscale.models.positions import add_positions, sincos_table
 from mimscale.models.reconstruction import (
     Reconstruction,
     ReconstructionOutput,
+    counted_patches,
     reconstruction_output,
     reconstruction_pictures,
 )
@@ -63,8 +66,8 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             image: [B, C, Z, Y, X], normalised; any float type, the loss is computed in fp32.
-            hidden: bool [B, L], as many True in each row. Leave it on the CPU: its count is read there, and the device
-                need not be waited for.
+            hidden: bool [B, L], as many True in each row, on the CPU: its count is read, and the device need not be
+                waited for.
             valid: bool [B, 1, Z, Y, X] or None for all. Voxels that are not valid (padding, excluded regions) are no
                 target; the encoder sees them where they are visible.
             predicted: bool [B, L] on the CPU, as many True in each row, or None for all that are hidden. The decoder
@@ -73,28 +76,39 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: rows of `hidden` with different counts, or none hidden, or all hidden.
         """
-        visible = visible_indices(hidden).to(image.device, non_blocking=True)  # [B, K]
-        decoded = None
+        device = image.device
+        visible = visible_indices(hidden).to(device, non_blocking=True)  # [B, K]
+        decoded = places = rows = None  # all of them
+        if self.config.loss_on == "masked":
+            answered = counted_patches(hidden, predicted, self.config)  # bool [B, L]
+            places = rows = chosen_indices(answered).to(device, non_blocking=True)  # [B, M]
         if predicted is not None:
-            decoded = _indices(~hidden | predicted).to(image.device, non_blocking=True)
-            predicted = predicted.to(image.device, non_blocking=True)
-        prediction, tokens = self._predict(image, visible, decoded)  # [B, L, P], [B, K, D]
-        hidden = hidden.to(image.device, non_blocking=True)
-        return reconstruction_output(
-            prediction, tokens, image, hidden, predicted, valid, self.config, self.patch_voxels
-        )
+            among = chosen_indices(~hidden | predicted)  # [B, N]
+            decoded = among.to(device, non_blocking=True)
+            if rows is None:
+                places = decoded
+            else:
+                rows = chosen_indices(answered.gather(1, among)).to(device, non_blocking=True)
+        answers, tokens = self._predict(image, visible, decoded, rows)
+        return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
         """Pictures of what was shown and what was predicted, in the image's units."""
-        prediction, _ = self._predict(image, visible_indices(hidden).to(image.device), None)
+        prediction, _ = self._predict(image, visible_indices(hidden).to(image.device))
         hidden = hidden.to(image.device)
         return reconstruction_pictures(prediction, image, hidden, self.config, self.patch_voxels, self.grid)
 
-    def _predict(self, image: Tensor, visible: Tensor, decoded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Voxels of all patches [B, L, P], and the encoder's tokens of the visible ones [B, K, D].
+    def _predict(
+        self, image: Tensor, visible: Tensor, decoded: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Voxels of patches [B, M, P], and the encoder's tokens of the visible ones [B, K, D].
 
-        Voxels are 0 where `decoded` [B, M], indices of patches, names none.
+        Args:
+            image: [B, C, Z, Y, X].
+            visible: [B, K], indices of the patches that are not hidden.
+            decoded: [B, N], indices of the patches that the decoder works on; None for all, N = L.
+            rows: [B, M], whose voxels are wanted, counted among these; None for all, M = N.
         """
         tokens, _ = self.encoder(image, visible)
         shown = self.decoder_input(tokens)  # [B, K, E]
@@ -104,16 +118,12 @@ class MaskedAutoencoder(nn.Module):
         full = add_positions(full, self.decoder_positions)
         if not self.decoder_blocks:
             full = full + self._carried(shown, visible)
-        if decoded is not None:
-            full = full.gather(1, decoded[:, :, None].expand(-1, -1, E))  # [B, M, E]
-        for block in self.decoder_blocks:
-            full = block(full)
+        full = take(full, decoded)  # [B, N, E]
+        if not self.decoder_blocks:
+            full = take(full, rows)
+        for number, block in enumerate(self.decoder_blocks, start=1):
+            full = block(full, None, rows if number == len(self.decoder_blocks) else None)
         prediction: Tensor = self.head(self.decoder_norm(full))
-        if decoded is not None:
-            places = decoded[:, :, None].expand(-1, -1, prediction.shape[2])
-            prediction = prediction.new_zeros(B, math.prod(self.grid), prediction.shape[2]).scatter(
-                1, places, prediction
-            )
         return prediction, tokens
 
     def _carried(self, shown: Tensor, visible: Tensor) -> Tensor:
@@ -138,9 +148,4 @@ def visible_indices(hidden: Tensor) -> Tensor:
         raise ValueError(
             f"each sample must hide the same number of its {hidden.shape[1]} patches, some, not all: {counts}"
         )
-    return _indices(~hidden)
-
-
-def _indices(chosen: Tensor) -> Tensor:
-    """The places of True, in the order of the grid: bool [B, L] with as many in each row -> int64 [B, K]."""
-    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : sum(chosen[0].tolist())]
+    return chosen_indices(~hidden)

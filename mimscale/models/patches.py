@@ -1,11 +1,13 @@
 """Volumes to patches and back.
 
 B batch | C channels | Z Y X volume, voxels | pz py px patch edges, voxels
-L patches a volume = Z/pz * Y/py * X/px, Z slowest | P numbers a patch = pz * py * px * C, channel fastest
+L patches a volume = Z/pz * Y/py * X/px, Z slowest | M patches of them that are chosen
+P numbers a patch = pz * py * px * C, channel fastest
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mimscale.models.config import patch_grid
@@ -40,6 +42,27 @@ def unpatchify(patches: Tensor, patch_voxels: Sequence[int], grid: Sequence[int]
     volume = patches.reshape(B, z, y, x, pz, py, px, C)
     volume = volume.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, z, pz, y, py, x, px]
     return volume.reshape(B, C, z * pz, y * py, x * px)
+
+
+def chosen_indices(chosen: Tensor) -> Tensor:
+    """The places of True, in the order of the grid: bool [B, L] with as many in each row -> int64 [B, M].
+
+    On the CPU, where masks are drawn: how many there are decides shapes, and the device need not be waited for.
+    """
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : sum(chosen[0].tolist())]
+
+
+def take(values: Tensor, indices: Tensor | None) -> Tensor:
+    """Some patches or tokens: [B, L, P] at indices [B, M] -> [B, M, P]; None takes all."""
+    return values if indices is None else values.gather(1, indices[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def put(values: Tensor, indices: Tensor | None, count: int) -> Tensor:
+    """The inverse of `take`: [B, M, P] -> [B, `count`, P], 0 where nothing was taken."""
+    if indices is None:
+        return values
+    empty = values.new_zeros(values.shape[0], count, values.shape[2])
+    return empty.scatter(1, indices[:, :, None].expand(-1, -1, values.shape[2]), values)
 
 
 def tokens_to_grid(tokens: Tensor, grid: Sequence[int]) -> Tensor:

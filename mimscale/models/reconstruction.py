@@ -1,6 +1,7 @@
 """Hidden voxels as a training target, and as pictures: what MAE and SimMIM share.
 
-B batch | C channels | Z Y X crop, voxels | L patches a crop | K tokens | P numbers a patch | D embedding
+B batch | C channels | Z Y X crop, voxels | L patches a crop | K tokens | M patches that the loss covers
+V voxels a patch | P numbers a patch = V * C, channel fastest | D embedding
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimscale.models.config import TargetConfig, patch_grid
-from mimscale.models.patches import hidden_voxels, patchify, unpatchify
-from mimscale.models.trivial import mean_voxel
+from mimscale.models.config import TargetConfig
+from mimscale.models.patches import hidden_voxels, patchify, put, take, unpatchify
 
 # Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
 # deviation of 0.01: a hundredth of a CT window, or of the deviation of a z-scored MR.
@@ -24,9 +24,16 @@ class ReconstructionOutput:
 
     loss: Tensor  # [] fp32, the mean of sample_loss
     sample_loss: Tensor  # [B] fp32, the mean over the voxels of a sample that count; 0 where none does
-    prediction: Tensor  # [B, L, P], in units of the target; 0 where nothing was predicted
+    answers: Tensor  # [B, M, P], what was predicted, in units of the target
+    places: Tensor | None  # [B, M], the patches that it was predicted for; None: all, M = L
     tokens: Tensor  # [B, K, D], the encoder's answer
     mean_voxel_loss: Tensor  # [] fp32, what the loss would be if each hidden voxel were the mean of the visible ones
+    num_patches: int  # L
+
+    @property
+    def prediction(self) -> Tensor:
+        """[B, L, P], in units of the target; 0 where nothing was predicted."""
+        return put(self.answers, self.places, self.num_patches)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,11 @@ class Reconstruction:
 
 
 def reconstruction_output(
-    prediction: Tensor,
+    answers: Tensor,
+    places: Tensor | None,
+    visible: Tensor,
     tokens: Tensor,
     image: Tensor,
-    hidden: Tensor,
-    predicted: Tensor | None,
     valid: Tensor | None,
     config: TargetConfig,
     patch_voxels: Sequence[int],
@@ -52,35 +59,68 @@ def reconstruction_output(
     """Measure the error of a prediction, and beside it that of the mean of the visible voxels.
 
     Args:
-        prediction: [B, L, P], in units of the target.
+        answers: [B, M, P], in units of the target, for the patches that the loss covers.
+        places: [B, M], which patches these are, on the image's device as all that follow; None for all.
+        visible: [B, K], the patches that are not hidden.
         tokens: [B, K, D], what the encoder says.
         image: [B, C, Z, Y, X], normalised.
-        hidden: bool [B, L], on the image's device as all that follow.
-        predicted: bool [B, L], the hidden patches that count; None for all of them.
         valid: bool [B, 1, Z, Y, X], voxels that count; None for all.
         config: target and error.
         patch_voxels: edges of a patch.
     """
-    voxels = torch.ones_like(image[:, :1], dtype=torch.bool) if valid is None else valid
-    weight = counted_numbers(voxels.expand_as(image), counted_patches(hidden, predicted, config), patch_voxels)
-    target = patch_target(image, config, patch_voxels)
-    sample_loss = sample_error(prediction.float(), target, weight, config)
-    with torch.no_grad():  # one pass over the voxels, beside a network's hundreds
-        shown = voxels & ~hidden_voxels(hidden, patch_voxels, patch_grid(image.shape[2:], patch_voxels))
-        guess = patch_target(mean_voxel(image.float(), shown), config, patch_voxels)
+    channels = image.shape[1]
+    patches = patchify(image, patch_voxels)  # [B, L, P]
+    voxels = None if valid is None else patchify(valid, patch_voxels)  # bool [B, L, V]
+    mean = _mean_shown(take(patches, visible), None if voxels is None else take(voxels, visible), channels)
+    target = take(patches, places).float()
+    num_patches = patches.shape[1]
+    del patches  # as large as the batch
+    if voxels is None:
+        weight = torch.ones_like(target, dtype=torch.bool)
+    else:
+        weight = take(voxels, places).repeat_interleave(channels, dim=2)  # [B, M, P]
+    target = _as_target(target, config)
+    sample_loss = sample_error(answers.float(), target, weight, config)
+    with torch.no_grad():
+        guess = _as_target(mean[:, None], config)  # [B, 1, P]: the same for every patch
         mean_voxel_loss = sample_error(guess, target, weight, config).mean()
     return ReconstructionOutput(
         loss=sample_loss.mean(),
         sample_loss=sample_loss,
-        prediction=prediction,
+        answers=answers,
+        places=places,
         tokens=tokens,
         mean_voxel_loss=mean_voxel_loss,
+        num_patches=num_patches,
     )
+
+
+@torch.no_grad()
+def _mean_shown(shown: Tensor, counted: Tensor | None, channels: int) -> Tensor:
+    """A patch of the mean of the visible voxels of each channel, as `trivial.mean_voxel` has it: [B, P] fp32.
+
+    Args:
+        shown: [B, K, P].
+        counted: bool [B, K, V], or None for all.
+        channels: C.
+    """
+    B, K, P = shown.shape
+    by_voxel = shown.float().reshape(B, K * (P // channels), channels)
+    if counted is None:
+        mean = by_voxel.mean(dim=1)
+    else:
+        among = counted.reshape(B, -1, 1)
+        mean = (by_voxel * among).sum(dim=1) / among.sum(dim=1).clamp(min=1)
+    return mean.repeat(1, P // channels)
 
 
 def patch_target(image: Tensor, config: TargetConfig, patch_voxels: Sequence[int]) -> Tensor:
     """What is to be said of an image: [B, C, Z, Y, X] -> fp32 [B, L, P], patch-normalised where the config says so."""
-    patches = patchify(image, patch_voxels).float()
+    return _as_target(patchify(image, patch_voxels).float(), config)
+
+
+def _as_target(patches: Tensor, config: TargetConfig) -> Tensor:
+    """Patches as they are to be said, [B, L, P] fp32."""
     if config.target == "raw":
         return patches
     mean, deviation = _patch_statistics(patches)
@@ -95,7 +135,8 @@ def counted_numbers(voxels: Tensor, counted: Tensor, patch_voxels: Sequence[int]
 def sample_error(prediction: Tensor, target: Tensor, weight: Tensor, config: TargetConfig) -> Tensor:
     """Mean error of each sample over the numbers that count; 0 where none does: three of [B, L, P] -> [B].
 
-    The mean of each sample first: cutting a global batch into other micro-batches changes nothing.
+    The prediction may be one patch for all, [B, 1, P], and the weight bool. The mean of each sample first: cutting a
+    global batch into other micro-batches changes nothing.
     """
     error = prediction - target
     error = error.abs() if config.loss == "l1" else error.square()

@@ -2,7 +2,8 @@
 
 The encoder sees every patch, the hidden ones as a mask token, and a light head turns each token into voxels.
 
-B batch | C channels | Z Y X crop, voxels | L patches a crop | P numbers a patch | D embedding
+B batch | C channels | Z Y X crop, voxels | L patches a crop | K visible patches
+M patches that the loss covers | P numbers a patch | D embedding
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mimscale.models.config import SimmimConfig, VitConfig
+from mimscale.models.patches import chosen_indices, take
 from mimscale.models.reconstruction import (
     Reconstruction,
     ReconstructionOutput,
+    counted_patches,
     reconstruction_output,
     reconstruction_pictures,
 )
@@ -53,16 +56,17 @@ class Simmim(nn.Module):
 
         Args:
             image: [B, C, Z, Y, X], normalised; any float type, the loss is computed in fp32.
-            hidden: bool [B, L].
+            hidden: bool [B, L], as many True in each row, on the CPU.
             valid: bool [B, 1, Z, Y, X] or None for all; voxels that are not valid are no target.
-            predicted: bool [B, L], the hidden patches that count; None for all of them.
+            predicted: bool [B, L] on the CPU, the hidden patches that count; None for all of them.
         """
-        hidden = hidden.to(image.device, non_blocking=True)
-        predicted = None if predicted is None else predicted.to(image.device, non_blocking=True)
-        prediction, tokens = self._predict(image, hidden)
-        return reconstruction_output(
-            prediction, tokens, image, hidden, predicted, valid, self.config, self.patch_voxels
-        )
+        visible = chosen_indices(~hidden).to(image.device, non_blocking=True)  # [B, K]
+        places = None  # all
+        if self.config.loss_on == "masked" or predicted is not None:
+            counted = chosen_indices(counted_patches(hidden, predicted, self.config))
+            places = counted.to(image.device, non_blocking=True)  # [B, M]
+        answers, tokens = self._predict(image, hidden.to(image.device, non_blocking=True), places)
+        return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
@@ -71,8 +75,8 @@ class Simmim(nn.Module):
         prediction, _ = self._predict(image, hidden)
         return reconstruction_pictures(prediction, image, hidden, self.config, self.patch_voxels, self.grid)
 
-    def _predict(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Voxels [B, L, P] and tokens [B, L, D]."""
+    def _predict(self, image: Tensor, hidden: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Voxels [B, M, P] of the patches at `places` [B, M], None for all; and tokens [B, L, D]."""
         tokens, _ = self.encoder(image, masked=(hidden, self.mask_token))
-        prediction: Tensor = self.head(tokens)  # [B, L, P]
+        prediction: Tensor = self.head(take(tokens, places))
         return prediction, tokens

@@ -1,6 +1,7 @@
 """A 3D vision transformer that can be shown some patches only.
 
 B batch | C channels | Z Y X volume, voxels | L patches a volume | K patches that are shown (all: K = L)
+M of these whose answer is wanted
 P numbers a patch | D embedding | H numbers of one head
 """
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mimscale.models.config import VitConfig, patch_grid
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patchify, take
 from mimscale.models.positions import add_positions, angles, grid_coordinates, rotate, sincos_table
 
 
@@ -34,15 +35,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, turns: Tensor | None = None) -> Tensor:
-        """[B, K, D] -> [B, K, D]; `turns` [B or 1, K, H // 2] are the angles of rotary positions."""
+    def forward(self, tokens: Tensor, turns: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """[B, K, D] -> [B, K, D], or [B, M, D] where only the answers at `rows` [B, M] are wanted.
+
+        `turns` [B or 1, K, H // 2] are the angles of rotary positions.
+        """
         B, K, D = tokens.shape
         qkv = self.qkv(tokens).reshape(B, K, 3, self.heads, D // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, K, H]
         if turns is not None:
             query, key = rotate(query, turns), rotate(key, turns)
-        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, K, H]
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(B, K, D))
+        if rows is not None:
+            query = query.gather(2, rows[:, None, :, None].expand(-1, self.heads, -1, query.shape[3]))
+        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, K or M, H]
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
 
@@ -107,9 +113,10 @@ class Block(nn.Module):
         self.mlp = (GatedMlp if config.mlp == "swiglu" else Mlp)(dim, config.mlp_dim)
         self.mlp_branch = Branch(dim, layer_scale, drop_path)
 
-    def forward(self, tokens: Tensor, turns: Tensor | None = None) -> Tensor:
-        """[B, K, D] -> [B, K, D]."""
-        tokens = self.attention_branch(tokens, self.attention(self.attention_norm(tokens), turns))
+    def forward(self, tokens: Tensor, turns: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """[B, K, D] -> [B, K, D], or [B, M, D] at `rows` [B, M]: what nobody reads of a last block is not computed."""
+        mixed = self.attention(self.attention_norm(tokens), turns, rows)
+        tokens = self.attention_branch(take(tokens, rows), mixed)
         out: Tensor = self.mlp_branch(tokens, self.mlp(self.mlp_norm(tokens)))
         return out
 
@@ -179,7 +186,7 @@ class Vit(nn.Module):
         patches = patchify(volume, self.patch_voxels)  # [B, L, P]
         if visible is not None:
             # Before the projection: at a ratio of 0.75 that saves three quarters of it.
-            patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))  # [B, K, P]
+            patches = take(patches, visible)  # [B, K, P]
         tokens: Tensor = self.projection(patches)
         if masked is not None:
             hidden, token = masked

@@ -10,6 +10,16 @@ from mimscale.train.config import EngineConfig
 
 PERSISTENT_BELOW_ELEMENTS = 100_000  # stage 3 leaves smaller weights whole on every rank
 LIVE_PARAMETERS = 1_000_000_000  # that stage 3 holds gathered at once
+ALONE_BUCKET_ELEMENTS = 65_536  # every matrix has more
+
+
+def copies_no_gradients(zero_stage: int, world_size: int, *, bf16: bool) -> bool:
+    """Whether gradients stay where the backward pass puts them: on one rank in fp32 nothing has to be summed.
+
+    DeepSpeed else copies each gradient into a bucket, sums it with nobody, and copies it out again: three passes over
+    memory, and fresh memory for two of them.
+    """
+    return zero_stage == 1 and world_size == 1 and not bf16
 
 
 def deepspeed_config(
@@ -26,6 +36,8 @@ def deepspeed_config(
     Raises:
         ConfigError: `engine.extra` sets a key that mimscale sets itself.
     """
+    alone = copies_no_gradients(config.zero_stage, world_size, bf16=precision == "bf16")
+    overlaps = config.zero_stage >= 2 or (config.zero_stage == 1 and accumulation == 1 and not alone)
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -43,10 +55,11 @@ def deepspeed_config(
             "stage": config.zero_stage,
             # Stage 1 of DeepSpeed 0.19.8 reduces wrong gradients when it overlaps several buckets over more than one
             # micro-batch; stages 2 and 3, and stage 1 with one micro-batch, do not (tests compare all of them).
-            "overlap_comm": config.zero_stage >= 2 or (config.zero_stage == 1 and accumulation == 1),
-            "contiguous_gradients": True,
+            "overlap_comm": overlaps,
+            "contiguous_gradients": not alone,
             "reduce_scatter": True,
-            "reduce_bucket_size": config.bucket_elements,
+            # A gradient that is larger than a bucket is reduced where it lies.
+            "reduce_bucket_size": ALONE_BUCKET_ELEMENTS if alone else config.bucket_elements,
             "allgather_partitions": True,
             "allgather_bucket_size": config.bucket_elements,
             "round_robin_gradients": False,

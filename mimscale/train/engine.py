@@ -27,7 +27,7 @@ from mimscale.models.contract import WEIGHTS_FILE
 from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
-from mimscale.train.environment import remove_stale_build_locks
+from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
 from mimscale.train.optim import adamw, group_rate, learning_rate
 from mimscale.train.ranks import Ranks
 from mimscale.train.state import PartIndex, Piece, SavedState, Snapshot, write_index
@@ -87,6 +87,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if kind == "cuda":
         torch.cuda.set_device(world.local_rank)
+    else:
+        keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints there; standard output is for results
         deepspeed.init_distributed(
             dist_backend="nccl" if kind == "cuda" else "gloo",
@@ -103,6 +105,8 @@ def compile_blocks(model: nn.Module) -> None:
     that it does not know) runs as it is, and torch says so in a warning.
     """
     torch._dynamo.config.suppress_errors = True
+    # Else the backward pass is compiled when it first runs, and what fails there ends the run.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)

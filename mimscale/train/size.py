@@ -10,6 +10,7 @@ from mimscale.models.config import VitConfig, mask_grid, patch_grid, unetr_halvi
 from mimscale.models.flops import (
     CropShape,
     Product,
+    answered_patches,
     mae_products,
     probe_products,
     repeated,
@@ -51,10 +52,11 @@ def visible_patches(config: PretrainConfig, ratio: float) -> int:
     return L // units * (units - hidden)
 
 
-def decoded_patches(config: PretrainConfig, visible: int) -> int:
-    """Patches that the decoder works on: the visible ones, and the hidden ones that are predicted."""
-    L = math.prod(patch_grid(config.crop_voxels, config.patch_voxels))
-    return visible + max(1, round(config.mask.predicted_share * (L - visible)))
+def visible_and_decoded(config: PretrainConfig, ratio: float) -> tuple[int, int]:
+    """Patches that the encoder sees, and those that a decoder works on: besides these the hidden ones it predicts."""
+    visible = visible_patches(config, ratio)
+    hidden = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) - visible
+    return visible, visible + max(1, round(config.mask.predicted_share * hidden))
 
 
 def run_products(config: RunConfig, channels: int = 1) -> list[Product]:
@@ -65,15 +67,17 @@ def run_products(config: RunConfig, channels: int = 1) -> list[Product]:
             return probe_products(config.model, config.unetr, shape)
         return unetr_products(config.model, config.unetr, shape)
     assert isinstance(config, PretrainConfig)
+    ratios = config.mask.ratio_range or (config.mask.ratio,)
+    ratio = sum(ratios) / len(ratios)
     match config.method:
         case "mae":
-            ratios = config.mask.ratio_range or (config.mask.ratio,)
-            visible = visible_patches(config, sum(ratios) / len(ratios))
-            decoded = decoded_patches(config, visible)
+            visible, decoded = visible_and_decoded(config, ratio)
             products = mae_products(config.model, config.mae, shape, visible_patches=visible, decoded_patches=decoded)
             return repeated(products, config.mask.repeats)
         case "simmim":
-            return repeated(simmim_products(config.model, config.simmim, shape), config.mask.repeats)
+            answered = answered_patches(config.simmim, *visible_and_decoded(config, ratio))
+            products = simmim_products(config.model, config.simmim, shape, answered_patches=answered)
+            return repeated(products, config.mask.repeats)
         case "simclr":
             return repeated(simclr_products(config.model, config.simclr, shape), 2)
 

@@ -94,7 +94,9 @@ def bench_tiny_step(words):
     """In a process of its own: `bench_step.py WORDS` with a size that takes a second."""
     warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI calls it so
     bench_step = benchmark_of_the_step()
-    bench_step.SIZES["tiny"] = ([*SMALL[:4], "modality=null"], 2, 2)
+    own = ["patch_voxels=[8,8,8]", "crop_voxels=[16,16,16]", "model={dim: 48, depth: 2, heads: 4}"]
+    bench_step.SIZES["tiny"] = ([bench_step.MAE_RECIPE, *own, SMALL[3]], 2, 2)
+    bench_step.SIZES["tiny SimMIM"] = ([bench_step.SIMMIM_RECIPE, *own], 2, 2)
     sys.argv = ["bench_step.py", *words]
     return bench_step.main()
 
@@ -108,23 +110,27 @@ def benchmark_of_the_step():
 
 
 def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_path):
-    words = ["--sizes", "tiny", "--quick", "--no-compile", "--repeats=2", "--seconds=0.01", f"--out={tmp_path}"]
+    words = [
+        "--sizes",
+        "tiny",
+        "tiny SimMIM",
+        "--quick",
+        "--no-compile",
+        "--repeats=2",
+        "--seconds=0.01",
+        f"--out={tmp_path}",
+    ]
     (ended,) = run_ranks(words, size=1, body=bench_tiny_step)
     assert ended.code == 0, ended.err
     bench_step = benchmark_of_the_step()
     (path,) = tmp_path.glob("step_unnamed_*.json")
-    (table,) = json.loads(path.read_text())["tables"]
-    rows = {row["name"]: row for row in table["contenders"]}
-    assert set(rows) == {
-        bench_step.PLAIN,
-        bench_step.CEILING,
-        bench_step.MONAI,
-        bench_step.FULL,
-        bench_step.ENGINE.format(1),
-    }
-    assert all(row["step_s"] > 0 for row in rows.values())
-    assert 0 < rows[bench_step.PLAIN]["of_ceiling"] < 1.5
-    # The first loss of the plain step and of the engine come from the same weights, batch and masks.
-    assert rows[bench_step.PLAIN]["loss"] == pytest.approx(rows[bench_step.ENGINE.format(1)]["loss"], rel=1e-5)
+    peers = [{bench_step.MONAI, bench_step.FULL}, {bench_step.SIMMIM}]
+    for table, of_others in zip(json.loads(path.read_text())["tables"], peers, strict=True):
+        rows = {row["name"]: row for row in table["contenders"]}
+        assert set(rows) == {bench_step.PLAIN, bench_step.CEILING, bench_step.ENGINE.format(1)} | of_others
+        assert all(row["step_s"] > 0 for row in rows.values())
+        assert 0 < rows[bench_step.PLAIN]["of_ceiling"] < 1.5
+        # The first loss of the plain step and of the engine come from the same weights, batch and masks.
+        assert rows[bench_step.PLAIN]["loss"] == pytest.approx(rows[bench_step.ENGINE.format(1)]["loss"], rel=1e-5)
     assert path.with_suffix(".png").exists()
     assert "of ceiling" in path.with_suffix(".md").read_text()

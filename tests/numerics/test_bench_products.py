@@ -26,12 +26,13 @@ def step_of(*words, device=CPU):
 
 def test_recorded_flops_are_those_of_the_formula():
     config, step = step_of()
-    B, L, K, P, D, E = config.micro_batch, 64, 16, 512, 48, 24
+    B, L, K, M, P, D, E = config.micro_batch, 64, 16, 48, 512, 48, 24
 
-    def block(tokens, dim):
-        return tokens * 12 * dim * dim + 2 * tokens * tokens * dim
+    def block(tokens, dim, answered):
+        return tokens * 3 * dim * dim + answered * 9 * dim * dim + 2 * answered * tokens * dim
 
-    forward = K * D * E + 2 * block(K, D) + block(L, E) + L * E * P
+    # The decoder's only block sees all tokens and answers for the hidden ones.
+    forward = K * D * E + 2 * block(K, D, K) + block(L, E, M) + M * E * P
     # The image needs no gradient, so its projection has one product less in the backward pass.
     assert record(step).flops == 2 * B * (3 * forward + 2 * K * P * D)
 

@@ -8,10 +8,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimscale.models.config import MaeConfig, MaskConfig, UnetrConfig, VitConfig
-from mimscale.models.flops import CropShape, count_flops, flops_by_part, mae_products, unetr_products
+from mimscale.models.config import MaeConfig, MaskConfig, SimmimConfig, UnetrConfig, VitConfig
+from mimscale.models.flops import (
+    CropShape,
+    count_flops,
+    flops_by_part,
+    mae_products,
+    simmim_products,
+    unetr_products,
+)
 from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks
+from mimscale.models.simmim import Simmim
 from mimscale.models.unetr import Unetr
 
 TOLERANCE = 1e-3  # both count the same products; the formula leaves out nothing that torch sees
@@ -47,10 +55,31 @@ MAES = [
 ]
 
 
+SHAPE = {"crop_voxels": (32, 32, 32), "patch_voxels": (8, 8, 8), "channels": 1}
+DECODERS = [
+    MaeConfig(decoder_dim=48, decoder_depth=depth, decoder_heads=2, loss_on=loss_on)
+    for depth, loss_on in ((2, "masked"), (1, "masked"), (2, "all"))
+]
+
+
+@pytest.mark.parametrize("mae", DECODERS, ids=["two blocks", "one block", "loss on all"])
 @pytest.mark.parametrize(("vit", "crop", "patch", "channels"), MAES)
-def test_an_autoencoders_flops_are_those_that_torch_counts(vit, crop, patch, channels):
-    products, step = mae_step(vit, MaeConfig(decoder_dim=48, decoder_depth=2, decoder_heads=2), crop, patch, channels)
+def test_an_autoencoders_flops_are_those_that_torch_counts(vit, mae, crop, patch, channels):
+    products, step = mae_step(vit, mae, crop, patch, channels)
     assert count_flops(products).training * 2 == pytest.approx(counted(step), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("loss_on", ["masked", "all"])
+def test_simmims_flops_are_those_that_torch_counts(head, loss_on):
+    vit, simmim, shape = MAES[0][0], SimmimConfig(head=head, loss_on=loss_on), CropShape(**SHAPE)
+    model = Simmim(vit, simmim, **SHAPE)
+    hidden = torch.from_numpy(draw_masks(range(2), (32, 32, 32), (8, 8, 8), MaskConfig(ratio=0.75)))
+    answered = 48 if loss_on == "masked" else 64
+    image = torch.randn(2, 1, 32, 32, 32)
+    total = counted(lambda: model(image, hidden).loss.backward())
+    products = simmim_products(vit, simmim, shape, answered_patches=answered)
+    assert count_flops(products).training * 2 == pytest.approx(total, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), (16, 16, 16), (2, 8, 8)])
@@ -73,7 +102,7 @@ def test_recomputed_blocks_cost_what_torch_counts_on_top():
 
 
 def test_the_encoder_costs_less_the_more_is_hidden_and_the_decoder_does_not():
-    vit, mae = VitConfig(), MaeConfig()
+    vit, mae = VitConfig(), MaeConfig(loss_on="all")
     shape = CropShape(crop_voxels=(96,) * 3, patch_voxels=(16,) * 3, channels=1)
     few, many = (
         flops_by_part(mae_products(vit, mae, shape, visible_patches=count, decoded_patches=216)) for count in (54, 108)

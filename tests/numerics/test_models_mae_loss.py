@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mimscale.models.config import MaeConfig, VitConfig
-from mimscale.models.mae import MaskedAutoencoder
-from mimscale.models.reconstruction import VARIANCE_FLOOR
+from mimscale.models.mae import MaskedAutoencoder, visible_indices
+from mimscale.models.patches import patchify
+from mimscale.models.reconstruction import VARIANCE_FLOOR, patch_target
 
 CROP, PATCH, GRID, CHANNELS = (4, 6, 16), (2, 3, 4), (2, 2, 4), 2
 VOXELS = list(itertools.product(*map(range, CROP)))
@@ -143,3 +144,58 @@ def test_the_mean_over_micro_batches_is_the_loss_of_the_batch_whatever_is_valid(
     whole = model(image, hidden, valid).loss
     parts = [model(image[i : i + 1], hidden[i : i + 1], valid[i : i + 1]).loss for i in range(2)]
     assert torch.allclose(torch.stack(parts).mean(), whole, rtol=1e-6)
+
+
+def everything(model, image, hidden, valid, predicted):
+    """The loss the slow way: every block and the head on all patches that are decoded, the error times a mask."""
+    config, L = model.config, hidden.shape[1]
+    answered = hidden if predicted is None else predicted
+    counted = answered if config.loss_on == "masked" else answered | ~hidden
+    tokens, _ = model.encoder(image, visible_indices(hidden))
+    shown = model.decoder_input(tokens)
+    losses = []
+    for sample in range(len(image)):
+        visible = [patch for patch in range(L) if not hidden[sample, patch]]
+        rows = [model.mask_token] * L
+        for number, patch in enumerate(visible):
+            rows[patch] = shown[sample, number]
+        full = torch.stack(rows) + model.decoder_positions.reshape(L, -1)
+        if not model.decoder_blocks:
+            full = full + model._carried(shown[sample : sample + 1], torch.tensor([visible]))[0]
+        decoded = [patch for patch in range(L) if not hidden[sample, patch] or answered[sample, patch]]
+        full = full[decoded][None]
+        for block in model.decoder_blocks:
+            full = block(full)
+        said = model.head(model.decoder_norm(full))[0]
+        target = patch_target(image[sample : sample + 1], config, PATCH)[0].double()
+        voxels = patchify(valid[sample : sample + 1].expand(-1, CHANNELS, -1, -1, -1), PATCH)[0]
+        weight = (voxels & counted[sample][:, None])[decoded].double()
+        error = (said - target[decoded]).abs() if config.loss == "l1" else (said - target[decoded]).square()
+        losses.append((error * weight).sum() / weight.sum())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("loss_on", ["masked", "all"])
+@pytest.mark.parametrize("share", [False, True], ids=["all predicted", "a part predicted"])
+@pytest.mark.parametrize(("target", "loss"), [("raw", "l1"), ("patch_normalised", "l2")])
+def test_leaving_out_what_the_loss_does_not_cover_changes_neither_loss_nor_gradients(
+    case, depth, loss_on, share, target, loss
+):
+    image, hidden, valid = case
+    image, predicted = image.double(), None
+    if share:
+        predicted = torch.zeros_like(hidden)
+        for row, among in zip(predicted, hidden, strict=True):
+            row[among.nonzero()[::2, 0]] = True  # 6 of 11
+    model = model_with(decoder_depth=depth, loss_on=loss_on, target=target, loss=loss).double()
+    slow = everything(model, image, hidden, valid, predicted)
+    slow.mean().backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+    output = model(image, hidden, valid, predicted)
+    output.loss.backward()
+    # Products in fp64; the loss itself is computed in fp32.
+    torch.testing.assert_close(output.sample_loss.double(), slow, rtol=1e-6, atol=0)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)

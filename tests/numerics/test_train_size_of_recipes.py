@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.config import load_config
-from mimscale.models import mae
+from mimscale.models import mae, simmim
 from mimscale.models.config import patch_grid
 from mimscale.models.flops import count_flops
 from mimscale.train.build import build_pretrain, build_segmenter
@@ -47,9 +47,13 @@ def loss_of(model, config, monkeypatch):
     if isinstance(config, FinetuneConfig):
         return dice_cross_entropy(model(image), torch.zeros(CROPS, *config.crop_voxels, dtype=torch.int64))
     visible = visible_patches(config, config.mask.ratio)
-    # Which patches are visible is read from a mask's numbers, and here are none.
+    L = math.prod(patch_grid(config.crop_voxels, config.patch_voxels))
+    # Which patches are visible and which are predicted is read from a mask's numbers, and here are none.
     monkeypatch.setattr(mae, "visible_indices", lambda hidden: torch.zeros(CROPS, visible, dtype=torch.int64))
-    hidden = torch.zeros(CROPS, math.prod(patch_grid(config.crop_voxels, config.patch_voxels)), dtype=torch.bool)
+    monkeypatch.setattr(mae, "chosen_indices", lambda hidden: torch.zeros(CROPS, L - visible, dtype=torch.int64))
+    counts = iter((visible, L - visible))  # SimMIM asks for the visible ones first
+    monkeypatch.setattr(simmim, "chosen_indices", lambda _: torch.zeros(CROPS, next(counts), dtype=torch.int64))
+    hidden = torch.zeros(CROPS, L, dtype=torch.bool)
     return model(image, hidden, torch.ones(CROPS, 1, *config.crop_voxels, dtype=torch.bool)).loss
 
 

@@ -102,7 +102,7 @@ def test_a_linear_decoder_carries_the_image_to_hidden_patches_linearly():
     model.encoder.forward = lambda image, visible: (image, [])
 
     def decoded(tokens):
-        return model._predict(tokens, visible_indices(hidden[:1]), None)[0]
+        return model._predict(tokens, visible_indices(hidden[:1]))[0]
 
     middle = decoded((tokens[0] + tokens[1]) / 2)
     assert torch.allclose(middle, (decoded(tokens[0]) + decoded(tokens[1])) / 2, atol=1e-5)
@@ -129,3 +129,17 @@ def test_predicting_all_hidden_patches_by_name_is_the_default():
     model, hidden, image = small_mae(), masks(2), torch.randn(2, 1, *CROP)
     named = model(image, hidden, None, hidden)
     assert torch.allclose(named.loss, model(image, hidden).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("loss_on", "answered"), [("masked", 9), ("all", 12)])
+def test_the_last_block_and_the_head_answer_for_what_the_loss_covers_alone(loss_on, answered):
+    model, hidden = small_mae(loss_on=loss_on, decoder_depth=2), masks(2)  # 9 of 12 hidden
+    seen = {}
+    parts = {"first": model.decoder_blocks[0].mlp, "last": model.decoder_blocks[1].mlp, "head": model.head}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda module, inputs, output, name=name: seen.__setitem__(name, inputs[0].shape[1]))
+    output = model(torch.randn(2, 1, *CROP), hidden)
+    assert seen == {"first": 12, "last": answered, "head": answered}
+    assert (output.prediction[~hidden] == 0).all() == (loss_on == "masked")
+    model.reconstruct(torch.randn(2, 1, *CROP), hidden)
+    assert seen["head"] == 12  # pictures show every patch

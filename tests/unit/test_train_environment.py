@@ -66,3 +66,21 @@ def test_only_the_lock_of_a_build_that_was_killed_is_removed(tmp_path, capsys):
     remove_stale_build_locks(tmp_path / "nowhere")
     assert [lock.parent.name for lock in tmp_path.glob("*/lock")] == ["going_on"]
     assert "killed/lock: removed" in capsys.readouterr().err
+
+
+def test_memory_that_a_step_frees_is_not_given_back_to_the_kernel():
+    program = """
+import resource, numpy
+from mimscale.train.environment import keep_freed_memory
+def faults_of_two_steps():
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = numpy.ones(2**23)  # 64 MiB: 16 384 pages
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults_of_two_steps(), keep_freed_memory(), faults_of_two_steps())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    before, is_kept, after = ended.stdout.split()
+    assert is_kept == "True"
+    assert int(after) < 100 < int(before)

@@ -83,6 +83,23 @@ def test_stage_1_overlaps_communication_only_without_accumulation():
     assert [overlaps(stage, 2) for stage in range(4)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("stage", "world_size", "precision", "alone"),
+    [(1, 1, "fp32", True), (1, 2, "fp32", False), (1, 1, "bf16", False), (2, 1, "fp32", False)],
+)
+def test_on_one_rank_in_fp32_stage_1_copies_no_gradient_into_a_bucket(stage, world_size, precision, alone):
+    zero = deepspeed_config(
+        EngineConfig(zero_stage=stage),
+        precision=precision,
+        micro_batch=1,
+        accumulation=1,
+        world_size=world_size,
+        leave_out_bad_updates=True,
+    )["zero_optimization"]
+    assert (zero["contiguous_gradients"], zero["overlap_comm"]) == (not alone, not alone)
+    assert (zero["reduce_bucket_size"] < EngineConfig().bucket_elements) == alone
+
+
 def test_deepspeed_itself_accepts_the_config():
     from deepspeed.runtime.config import DeepSpeedConfig
 
