@@ -28,9 +28,8 @@ class InferenceConfig:
             raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
         if len(set(self.flips)) < len(self.flips):
             raise ValueError(f"flips={list(self.flips)}: names an axis twice")
-        if self.threads is not None:
-            require_positive("inference", threads=self.threads)
-        require_positive("inference", batch=self.batch)
+        verb = type(self).__name__.removesuffix("Config").lower()
+        require_positive(verb, batch=self.batch, threads=1 if self.threads is None else self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

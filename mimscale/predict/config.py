@@ -20,6 +20,6 @@ class PredictConfig(InferenceConfig):
     modality: Literal["ct", "mr", "other"] | None = None  # of the inputs; null: as the runs' store, or the file, says
     assume_orientation: bool = False  # accept NIfTI files whose qform and sform codes are both 0
     channel_names: tuple[str, ...] = ()  # columns of a table or suffixes of BIDS that are the channels, in this order
-    store: Path | None = None  # only for weights whose contract does not say how volumes were stored: a store of theirs
-    # DICOM-SEG: what a class or region is, [scheme, code, meaning]: {liver: [SCT, "10200004", Liver]}; else its own name
+    store: Path | None = None  # for weights whose contract does not say how volumes were stored: a store of theirs
+    # DICOM-SEG: what a class or region is: {liver: [SCT, "10200004", Liver]}, scheme, code, meaning. Else its own name
     codes: dict[str, tuple[str, str, str]] = field(default_factory=dict)

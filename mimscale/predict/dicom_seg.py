@@ -95,9 +95,9 @@ def write_dicom_seg(
     if frames != list(range(len(frames))):
         by_frame = by_frame[np.argsort(frames)]
     segmentation = _segmentation(sources, by_frame.view(_Masks), segments, algorithm)
-    with durable.explained(DataError, path, "free some space, or choose another folder: out=DIR"):
-        with durable.open_atomically(path) as file:
-            pydicom.dcmwrite(file, segmentation, enforce_file_format=True)
+    way_out = "free some space, or choose another folder: out=DIR"
+    with durable.explained(DataError, path, way_out), durable.open_atomically(path) as file:
+        pydicom.dcmwrite(file, segmentation, enforce_file_format=True)
 
 
 def _sources(files: Sequence[str]) -> tuple[list[Any], list[int]]:

@@ -1,6 +1,7 @@
 """What a user typed as inputs -> volumes to be, each with a name for what is written of it."""
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
@@ -138,7 +139,8 @@ def _name_of_case(files: Sequence[str]) -> str:
     names = [_CHANNEL_NUMBER.sub("", _stem(file)) for file in files]
     if len(set(names)) == 1:
         return names[0]
-    common = re.sub(r"[^_.-]*$", "", os.path.commonprefix(names)).rstrip("_.-")
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    common = re.sub(r"[^_.-]*$", "", "".join(letters[0] for letters in same)).rstrip("_.-")
     return common or os.path.basename(os.path.dirname(os.path.abspath(files[0]))) or names[0]
 
 

@@ -1,8 +1,8 @@
 """`mimscale predict RUN_DIR [RUN_DIR ...] INPUT [INPUT ...] [key=value ...]`: masks of files, without a store.
 
-Several run directories are folds of one experiment: the mean of their probabilities decides. An input is a volume file,
-files of its channels joined by commas, a folder of volumes or of one DICOM series, a DICOMDIR, a pattern, or a list that
-`mimscale ingest` reads. What is written: see `mimscale.predict.write`.
+Several run directories are folds of one experiment: the mean of their probabilities decides. An input is a volume
+file, files of its channels joined by commas, a folder of volumes or of one DICOM series, a DICOMDIR, a pattern, or a
+list that `mimscale ingest` reads. What is written: see `mimscale.predict.write`.
 """
 
 import sys

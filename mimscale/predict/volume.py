@@ -3,9 +3,14 @@
     C channels | K outputs | Z Y X volume, voxels | X Y Z source file, voxels in the file's own order
 
 What an ingest would store of the file goes through the networks, so a store is not needed and nothing differs from
-`mimscale evaluate`. Main memory, in bytes, for a source of V voxels of b bytes (all channels): while it is read 2 b V (3 b V
-for floats), then b V + 2 m V, m being 1 of classes and K of regions; beside it of each network
-(2 K + C + 1) * 4 * crop_z * Y * X. A store that was resampled counts with the voxels that it would have.
+`mimscale evaluate`. Main memory, in bytes, for a source of V voxels, of b bytes each with all its channels, and m = 1
+for classes or K for regions:
+
+    2 b V                               while the source is read
+    b V + m V, later 3 m V              while it is segmented; while masks are turned and written
+    (2 K + C + 1) 4 crop_z Y X          beside that, of each network: what windows still add to
+
+V and b V of a source that is resampled count once more, with the voxels that are stored of it.
 """
 
 from collections.abc import Callable
