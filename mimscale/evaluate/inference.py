@@ -3,7 +3,7 @@
 MONAI says where windows lie and how much each of their voxels counts: by default by a Gaussian, so that a window's
 edge, where the network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that
 the accelerator holds `batch` windows and nothing else. Windows come in the order of Z, so a plane is finished once they
-begin behind it: of all logits only `(2 * classes + 1) * crop_z * Y * X * 4` bytes are there at a time. Logits, not
+begin behind it: of all logits only `(classes + 1) * crop_z * Y * X * 4` bytes are there at a time. Logits, not
 classes, are what goes back to the grid of a source that was resampled: see `mimscale.ingest.placement`.
 
     B windows | C channels | K classes | Z Y X volume, voxels | n some planes along Z
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mimscale.evaluate.planes import Planes
+from mimscale.evaluate.planes import STRIPE_BYTES, Planes
 
 
 def window_batches(size_voxels: Sequence[int], crop_voxels: Sequence[int], overlap: float, batch: int) -> int:
@@ -82,14 +82,14 @@ def predict_planes(
             sums = torch.zeros(weighted.shape[1], *counts.shape)
         for (z, y, x), window in zip(group, weighted, strict=True):
             if z > first:
-                yield sums[:, : z - first] / counts[: z - first]
+                yield from _means(sums, counts, z - first)
                 _move_up(sums, z - first)
                 _move_up(counts[None], z - first)
                 first = z
             sums[:, :, y : y + cy, x : x + cx] += window
             counts[:, y : y + cy, x : x + cx] += counted
     assert sums is not None, "an image has at least one window"
-    yield sums / counts
+    yield from _means(sums, counts, len(counts))
 
 
 @torch.inference_mode()
@@ -99,6 +99,14 @@ def _weighted_logits(model: nn.Module, windows: Tensor, flips: Sequence[int], we
     if not bool(torch.isfinite(logits).all()):
         raise FloatingPointError("the network answered with numbers that are not finite")
     return logits.mul_(weights).cpu()
+
+
+def _means(sums: Tensor, counts: Tensor, stop: int) -> Iterator[Tensor]:
+    """The first `stop` planes of sums [K, n, Y, X] by counts [n, Y, X], few at a time: what is new stays small."""
+    stripe = max(1, STRIPE_BYTES // (4 * sums[:, 0].numel()))
+    for low in range(0, stop, stripe):
+        high = min(low + stripe, stop)
+        yield sums[:, low:high] / counts[low:high]
 
 
 def _move_up(planes: Tensor, by: int) -> None:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+STRIPE_BYTES = 2**25  # of planes that are worked on at once, where a few are as good as many
+
 
 class Planes(Protocol):
     """An image of which some planes can be had at a time."""

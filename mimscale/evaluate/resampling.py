@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mimscale.evaluate.planes import Planes, Rolling
+from mimscale.evaluate.planes import STRIPE_BYTES, Planes, Rolling
 from mimscale.stream.device import places, resample_axis
 
 Zyx = tuple[int, int, int]
 SpacingMm = tuple[float, float, float]
 # A spacing of 0.7 mm may stand there as 0.69999999: a hair must not cost a voxel.
 _HAIR = 1e-3
-STRIPE_BYTES = 2**25  # of planes that are interpolated at once
 
 
 def target_voxels(size_voxels: Sequence[int], spacing_mm: SpacingMm, target_mm: SpacingMm | None) -> Zyx:
@@ -86,8 +85,8 @@ def _places(from_mm: SpacingMm, to_mm: SpacingMm, size_voxels: Zyx) -> tuple[Ten
 
 def _needed(place: Tensor, start: int, stop: int, size: int) -> tuple[int, int]:
     """First and last + 1 old plane that the new planes [start, stop) are made of."""
-    low, high = math.floor(place[0, start]), math.floor(place[0, stop - 1]) + 2
-    return min(max(low, 0), size - 1), min(max(high, 1), size)
+    low, high = (math.floor(place[0, at].item()) for at in (start, stop - 1))
+    return min(max(low, 0), size - 1), min(max(high + 2, 1), size)
 
 
 def _interpolated(part: Tensor, there: tuple[Tensor, Tensor, Tensor], start: int, stop: int, low: int) -> Tensor:

@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,14 +91,24 @@ def write_dicom_seg(
         QuarantineError: headers that cannot be read any more.
         DataError: headers that no segmentation can refer to, or a file that cannot be written.
     """
-    sources, frames = _sources(files)
+    with _quiet():
+        sources, frames = _sources(files)
     by_frame = masks.transpose(2, 1, 0) if masks.ndim == 3 else masks.transpose(3, 2, 1, 0)  # [Z, Y, X(, K)]
     if frames != list(range(len(frames))):
         by_frame = by_frame[np.argsort(frames)]
-    segmentation = _segmentation(sources, by_frame.view(_Masks), segments, algorithm)
     way_out = "free some space, or choose another folder: out=DIR"
-    with durable.explained(DataError, path, way_out), durable.open_atomically(path) as file:
+    with _quiet():
+        segmentation = _segmentation(sources, by_frame.view(_Masks), segments, algorithm)
+    with _quiet(), durable.explained(DataError, path, way_out), durable.open_atomically(path) as file:
         pydicom.dcmwrite(file, segmentation, enforce_file_format=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Values that are not quite DICOM's pass as they came; nothing that a header holds goes into a log."""
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _sources(files: Sequence[str]) -> tuple[list[Any], list[int]]:
@@ -113,6 +124,8 @@ def _sources(files: Sequence[str]) -> tuple[list[Any], list[int]]:
     step_mm = float(np.linalg.norm(affine[:3, 2]))
     for one in found:
         _complete(one, step_mm)
+        if one.get("ImageOrientationPatient"):  # equal but for what a reader tolerates; highdicom tolerates nothing
+            one.ImageOrientationPatient = found[0].ImageOrientationPatient
     if len(found) == 1:
         return found, order
     return [found[index] for index in order], list(range(len(order)))
@@ -177,24 +190,22 @@ def _segmentation(sources: list[Any], masks: Any, segments: Sequence[Segment], a
         for number, segment in enumerate(segments, start=1)
     ]
     try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            return highdicom.seg.Segmentation(
-                source_images=sources,
-                pixel_array=masks,
-                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-                segment_descriptions=described,
-                series_instance_uid=highdicom.UID(),
-                series_number=_OWN_SERIES_NUMBERS + math.floor(float(sources[0].get("SeriesNumber") or 0)),
-                sop_instance_uid=highdicom.UID(),
-                instance_number=1,
-                manufacturer="mimscale",
-                manufacturer_model_name="mimscale predict",
-                software_versions=own,
-                device_serial_number="0",
-                content_description=algorithm[:_LONG],
-                series_description=f"mimscale {algorithm}"[:_LONG],
-            )
+        return highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=masks,
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=described,
+            series_instance_uid=highdicom.UID(),
+            series_number=_OWN_SERIES_NUMBERS + math.floor(float(sources[0].get("SeriesNumber") or 0)),
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="mimscale",
+            manufacturer_model_name="mimscale predict",
+            software_versions=own,
+            device_serial_number="0",
+            content_description=algorithm[:_LONG],
+            series_description=f"mimscale {algorithm}"[:_LONG],
+        )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         # Without its words: they may hold what a header holds.
         raise DataError(
@@ -223,9 +234,15 @@ def segments_of(names: Sequence[str], given: Mapping[str, tuple[str, str, str]])
     """Segments of these names.
 
     Raises:
-        ConfigError: a code for something that is not among them.
+        ConfigError: a code for something that is not among them, or one that DICOM has no room for.
     """
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise ConfigError(f"codes: names {', '.join(unknown)}; the networks draw {', '.join(names)}")
+    for name, (scheme, value, meaning) in given.items():
+        if not 0 < len(scheme) <= _SHORT or not value or not 0 < len(meaning) <= _LONG:
+            raise ConfigError(
+                f"codes.{name}={[scheme, value, meaning]}: give scheme (at most {_SHORT} characters), code and meaning "
+                f"(at most {_LONG}), for example [SCT, '10200004', Liver]"
+            )
     return [Segment(name=name, code=given.get(name)) for name in names]

@@ -1,6 +1,7 @@
 """What a user typed as inputs -> volumes to be, each with a name for what is written of it."""
 
 import dataclasses
+import glob
 import itertools
 import os
 import re
@@ -58,7 +59,7 @@ def find_inputs(words: Sequence[str], config: IngestConfig, series: str | None) 
         try:
             sources = _sources_of(word, config, series)
         except DataError as error:
-            found.append(Input(typed=word, name=_stem(word), source=None, problem=str(error)))
+            found.append(Input(typed=word, name=_stem(word), source=None, problem=str(error).removeprefix("sources=")))
             continue
         found += [_input(word, source, config.channels) for source in sources]
     return _named_apart(found)
@@ -68,7 +69,8 @@ def _sources_of(word: str, config: IngestConfig, series: str | None) -> list[Sou
     path = Path(word).expanduser()
     if "," in word and not path.exists():
         return list(find([ImageLabel(image=tuple(word.split(",")))], config).sources)
-    sources = list(find(word, config).sources)
+    # The name of a file that is there means itself, also with brackets in it.
+    sources = list(find(glob.escape(word) if path.is_file() else word, config).sources)
     if not path.is_dir():
         return sources
     volumes = [source for source in sources if source.problem is None]

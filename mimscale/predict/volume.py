@@ -8,7 +8,7 @@ for classes or K for regions:
 
     2 b V                               while the source is read
     b V + m V, later 3 m V              while it is segmented; while masks are turned and written
-    (2 K + C + 1) 4 crop_z Y X          beside that, of each network: what windows still add to
+    (K + C + 1) 4 crop_z Y X            beside that, of each network: what windows still add to
 
 V and b V of a source that is resampled count once more, with the voxels that are stored of it.
 """

@@ -226,3 +226,5 @@ def test_voxels_of_another_size_than_the_training_s_are_warned_about(store, imag
 def test_a_code_for_a_class_that_is_not_drawn_is_refused(run, image, capsys):
     assert predict(run, image, 'codes={liver: [SCT, "10200004", Liver]}') == 2
     assert "codes: names liver; the networks draw grey, white" in capsys.readouterr().err
+    assert predict(run, image, f"codes={{grey: [SCT, '1', {'m' * 65}]}}") == 2
+    assert "give scheme (at most 16 characters), code and meaning (at most 64)" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from small_segmentation import make_finetune_run, make_store
 
 EDGE, PLANES, OUTPUTS = 192, (96, 480), 8
@@ -34,12 +33,11 @@ for number in planes:
             file.write(np.full((edge, edge), z % 900, np.int16).tobytes())
     words = [f"out={out}/masks", "threads=1", "overlap=0.5", "batch=1"]
     assert main(["predict", run, path, *words]) == 0
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # KiB on Linux
 print(json.dumps(peaks))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 def test_memory_grows_with_the_volume_and_not_with_its_logits(tmp_path):
     store = make_store(tmp_path / "data")
     run = make_finetune_run(
