@@ -13,10 +13,11 @@ from torch import nn
 from mimscale.config import config_tree
 from mimscale.ingest.config import ImageLabel, IngestConfig
 from mimscale.ingest.run import ingest
+from mimscale.store.intensity import IntensityContract
 from mimscale.store.layout import read_info
 
-ZSCORE = {"kind": "zscore"}
-# A turn about all axes: no direction is along one.
+ZSCORE = IntensityContract(kind="zscore")
+# Neither rows, columns nor the normal run along an axis of the patient.
 OBLIQUE = (0.9659258, 0.1830127, 0.1830127, -0.2588190, 0.6830127, 0.6830127)
 REGIONS = {"all": ["grey", "white"], "core": ["white"]}
 
@@ -39,7 +40,7 @@ def write_series(folder: Path, shape=(14, 22, 18), seed=0, **fields) -> tuple[li
     voxels = source_arrays(shape, seed=seed)[0]
     words = {"directions": OBLIQUE, "modality": "MR", "spacing_mm": (0.8, 0.7), "step_mm": 2.5, **fields}
     datasets = dicom_samples.slices(voxels, **words)
-    names = [f"IM{number * 7 % len(voxels):04d}" for number in range(len(voxels))]
+    names = [f"IM{number:04d}" for number in np.random.default_rng(seed).permutation(len(voxels))]
     return dicom_samples.save(datasets, folder, names), voxels
 
 
@@ -48,7 +49,7 @@ def ingested(store: Path, pairs, intensity=None, **fields) -> Path:
     config = IngestConfig(
         sources=[ImageLabel(image=str(image), label=str(label)) for image, label in pairs],
         out=str(store),
-        intensity=intensity or {"kind": "zscore"},
+        intensity=intensity or ZSCORE,
         class_names=CLASSES,
         chunk_voxels=16,
         parts=1,

@@ -103,7 +103,7 @@ class Rolling:
             self._parts[0] = self._parts[0][:, low - self._first :]
             self._first = low
 
-    def take(self, low: int, high: int) -> NDArray[np.float32]:
+    def between(self, low: int, high: int) -> NDArray[np.float32]:
         """The same as an array; see `mimscale.ingest.resample.LogitPlanes`."""
         array: NDArray[np.float32] = self.planes(low, high).numpy()
         return array

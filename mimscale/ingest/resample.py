@@ -121,7 +121,7 @@ class LogitPlanes(Protocol):
         """K, Z, Y, X."""
         ...
 
-    def take(self, low: int, high: int) -> NDArray[np.float32]:
+    def between(self, low: int, high: int) -> NDArray[np.float32]:
         """Planes [low, high): [K, high - low, Y, X]. `low` is never smaller than that of the call before."""
         ...
 
@@ -168,7 +168,10 @@ def likely_regions(logits: NDArray[np.float32] | LogitPlanes, shape_zyx: Zyx, st
 
 
 def _taken(logits: NDArray[np.float32] | LogitPlanes, low: int, high: int) -> NDArray[np.float32]:
-    return logits[:, low:high] if isinstance(logits, np.ndarray) else logits.take(low, high)
+    if isinstance(logits, np.ndarray):
+        part: NDArray[np.float32] = logits[:, low:high]
+        return part
+    return logits.between(low, high)
 
 
 @dataclass(frozen=True)

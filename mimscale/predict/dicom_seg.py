@@ -59,7 +59,7 @@ class _Masks(np.ndarray[Any, Any]):
     numpy's own would take 8 bytes a voxel, the largest array of a prediction.
     """
 
-    def sum(self, axis: Any = None, **words: Any) -> Any:
+    def sum(self, axis: Any = None, **words: Any) -> Any:  # type: ignore[override]
         return super().sum(axis=axis, **{"dtype": np.uint8, **words})
 
 

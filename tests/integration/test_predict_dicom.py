@@ -207,11 +207,12 @@ def test_nothing_found_is_a_segmentation_too(store, tmp_path, knowing):
 
 def test_headers_that_anonymisers_leave_are_enough_and_odd_values_stay_out(store, tmp_path, capsys, caplog):
     fields = {"PatientSex": "U", "PatientBirthDate": "unknown", "PatientName": "Doe^Jane^^^^^", "SeriesNumber": 4}
-    files, _ = write_series(tmp_path / "series", FrameOfReferenceUID=FRAME_OF_REFERENCE, **fields)
-    for path in files:
-        dataset = pydicom.dcmread(path)
-        del dataset.SliceThickness
-        pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+    with pydicom.config.disable_value_validation():
+        files, _ = write_series(tmp_path / "series", FrameOfReferenceUID=FRAME_OF_REFERENCE, **fields)
+        for path in files:
+            dataset = pydicom.dcmread(path)
+            del dataset.SliceThickness
+            pydicom.dcmwrite(path, dataset, enforce_file_format=True)
     run = make_finetune_run(tmp_path / "run", store)
     with caplog.at_level(logging.DEBUG):
         assert predict(run, tmp_path / "series", f"out={tmp_path / 'out'}") == 0
