@@ -104,11 +104,15 @@ def test_a_segmentation_and_a_nifti_of_one_series_are_equal_voxel_for_voxel(stor
     pixels = opened.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
     assert np.array_equal(pixels.transpose(2, 1, 0), classes)
     volume = opened.get_volume(combine_segments=True, allow_missing_positions=True)
-    first = int(np.flatnonzero(classes.any(axis=(0, 1)))[0])
-    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine  # of (slice, row, column)
-    moved = np.array(nifti.affine)
-    moved[:3, 3] += moved[:3, 2] * first
-    assert np.allclose(to_ras[:, [2, 1, 0, 3]], moved, atol=1e-3)
+    # highdicom's slices run the other way: what counts is what lies at each place of the patient.
+    at = np.stack(np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    patient = at @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    ras = patient * (-1, -1, 1)
+    ours = (ras - nifti.affine[:3, 3]) @ np.linalg.inv(nifti.affine[:3, :3]).T
+    assert np.abs(ours - np.rint(ours)).max() < 1e-3  # voxels
+    x, y, z = np.rint(ours).astype(int).T
+    assert np.array_equal(volume.array.reshape(-1), classes[x, y, z])
+    assert np.count_nonzero(volume.array) == np.count_nonzero(classes)
 
     segmentation = pydicom.dcmread(out / "series.dcm")
     assert segmentation.Modality == "SEG"
@@ -242,24 +246,30 @@ def test_a_series_without_a_frame_of_reference_is_told_to_write_nifti_and_does_s
     assert [path.name for path in out.iterdir()] == ["series.nii.gz"]
 
 
-def test_a_writer_that_is_killed_leaves_no_file_under_its_name(store, tmp_path):
-    write_series(tmp_path / "series", FrameOfReferenceUID=FRAME_OF_REFERENCE)
-    run = make_finetune_run(tmp_path / "run", store)
+def test_a_writer_that_is_killed_leaves_no_file_under_its_name(tmp_path):
+    files, voxels = write_series(tmp_path / "series", FrameOfReferenceUID=FRAME_OF_REFERENCE)
+    np.save(tmp_path / "masks.npy", (voxels > 200).T.astype(np.uint8))
     program = (
-        "import os, pydicom, sys\n"
-        "real = pydicom.dcmwrite\n"
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "import numpy, pydicom\n"
+        "from mimscale.predict.dicom_seg import Segment, write_dicom_seg\n"
         "def killed(file, *words, **more):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
-        "pydicom.dcmwrite = killed\n"
-        "from mimscale.cli import main\n"
-        "main(sys.argv[1:])\n"
+        "if sys.argv[1] == 'killed':\n"
+        "    pydicom.dcmwrite = killed\n"
+        "masks, out, *files = sys.argv[2:]\n"
+        "write_dicom_seg(Path(out), numpy.load(masks), files, [Segment(name='bright', code=None)], 'test')\n"
     )
-    words = ["predict", str(run), str(tmp_path / "series"), f"out={tmp_path / 'out'}", *WORDS]
-    ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, timeout=120, check=False)
+    out = tmp_path / "out" / "series.dcm"
+    words = [str(tmp_path / "masks.npy"), str(out), *map(str, files)]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "killed", *words], capture_output=True, timeout=60, check=False
+    )
     assert ended.returncode == -9, ended.stderr
-    assert [path.name.startswith(".tmp-series.dcm") for path in (tmp_path / "out").iterdir()] == [True]
-    assert predict(run, tmp_path / "series", f"out={tmp_path / 'out'}") == 0
-    assert pydicom.dcmread(tmp_path / "out" / "series.dcm").Modality == "SEG"
+    assert [path.name.startswith(".tmp-series.dcm") for path in out.parent.iterdir()] == [True]
+    subprocess.run([sys.executable, "-c", program, "whole", *words], timeout=60, check=True)
+    assert pydicom.dcmread(out).Modality == "SEG"
 
 
 def test_without_highdicom_the_way_to_install_it_is_named_before_anything_is_computed(
