@@ -2,8 +2,8 @@
 
     python benchmarks/predict_memory.py [--shape 1024 512 512] [--classes 14] [--folder /tmp/predict_memory]
 
-The network is a UNETR of few channels with the recipe's windows: what is gathered of its answers does not depend on how
-wide it is, and a ViT-B would take hours on a CPU. Weights are random.
+The network is a linear probe on a small ViT with the recipe's windows: what is gathered of its answers does not depend
+on how wide it is, and a UNETR on a ViT-B would take hours on a CPU. Weights are random.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def write_run(folder: Path, classes: int, crop_voxels: tuple[int, int, int]) -> 
         crop_voxels=crop_voxels,
         patch_voxels=(16, 16, 16),
         model=VitConfig(dim=48, depth=3, heads=2),
-        unetr=UnetrConfig(feature_size=2, num_classes=classes),
+        head="linear",
+        unetr=UnetrConfig(num_classes=classes),
     )
     torch.manual_seed(0)
     write_text(folder / "config.yaml", config_yaml(config))

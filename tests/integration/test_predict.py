@@ -13,8 +13,11 @@ from small_segmentation import SOURCES, make_finetune_run, make_store
 from mimscale.cli import main
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.run import evaluate
+from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.stream.config import StreamConfig
+from mimscale.train.build import weights_contract
+from mimscale.train.config import load_run_config
 
 WORDS = ["threads=1", "batch=4"]
 STORES = {
@@ -123,6 +126,13 @@ def test_older_weights_ask_the_store_how_volumes_were_stored_and_say_so_when_it_
     assert "its contract does not say at what spacing volumes were stored" in capsys.readouterr().err
     assert predict(run, image, f"out={tmp_path / 'out3'}", f"store={stores['resampled']}") == 0
     assert (tmp_path / "out3" / image.name).read_bytes() == first
+
+
+def test_training_writes_into_the_contract_how_its_store_holds_volumes(stores, tmp_path):
+    run = run_on(tmp_path / "run", stores["resampled"])
+    words = {"channels": 1, "step": 1, "precision": "fp32", "overlay": "label", "datasets": [], "spacing_mm": (1, 1, 1)}
+    contract = weights_contract(load_run_config(run), read_info(stores["resampled"]), **words)
+    assert contract["stored_as"] == {"spacing_mm": [1.5, 1.0, 1.2], "crop": "foreground", "crop_margin_mm": 4.0}
 
 
 def rewrite_contract(tag, contract):

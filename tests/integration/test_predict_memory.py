@@ -50,7 +50,7 @@ def test_memory_grows_with_the_volume_and_not_with_its_logits(tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}",
-        "MALLOC_MMAP_THRESHOLD_": "4194304",  # so that what is freed is given back, and the peak is that of what is used
+        "MALLOC_MMAP_THRESHOLD_": "4194304",  # what is freed is given back: the peak is that of what is used
     }
     words = [json.dumps([EDGE, PLANES, OUTPUTS]), str(run), str(tmp_path)]
     ended = subprocess.run(
