@@ -19,6 +19,7 @@ from mimscale.evaluate import weights
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.run import evaluate
 from mimscale.ingest.formats import ReadOptions, SourceFile, read_scan
+from mimscale.predict import dicom_seg
 from mimscale.store.manifest import load_manifest
 
 WORDS = ["threads=1", "batch=4"]
@@ -288,3 +289,10 @@ def test_without_highdicom_the_way_to_install_it_is_named_before_anything_is_com
     assert predict(run, tmp_path / "series", f"out={tmp_path / 'out'}") == 2
     assert "pip install 'mimscale[dicom-seg]'" in capsys.readouterr().err
     assert predict(run, tmp_path / "series", f"out={tmp_path / 'out'}", "format=nifti") == 0
+
+
+def test_overlaps_of_segments_are_counted_in_the_bytes_of_the_masks():
+    masks = np.ones((3, 2, 2, 255), np.uint8).view(dicom_seg._Masks)
+    summed = masks.sum(axis=-1)
+    assert summed.dtype == np.uint8  # numpy's own sum of them has 8 bytes a voxel
+    assert (summed == 255).all()
