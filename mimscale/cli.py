@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("mimscale.train.verbs:pretrain_main", "train a masked autoencoder on a store"),
     "finetune": ("mimscale.train.verbs:finetune_main", "train a UNETR, from a pretrained encoder or from scratch"),
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
+    "predict": ("mimscale.predict.run:main", "segment files: NIfTI or DICOM-SEG on their own grids, without a store"),
     "bench": ("mimscale.bench.verbs:main", "how fast reading, a step, training and saving are, and what limits them"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
     "plan": ("mimscale.bench.plan:main", "what a run needs and how fast it goes, before any job"),

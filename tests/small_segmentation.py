@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
@@ -42,6 +43,20 @@ class Threshold(nn.Module):
     def forward(self, windows):
         centres = torch.tensor([0.02, 0.32, 0.62]).view(1, 3, 1, 1, 1)
         return -((windows - centres) ** 2)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """An image [C, Z, Y, X] that gives its planes to a network."""
+
+    image: torch.Tensor
+
+    @property
+    def shape(self):
+        return tuple(self.image.shape)
+
+    def planes(self, start, stop):
+        return self.image[:, start:stop]
 
 
 def source_affine(codes, shape, spacing_mm):
@@ -174,12 +189,13 @@ COMMON = {
 }
 
 
-def make_finetune_run(folder: Path, store: Path, outputs=3, fields=None, **changes) -> Path:
+def make_finetune_run(folder: Path, store: Path, outputs=3, fields=None, seed=0, channels=1, **changes) -> Path:
     """A run of `outputs` classes or regions; `fields` are of its config, `changes` of the contract of its weights."""
     unetr = UnetrConfig(feature_size=4, num_classes=outputs)
     config = FinetuneConfig(store=store, run_dir=folder, unetr=unetr, **{**COMMON, **(fields or {})})
-    torch.manual_seed(0)
-    return _with_checkpoint(config, build_segmenter(config, 1), CLASSES, changes)
+    torch.manual_seed(seed)
+    model = build_segmenter(config, channels)
+    return _with_checkpoint(config, model, CLASSES, {"channels": channels, **changes})
 
 
 def make_pretrain_run(folder: Path, store: Path, mae=None, **changes) -> Path:

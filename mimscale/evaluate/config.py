@@ -8,15 +8,9 @@ from mimscale.config import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of one evaluation of one run."""
+class InferenceConfig:
+    """How a network is led over a whole volume."""
 
-    run_dir: Path  # the run to score; results go to run_dir/evaluate
-    store: Path | None = None  # volumes to score on; null: the store that the run was trained on
-    split: str = "val"  # which volumes of the store
-    checkpoint: str = "newest"  # "newest" verified one, or a name such as step_00000100
-    best: bool = False  # score the checkpoint that checkpoint.keep_best of the run kept too, as a second column
-    unlabelled: Literal["refuse", "skip"] = "refuse"  # volumes of the split that have no label: an error, or left out
     overlap: float = 0.5  # share of a window that the next one covers again; more is smoother and slower
     # How windows that overlap are weighted: by a Gaussian, so that a window's edge counts little, or equally
     blending: Literal["gaussian", "constant"] = "gaussian"
@@ -28,6 +22,26 @@ class EvaluateConfig:
         "auto"  # where the model runs: auto, cpu, cuda; whole volumes are always put together in main memory
     )
     threads: int | None = None  # CPU threads of the network; null: all cores that this process may use
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
+        if len(set(self.flips)) < len(self.flips):
+            raise ValueError(f"flips={list(self.flips)}: names an axis twice")
+        verb = type(self).__name__.removesuffix("Config").lower()
+        require_positive(verb, batch=self.batch, threads=1 if self.threads is None else self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(InferenceConfig):
+    """Settings of one evaluation of one run."""
+
+    run_dir: Path  # the run to score; results go to run_dir/evaluate
+    store: Path | None = None  # volumes to score on; null: the store that the run was trained on
+    split: str = "val"  # which volumes of the store
+    checkpoint: str = "newest"  # "newest" verified one, or a name such as step_00000100
+    best: bool = False  # score the checkpoint that checkpoint.keep_best of the run kept too, as a second column
+    unlabelled: Literal["refuse", "skip"] = "refuse"  # volumes of the split that have no label: an error, or left out
     nsd_tolerance_mm: float = 2.0  # a surface point counts as right within this distance
     # Write evaluate/predictions/<volume>.nii.gz on the source grid; of regions, a mask each: <volume>/<region>.nii.gz
     save_predictions: bool = True
@@ -36,12 +50,7 @@ class EvaluateConfig:
     crops: int = 4  # pretraining runs: fixed crops per volume, each with a fixed mask
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap={self.overlap}: must be at least 0 and below 1")
-        if len(set(self.flips)) < len(self.flips):
-            raise ValueError(f"flips={list(self.flips)}: names an axis twice")
+        super().__post_init__()
         if self.pictures < 0:
             raise ValueError(f"pictures={self.pictures}: must be at least 0")
-        if self.threads is not None:
-            require_positive("evaluate", threads=self.threads)
-        require_positive("evaluate", batch=self.batch, crops=self.crops, nsd_tolerance_mm=self.nsd_tolerance_mm)
+        require_positive("evaluate", crops=self.crops, nsd_tolerance_mm=self.nsd_tolerance_mm)

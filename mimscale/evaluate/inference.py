@@ -1,36 +1,36 @@
 """Whole volumes through a network that sees windows.
 
-MONAI cuts the windows and puts the logits together again, by default weighted by a Gaussian so that a window's edge,
-where the network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that the
-accelerator holds `batch` windows and nothing else; main memory holds `(classes + 1) * voxels * 4` bytes of one volume
-at a time. Logits, not classes, are what goes back to the grid of a source that was resampled: see
-`mimscale.ingest.placement`.
+MONAI says where windows lie and how much each of their voxels counts: by default by a Gaussian, so that a window's
+edge, where the network sees only half of the surroundings, counts little. Logits are gathered in main memory, so that
+the accelerator holds `batch` windows and nothing else. Windows come in the order of Z, so a plane is finished once they
+begin behind it: of all logits only `(classes + 1) * crop_z * Y * X * 4` bytes are there at a time. Logits, not
+classes, are what goes back to the grid of a source that was resampled: see `mimscale.ingest.placement`.
 
-    B windows | C channels | K classes | Z Y X volume, voxels
+    B windows | C channels | K classes | Z Y X volume, voxels | n some planes along Z
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from mimscale.evaluate.planes import STRIPE_BYTES, Planes
 
 
 def window_batches(size_voxels: Sequence[int], crop_voxels: Sequence[int], overlap: float, batch: int) -> int:
     """Forward passes that one volume takes: what a progress bar counts to."""
     windows = 1
     for edge, crop in zip(size_voxels, crop_voxels, strict=True):
-        step = crop if edge <= crop else max(1, int(crop * (1 - overlap)))
-        windows *= math.ceil(max(0, edge - crop) / step) + 1
+        windows *= math.ceil(max(0, edge - crop) / _step(edge, crop, overlap)) + 1
     return math.ceil(windows / batch)
 
 
-@torch.inference_mode()
-def predict_logits(
+def predict_planes(
     model: nn.Module,
-    image: Tensor,
+    image: Planes,
     crop_voxels: Sequence[int],
     *,
     overlap: float,
@@ -39,12 +39,12 @@ def predict_logits(
     blending: Literal["gaussian", "constant"] = "gaussian",
     flips: Sequence[int] = (),
     after_batch: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """Logits of every voxel: [C, Z, Y, X] float32 on the CPU -> [K, Z, Y, X] float32 on the CPU.
+) -> Iterator[Tensor]:
+    """Logits of every voxel, some planes at a time in the order of Z: float32 [K, n, Y, X] on the CPU.
 
     Args:
         model: windows [B, C, *crop_voxels] -> logits [B, K, *crop_voxels]; on `device`, in eval mode.
-        image: normalised as in training, and at least as large as a window (see `volumes.read_normalised`).
+        image: normalised as in training, and at least as large as a window (see `planes.Normalised`).
         crop_voxels: [Z, Y, X] of a window: the network's input.
         overlap: share of a window that the next one covers again, 0 to below 1.
         batch: windows per forward pass.
@@ -58,31 +58,67 @@ def predict_logits(
         ValueError: the image is smaller than a window.
         FloatingPointError: the network answered with a number that is not finite.
     """
-    if any(edge < crop for edge, crop in zip(image.shape[1:], crop_voxels, strict=True)):
-        raise ValueError(
-            f"an image of {tuple(image.shape[1:])} voxels is smaller than a window of {tuple(crop_voxels)}"
-        )
-    from monai.inferers.utils import sliding_window_inference
+    from monai.data.utils import compute_importance_map, dense_patch_slices
 
-    def predict(windows: Tensor) -> Tensor:
-        logits = _mean_over_flips(model, windows, flips)
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("the network answered with numbers that are not finite")
+    size, (cz, cy, cx) = image.shape[1:], crop_voxels
+    if any(edge < crop for edge, crop in zip(size, crop_voxels, strict=True)):
+        raise ValueError(f"an image of {tuple(size)} voxels is smaller than a window of {tuple(crop_voxels)}")
+    steps = [_step(edge, crop, overlap) for edge, crop in zip(size, crop_voxels, strict=True)]
+    corners = [tuple(edge.start for edge in window) for window in dense_patch_slices(size, (cz, cy, cx), steps)]
+    weights = compute_importance_map((cz, cy, cx), mode=blending, device=device)
+    sums: Tensor | None = None
+    counts, counted = torch.zeros(cz, *size[1:]), weights.cpu()  # sums of weights
+    first = 0  # the plane that sums and counts begin with
+    slab, slab_at = image.planes(0, cz), 0
+    for at in range(0, len(corners), batch):
+        group, windows = corners[at : at + batch], []
+        for z, y, x in group:
+            if z != slab_at:
+                slab, slab_at = image.planes(z, z + cz), z
+            windows.append(slab[:, :, y : y + cy, x : x + cx])
+        weighted = _weighted_logits(model, torch.stack(windows).to(device), flips, weights)
         after_batch()
-        return logits
+        if sums is None:
+            sums = torch.zeros(weighted.shape[1], *counts.shape)
+        for (z, y, x), window in zip(group, weighted, strict=True):
+            if z > first:
+                yield from _means(sums, counts, z - first)
+                _move_up(sums, z - first)
+                _move_up(counts[None], z - first)
+                first = z
+            sums[:, :, y : y + cy, x : x + cx] += window
+            counts[:, y : y + cy, x : x + cx] += counted
+    assert sums is not None, "an image has at least one window"
+    yield from _means(sums, counts, len(counts))
 
-    logits = sliding_window_inference(
-        image[None],
-        tuple(crop_voxels),
-        batch,
-        predict,
-        overlap=overlap,
-        mode=blending,
-        sw_device=device,
-        device="cpu",
-    )
-    assert isinstance(logits, Tensor)
-    return logits[0]
+
+@torch.inference_mode()
+def _weighted_logits(model: nn.Module, windows: Tensor, flips: Sequence[int], weights: Tensor) -> Tensor:
+    """[B, C, Z, Y, X] -> mean logits over flips times `weights` [Z, Y, X]: [B, K, Z, Y, X] on the CPU."""
+    logits = _mean_over_flips(model, windows, flips)
+    if not bool(torch.isfinite(logits).all()):
+        raise FloatingPointError("the network answered with numbers that are not finite")
+    return logits.mul_(weights).cpu()
+
+
+def _means(sums: Tensor, counts: Tensor, stop: int) -> Iterator[Tensor]:
+    """The first `stop` planes of sums [K, n, Y, X] by counts [n, Y, X], few at a time: what is new stays small."""
+    stripe = max(1, STRIPE_BYTES // (4 * sums[:, 0].numel()))
+    for low in range(0, stop, stripe):
+        high = min(low + stripe, stop)
+        yield sums[:, low:high] / counts[low:high]
+
+
+def _move_up(planes: Tensor, by: int) -> None:
+    """Move planes [K, n, Y, X] to lower numbers in place, zeros after them. Whole planes never overlap themselves."""
+    for old in range(by, planes.shape[1]):
+        planes[:, old - by] = planes[:, old]
+    planes[:, max(0, planes.shape[1] - by) :] = 0
+
+
+def _step(edge: int, crop: int, overlap: float) -> int:
+    """From one window to the next along an axis."""
+    return crop if edge <= crop else max(1, int(crop * (1 - overlap)))
 
 
 def _mean_over_flips(model: nn.Module, windows: Tensor, flips: Sequence[int]) -> Tensor:

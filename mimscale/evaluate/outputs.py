@@ -15,9 +15,8 @@ from torch import Tensor
 from mimscale.errors import ConfigError
 from mimscale.evaluate.inference import classes_of
 from mimscale.evaluate.metrics import IGNORE_LABEL, ClassScore, score_case, score_regions
-from mimscale.ingest.geometry import to_source_grid
 from mimscale.ingest.placement import Placement
-from mimscale.store.rows import VolumeRow
+from mimscale.ingest.resample import LogitPlanes
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.finetune import classes_of_region
 
@@ -32,13 +31,13 @@ class Classes:
         """[K, Z, Y, X] -> class of each voxel [Z, Y, X]."""
         return classes_of(logits).numpy()
 
-    def on_source(self, logits: Tensor, decided: NDArray[np.uint8], row: VolumeRow) -> NDArray[np.uint8]:
-        """Classes on the grid and in the order of the source file: [x, y, z]."""
-        placement = Placement.of_row(row)
-        turned = (
-            placement.logits_to_source(logits.numpy()) if placement.resampled else placement.classes_to_source(decided)
-        )
-        return to_source_grid(turned, row)
+    def interpolated(self, logits: LogitPlanes, placement: Placement) -> NDArray[np.uint8]:
+        """Classes on the grid of the source, turned to RAS+, of a volume that was resampled: [Z, Y, X]."""
+        return placement.logits_to_source(logits)
+
+    def placed(self, decided: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
+        """The same of a volume that was not resampled, from what `decide` said of it: [Z, Y, X]."""
+        return placement.classes_to_source(decided)
 
     def score(
         self,
@@ -74,15 +73,13 @@ class Regions:
         """[K, Z, Y, X] -> 1 inside of a region, 0 outside: [K, Z, Y, X]."""
         return (logits > 0).numpy().astype(np.uint8)
 
-    def on_source(self, logits: Tensor, decided: NDArray[np.uint8], row: VolumeRow) -> NDArray[np.uint8]:
-        """Regions on the grid and in the order of the source file: [K, x, y, z]."""
-        placement = Placement.of_row(row)
-        turned = (
-            placement.region_logits_to_source(logits.numpy())
-            if placement.resampled
-            else placement.regions_to_source(decided)
-        )
-        return np.stack([to_source_grid(region, row) for region in turned])
+    def interpolated(self, logits: LogitPlanes, placement: Placement) -> NDArray[np.uint8]:
+        """Regions on the grid of the source, turned to RAS+, of a volume that was resampled: [K, Z, Y, X]."""
+        return placement.region_logits_to_source(logits)
+
+    def placed(self, decided: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
+        """The same of a volume that was not resampled, from what `decide` said of it: [K, Z, Y, X]."""
+        return placement.regions_to_source(decided)
 
     def score(
         self,

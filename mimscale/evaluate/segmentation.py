@@ -7,7 +7,6 @@ import csv
 import io
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from mimscale.console import track
 from mimscale.errors import CheckpointError, DataError
 from mimscale.evaluate.checkpoints import BestCheckpoint
 from mimscale.evaluate.config import EvaluateConfig
-from mimscale.evaluate.inference import predict_logits, window_batches
 from mimscale.evaluate.metrics import METRICS, ClassScore, mean_over_classes, means_per_class
 from mimscale.evaluate.outputs import Classes, outputs_of
-from mimscale.evaluate.resampling import predict_at_spacing, stored_voxels, target_voxels
+from mimscale.evaluate.planes import Normalised
 from mimscale.evaluate.slices import centre_of, cut_planes, grey_levels, save_planes
-from mimscale.evaluate.volumes import read_normalised, read_source_labels, source_spacing_mm, write_nifti
+from mimscale.evaluate.volumes import read_source_labels, source_spacing_mm, write_nifti
+from mimscale.evaluate.whole import Network, batches_of, normalised_for, segment, turned_to_source
 from mimscale.ingest.geometry import to_source_grid
+from mimscale.ingest.placement import Placement
+from mimscale.store.intensity import normalisation
 from mimscale.store.layout import StoreInfo
 from mimscale.store.manifest import Manifest
 from mimscale.store.reader import ShardReader
@@ -35,7 +36,6 @@ from mimscale.train.committed import step_of
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.run_dir import RunDir
 
-AXES = ("z", "y", "x")
 DISK_WAY_OUT = "free some space, or evaluate with save_predictions=false"
 
 
@@ -59,43 +59,39 @@ def evaluate_segmentation(
     rows = labelled_rows(config, run_config.overlay, manifest, indices)
     reader = ShardReader(store, manifest)
     folder = RunDir(config.run_dir).evaluation
-    crop = run_config.crop_voxels
-    target_mm = run_config.stream.target_spacing_mm
-    total = sum(_batches(row, config, crop, target_mm) for row in rows)
+    network = Network(
+        model=model,
+        device=device,
+        crop_voxels=run_config.crop_voxels,
+        target_mm=run_config.stream.target_spacing_mm,
+    )
+    total = sum(batches_of([network], row.shape[1:], row.spacing_mm, config) for row in rows)
     ticks = track(range(total), f"evaluate {len(rows)} volumes, batches of windows", total)
     cases: list[dict[str, Any]] = []
     source_scores: list[dict[str, ClassScore]] = []
     store_scores: list[dict[str, ClassScore]] = []
     for number, row in enumerate(rows):
         started_s = time.perf_counter()
-        image, inside = read_normalised(reader, row, info.intensity, stored_voxels(crop, row.spacing_mm, target_mm))
+        numbers = normalisation(info.intensity, row.stats)
+        raw = reader.read_volume(row)
+        image = normalised_for([network], raw, row.spacing_mm, row.fill_value, numbers)
         try:
-            logits = predict_at_spacing(
-                torch.from_numpy(image),
+            prediction, turned = segment(
+                [network],
+                image,
                 row.spacing_mm,
-                target_mm,
-                partial(
-                    predict_logits,
-                    model,
-                    crop_voxels=crop,
-                    overlap=config.overlap,
-                    batch=config.batch,
-                    device=device,
-                    blending=config.blending,
-                    flips=[AXES.index(axis) for axis in config.flips],
-                    after_batch=lambda: next(ticks, None),
-                ),
+                Placement.of_row(row),
+                outputs,
+                config,
+                after_batch=lambda: next(ticks, None),
             )
         except FloatingPointError as error:
             raise CheckpointError(
                 f"{config.run_dir}: volume {row.id}: {error}; evaluate an earlier checkpoint=step_..."
             ) from None
         predicted_s = time.perf_counter() - started_s
-        logits = logits[(slice(None), *inside)]
-        prediction = outputs.decide(logits)
+        on_source = turned_to_source(turned, row.source_orientation)
         truth = reader.read(row, (0, 0, 0), row.shape[1:], overlay=run_config.overlay)[0]
-        on_source = outputs.on_source(logits, prediction, row)
-        del logits  # the largest array here: the scores need as much
         source_truth = to_source_grid(read_source_labels(reader, row, run_config.overlay), row)
         source_scores.append(outputs.score(on_source, source_truth, source_spacing_mm(row), config.nsd_tolerance_mm))
         if config.store_grid:
@@ -110,7 +106,8 @@ def evaluate_segmentation(
         if number < config.pictures:
             case["slices"] = f"slices/{row.id}.npz"
             drawn = outputs.truth_drawn(truth), outputs.drawn(prediction)
-            _save_slices(folder / case["slices"], image[0][inside], *drawn, row)
+            seen = Normalised(raw[:1], row.fill_value, numbers[:1], (0, 0, 0)).planes(0, row.shape[1])[0].numpy()
+            _save_slices(folder / case["slices"], seen, *drawn, row)
         case["scores"] = {name: asdict(score) for name, score in source_scores[-1].items()}
         if config.store_grid:
             case["store_grid_scores"] = {name: asdict(score) for name, score in store_scores[-1].items()}
@@ -185,17 +182,6 @@ def cases_csv(scores: dict[str, Any]) -> str:
                 line |= {f"best_{metric}": best["cases"][number]["scores"][name][metric] for metric in METRICS}
             writer.writerow(line)
     return text.getvalue()
-
-
-def _batches(
-    row: VolumeRow,
-    config: EvaluateConfig,
-    crop_voxels: tuple[int, int, int],
-    target_mm: tuple[float, float, float] | None,
-) -> int:
-    least = stored_voxels(crop_voxels, row.spacing_mm, target_mm)
-    padded = [max(edge, other) for edge, other in zip(row.shape[1:], least, strict=True)]
-    return window_batches(target_voxels(padded, row.spacing_mm, target_mm), crop_voxels, config.overlap, config.batch)
 
 
 def _means(scores: list[dict[str, ClassScore]], has_background: bool) -> dict[str, Any]:

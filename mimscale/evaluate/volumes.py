@@ -1,6 +1,6 @@
-"""Whole stored volumes as a network's input, and arrays as NIfTI files on the grid of the source.
+"""Labels of stored volumes on the grid of the source, and arrays as NIfTI files on it.
 
-C channels | Z Y X volume, voxels | x y z source file, voxels in the file's own order
+Z Y X volume, voxels | x y z source file, voxels in the file's own order
 """
 
 import math
@@ -13,32 +13,9 @@ from numpy.typing import NDArray
 
 from mimscale import durable
 from mimscale.errors import DataError
-from mimscale.store.intensity import IntensityContract, normalisation
 from mimscale.store.layout import source_overlay
 from mimscale.store.reader import ShardReader
 from mimscale.store.rows import VolumeRow
-
-Zyx = tuple[int, int, int]
-
-
-def read_normalised(
-    reader: ShardReader, row: VolumeRow, contract: IntensityContract, at_least_voxels: Sequence[int]
-) -> tuple[NDArray[np.float32], tuple[slice, slice, slice]]:
-    """A whole volume, normalised as in training: float32 [C, Z, Y, X], and where in it the volume lies.
-
-    A volume smaller than `at_least_voxels` along an axis lies in the middle of its own air, as in a training crop.
-    """
-    shape = row.shape[1:]
-    before = [max(0, least - edge) // 2 for edge, least in zip(shape, at_least_voxels, strict=True)]
-    z, y, x = (max(edge, least) for edge, least in zip(shape, at_least_voxels, strict=True))
-    raw = reader.read(row, (-before[0], -before[1], -before[2]), (z, y, x))
-    image = raw.astype(np.float32)
-    for channel, (low, high, shift, scale) in zip(image, normalisation(contract, row.stats), strict=True):
-        np.clip(channel, low, high, out=channel)
-        channel -= shift
-        channel *= scale
-    dz, dy, dx = (slice(start, start + edge) for start, edge in zip(before, shape, strict=True))
-    return image, (dz, dy, dx)
 
 
 def read_source_labels(reader: ShardReader, row: VolumeRow, overlay: str) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.formats import QuarantineError, ReadOptions, Scan, SourceFile, read_scan
 from mimscale.ingest.formats.voxels import to_stored_dtype
 from mimscale.ingest.plan import PlannedSource
+from mimscale.ingest.sources import Source
 from mimscale.store import layout
 from mimscale.store.rows import VolumeRow
 
@@ -63,7 +64,7 @@ class Label:
     source_sha256: str
 
 
-def read_image(source: PlannedSource, config: IngestConfig) -> Image:
+def read_image(source: Source | PlannedSource, config: IngestConfig) -> Image:
     """Read all channels of a source.
 
     Raises:
@@ -77,9 +78,9 @@ def read_image(source: PlannedSource, config: IngestConfig) -> Image:
         options = ReadOptions(
             channels=config.channels if len(source.channels) == 1 else 1, assume_orientation=config.assume_orientation
         )
-        content = _read_files(files, "")
-        hashes.append(_sha256(content))
-        scans.append(read_scan(content, options))
+        sha256, scan = _read_channel(files, options)
+        hashes.append(sha256)
+        scans.append(scan)
     first = scans[0]
     grid = Grid(affine=first.affine, shape_xyz=_shape_xyz(first))
     affine, shape_zyx = geometry.store_grid(grid.affine, grid.shape_xyz)
@@ -121,6 +122,12 @@ def read_label(source: PlannedSource, grid: Grid, config: IngestConfig, class_na
         voxels=_classes(turned, config.class_map, len(class_names)),
         source_sha256=_sha256(content),
     )
+
+
+def _read_channel(files: Sequence[str], options: ReadOptions) -> tuple[str, Scan]:
+    """The hash of the files' bytes and what they hold; most readers keep none of these bytes, which are as large."""
+    content = _read_files(files, "")
+    return _sha256(content), read_scan(content, options)
 
 
 def _read_files(files: Sequence[str], kind: str) -> list[SourceFile]:

@@ -20,11 +20,12 @@ from mimscale.config import tree_hash
 from mimscale.ingest import geometry, statistics
 from mimscale.ingest.assemble import Grid, Image, Label, read_image, read_label
 from mimscale.ingest.config import IngestConfig
-from mimscale.ingest.formats import QuarantineError, ReadOptions
+from mimscale.ingest.formats import QuarantineError
 from mimscale.ingest.gates import failed_gates
-from mimscale.ingest.placement import Placement, place, with_margin
+from mimscale.ingest.placement import Placement
 from mimscale.ingest.plan import PlannedSource
 from mimscale.ingest.receipts import Lines, write_receipt
+from mimscale.ingest.stored import as_stored, modality_of
 from mimscale.ingest.subjects import hidden
 from mimscale.store import chunk_maps, layout
 from mimscale.store.manifest import load_manifest
@@ -125,7 +126,7 @@ def _convert_volume(
     config = how.config
     image = read_image(source, config)
     label = read_label(source, image.source, config, how.class_names) if source.label else None
-    modality = _modality(source, image, config)
+    modality = modality_of(source, image, config)
     volume_id = _volume_id(image.source_sha256, config, modality)
     if volume_id in stored:
         if label is not None and label.source_sha256 != stored[volume_id]:
@@ -148,54 +149,30 @@ def _volume_id(source_sha256: str, config: IngestConfig, modality: str) -> str:
     return hashlib.sha256(f"{source_sha256} {tree_hash(settings)}".encode()).hexdigest()[:16]
 
 
-def _placement(image: Image, modality: str, config: IngestConfig) -> Placement:
-    """What of an image is stored.
-
-    Raises:
-        QuarantineError: too_large, too_coarse.
-    """
-    channels, z, y, x = image.volume.shape
-    spacing_mm = geometry.spacing_zyx_mm(image.affine)
-    box = None
-    if config.crop == "foreground":
-        _, foreground = statistics.describe(image.volume, modality, image.padding_value)
-        box = with_margin(foreground, config.crop_margin_mm, spacing_mm, (z, y, x))
-    return place(
-        (z, y, x),
-        spacing_mm,
-        voxel_bytes=channels * image.volume.itemsize,
-        max_bytes=ReadOptions().max_volume_bytes,
-        box=box,
-        wanted_mm=config.spacing_zyx_mm,
-    )
-
-
 def _add_image(
     part: int, source: PlannedSource, image: Image, modality: str, volume_id: str, how: Conversion, packs: _Packs
 ) -> tuple[VolumeRow, dict[str, str]]:
     config = how.config
-    placement = _placement(image, modality, config)
-    volume = placement.store_image(image.volume, statistics.padding_below(modality), image.padding_value)
-    affine = placement.affine(image.affine)
-    spacing_mm = geometry.spacing_zyx_mm(affine)
-    fill = statistics.fill_value(volume, modality)
-    stats, box, thresholds = statistics.measure(volume, modality, image.padding_value)
+    stored = as_stored(image, modality, config)
+    volume, affine, placement = stored.volume, stored.affine, stored.placement
     occupied = np.logical_or.reduce(
         [
             chunk_maps.chunk_maxima(channel, config.chunk_voxels) > threshold
-            for channel, threshold in zip(volume, thresholds, strict=True)
+            for channel, threshold in zip(volume, stored.thresholds, strict=True)
         ]
     )
     warnings = dict.fromkeys(image.warnings, "")
     # The scan is judged, not what is stored of it: resampling makes thick slices no thinner, and a crop is small on
     # purpose.
     scanned_mm = geometry.spacing_zyx_mm(image.affine)
-    warnings |= failed_gates(image.volume, scanned_mm, stats, modality, image.modality_in_file, config.gates)
+    warnings |= failed_gates(image.volume, scanned_mm, stored.stats, modality, image.modality_in_file, config.gates)
     if warnings and config.gates.action == "quarantine":
         raise QuarantineError(next(iter(warnings)), "; ".join(filter(None, warnings.values())))
     attributes = _attributes(affine, modality)
     attributes["source_orientation"] = geometry.axis_codes(image.source.affine)
-    written = packs.images().add(volume_id, volume, fill_value=fill, spacing_mm=spacing_mm, attributes=attributes)
+    written = packs.images().add(
+        volume_id, volume, fill_value=stored.fill_value, spacing_mm=stored.spacing_mm, attributes=attributes
+    )
     channels, z, y, x = volume.shape
     row = VolumeRow(
         id=volume_id,
@@ -205,21 +182,21 @@ def _add_image(
         modality=modality,
         split="",  # known when all parts are: the manifest gets it
         shape=(channels, z, y, x),
-        spacing_mm=spacing_mm,
+        spacing_mm=stored.spacing_mm,
         affine=tuple(map(float, affine.reshape(-1))),
         dtype=volume.dtype.name,
         part=part,
         offset_bytes=written.offset_bytes,
         length_bytes=written.length_bytes,
-        fill_value=fill,
+        fill_value=stored.fill_value,
         sha256=written.sha256,
         voxels_sha256=_voxels_sha256(image, placement),
         source_sha256=image.source_sha256,
         source_orientation=geometry.axis_codes(image.source.affine),
         source_affine=tuple(map(float, image.source.affine.reshape(-1))),
         source_shape=image.source.shape_xyz,
-        stats=stats,
-        foreground_box=box,
+        stats=stored.stats,
+        foreground_box=stored.foreground_box,
         overlays={},
         tags=dict(source.tags),
         acquisition=dict(image.acquisition),
@@ -229,13 +206,6 @@ def _add_image(
         occupied_chunks=chunk_maps.encode_map(occupied),
     )
     return row, warnings
-
-
-def _modality(source: PlannedSource, image: Image, config: IngestConfig) -> str:
-    """The list's word first, then the recipe's, then the file's."""
-    if source.modality is not None:
-        return source.modality.lower()
-    return config.modality if config.modality != "other" else image.modality_in_file or "other"
 
 
 def _add_label(part: int, row: VolumeRow, label: Label, how: Conversion, packs: _Packs) -> dict[str, OverlayRow]:

@@ -66,9 +66,15 @@ def to_source_grid(array_zyx: NDArray[Any], row: VolumeRow) -> NDArray[Any]:
     """
     if array_zyx.shape != row.source_zyx:
         raise ValueError(f"array of {array_zyx.shape} voxels; the source of volume {row.id} has {row.source_zyx}")
-    source = orientations.axcodes2ornt(row.source_orientation)
-    turned = orientations.apply_orientation(array_zyx.transpose(2, 1, 0), orientations.ornt_transform(_RAS, source))
+    turned = from_store_grid(array_zyx, row.source_orientation)
     assert turned.shape == row.source_shape, f"{turned.shape} is not the source's {row.source_shape}"
+    return turned
+
+
+def from_store_grid(array_zyx: NDArray[Any], codes: str) -> NDArray[Any]:
+    """Turn [Z, Y, X] in RAS+ into [X, Y, Z] along axes of these directions, as `axis_codes` has them."""
+    source = orientations.axcodes2ornt(codes)
+    turned = orientations.apply_orientation(array_zyx.transpose(2, 1, 0), orientations.ornt_transform(_RAS, source))
     return np.ascontiguousarray(turned)
 
 

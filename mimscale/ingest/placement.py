@@ -8,7 +8,7 @@ either, its placement is the identity, and no function here touches a voxel.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mimscale.ingest import geometry
 from mimscale.ingest.formats import QuarantineError
 from mimscale.ingest.resample import (
+    LogitPlanes,
     Steps,
     Zyx,
     likely_regions,
@@ -45,14 +46,23 @@ class Placement:
     def of_row(cls, row: VolumeRow) -> "Placement":
         """The placement of a volume that is stored already."""
         affine, source_zyx = geometry.store_grid(np.reshape(row.source_affine, (4, 4)), row.source_shape)
-        spacing_mm = geometry.spacing_zyx_mm(affine)
-        z, y, x = (_step(old, new) for old, new in zip(spacing_mm, row.spacing_mm, strict=True))
-        return cls(
+        everything = cls(
             source_zyx=source_zyx,
             box=row.crop_box or _everything(source_zyx),
             shape_zyx=row.shape[1:],
-            step_zyx=(z, y, x) if row.resampled else (1.0, 1.0, 1.0),
+            step_zyx=(1.0, 1.0, 1.0),
         )
+        return everything.stepping(affine, row.spacing_mm) if row.resampled else everything
+
+    def stepping(self, source_affine: NDArray[np.float64], stored_mm: Sequence[float]) -> "Placement":
+        """The same, with steps that follow from the spacings of source and stored volume, [Z, Y, X].
+
+        `place` knows the wanted spacing, a stored volume the one that it got: they may differ in the last bits, so
+        whoever goes back takes these.
+        """
+        spacing_mm = geometry.spacing_zyx_mm(source_affine)
+        z, y, x = (_step(old, new) for old, new in zip(spacing_mm, stored_mm, strict=True))
+        return replace(self, step_zyx=(z, y, x))
 
     @property
     def crop_box(self) -> Box | None:
@@ -107,7 +117,7 @@ class Placement:
             classes = resample_classes(classes, self._box_zyx(), self._back())
         return self._padded(classes, 0)
 
-    def logits_to_source(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def logits_to_source(self, logits: NDArray[np.float32] | LogitPlanes) -> NDArray[np.uint8]:
         """Logits [K, Z, Y, X] of a stored volume -> most likely classes [Z, Y, X] on the grid of its source.
 
         Outside the crop there is background. Without resampling `classes_to_source` gives the same and is faster.
@@ -119,7 +129,7 @@ class Placement:
         assert not self.resampled, "masks cannot be interpolated; give region_logits_to_source the logits"
         return self._padded(regions, 0)
 
-    def region_logits_to_source(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def region_logits_to_source(self, logits: NDArray[np.float32] | LogitPlanes) -> NDArray[np.uint8]:
         """Logits [K, Z, Y, X] of regions that may overlap -> 1 inside of each, on the grid of the source; else 0."""
         return self._padded(likely_regions(logits, self._box_zyx(), self._back()), 0)
 

@@ -13,7 +13,7 @@ axis that becomes coarser comes a Gaussian first (`blur_sigma`). Axis after axis
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,22 @@ def resample_classes(classes: NDArray[np.uint8], shape_zyx: Zyx, step_zyx: Steps
     return resampled
 
 
-def most_likely_classes(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: Steps) -> NDArray[np.uint8]:
+class LogitPlanes(Protocol):
+    """Logits [K, Z, Y, X] that are never there all at once: their planes come and go in the order of Z."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """K, Z, Y, X."""
+        ...
+
+    def between(self, low: int, high: int) -> NDArray[np.float32]:
+        """Planes [low, high): [K, high - low, Y, X]. `low` is never smaller than that of the call before."""
+        ...
+
+
+def most_likely_classes(
+    logits: NDArray[np.float32] | LogitPlanes, shape_zyx: Zyx, step_zyx: Steps
+) -> NDArray[np.uint8]:
     """Logits [K, Z, Y, X] -> the class of the highest probability on the grid `shape_zyx`.
 
     Probabilities are interpolated, not classes, so that a border may lie between two voxels; and not logits, which have
@@ -121,14 +136,15 @@ def most_likely_classes(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: S
     """
     axes = _axes(logits.shape[1:], shape_zyx, step_zyx)
     classes = np.zeros(shape_zyx, dtype=np.uint8)
-    for start, stop in _slabs(axes, arrays=len(logits)):
-        low, high = axes[0].needs(start, stop)
-        probabilities = logits[:, low:high] - logits[:, low:high].max(axis=0)
+    num_classes = logits.shape[0]
+    for start, stop in _slabs(axes, arrays=num_classes):
+        old = _taken(logits, *axes[0].needs(start, stop))
+        probabilities = old - old.max(axis=0)
         np.exp(probabilities, out=probabilities)
         probabilities /= probabilities.sum(axis=0)
         best = np.full((stop - start, *shape_zyx[1:]), -1, dtype=np.float32)
         for number, one in enumerate(probabilities):
-            if one.max() < 0.999 / len(logits):  # some class has more everywhere
+            if one.max() < 0.999 / num_classes:  # some class has more everywhere
                 continue
             part = _interpolated(one, axes, *_whole(axes, start, stop))
             higher = part > best
@@ -137,18 +153,25 @@ def most_likely_classes(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: S
     return classes
 
 
-def likely_regions(logits: NDArray[np.float32], shape_zyx: Zyx, step_zyx: Steps) -> NDArray[np.uint8]:
+def likely_regions(logits: NDArray[np.float32] | LogitPlanes, shape_zyx: Zyx, step_zyx: Steps) -> NDArray[np.uint8]:
     """Logits [K, Z, Y, X] of regions that may overlap -> 1 where each has a probability above one half, else 0.
 
     On the grid [K, *shape_zyx]. Probabilities are interpolated, as in `most_likely_classes`.
     """
     axes = _axes(logits.shape[1:], shape_zyx, step_zyx)
-    regions = np.zeros((len(logits), *shape_zyx), dtype=np.uint8)
+    regions = np.zeros((logits.shape[0], *shape_zyx), dtype=np.uint8)
     for start, stop in _slabs(axes):
-        low, high = axes[0].needs(start, stop)
-        for region, one in zip(regions, logits[:, low:high], strict=True):
+        old = _taken(logits, *axes[0].needs(start, stop))
+        for region, one in zip(regions, old, strict=True):
             region[start:stop] = _interpolated(expit(one), axes, *_whole(axes, start, stop)) > 0.5
     return regions
+
+
+def _taken(logits: NDArray[np.float32] | LogitPlanes, low: int, high: int) -> NDArray[np.float32]:
+    if isinstance(logits, np.ndarray):
+        part: NDArray[np.float32] = logits[:, low:high]
+        return part
+    return logits.between(low, high)
 
 
 @dataclass(frozen=True)

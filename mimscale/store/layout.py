@@ -58,6 +58,11 @@ class StoreInfo:
     rewritten_parts: dict[int, int] = field(default_factory=dict)  # part -> its successor, while a removal is going on
     removed_parts: tuple[int, ...] = ()  # parts whose successor has taken their place
 
+    @property
+    def stored_as(self) -> dict[str, Any]:
+        """What of a source is stored, and on what grid: it goes into the contract of weights too."""
+        return {key: self.ingest[key] for key in ("spacing_mm", "crop", "crop_margin_mm") if key in self.ingest}
+
 
 def is_plain_name(text: str) -> bool:
     """True for what may become the name of a folder or file: it cannot lead to another place."""

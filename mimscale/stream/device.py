@@ -84,18 +84,20 @@ def resample_linear(image: Tensor, grid: Tensor, crop_voxels: tuple[int, int, in
         crop_voxels: edges of the result.
     """
     for axis, edge in enumerate(crop_voxels):
-        place = _places(grid, axis, edge)
-        low = place.floor()
-        last = image.shape[2 + axis] - 1
-        below, above = (
-            _taken(image, index.long().clamp(0, last), axis)  # the voxel beyond the last one has no weight
-            for index in (low, low + 1)
-        )
-        weight = (
-            (place - low).to(image.dtype).view([len(place), 1] + [edge if other == axis else 1 for other in range(3)])
-        )
-        image = torch.lerp(below, above, weight)
+        image = resample_axis(image, places(grid, axis, edge), axis)
     return image
+
+
+def resample_axis(image: Tensor, place: Tensor, axis: int) -> Tensor:
+    """Interpolate [B, C, Z, Y, X] linearly along an axis (0 for Z to 2 for X), at places [B, n] float64 on it."""
+    edge, low = place.shape[1], place.floor()
+    last = image.shape[2 + axis] - 1
+    below, above = (
+        _taken(image, index.long().clamp(0, last), axis)  # the voxel beyond the last one has no weight
+        for index in (low, low + 1)
+    )
+    weight = (place - low).to(image.dtype).view([len(place), 1] + [edge if other == axis else 1 for other in range(3)])
+    return torch.lerp(below, above, weight)
 
 
 def resample_nearest(image: Tensor, grid: Tensor, crop_voxels: tuple[int, int, int]) -> Tensor:
@@ -105,14 +107,14 @@ def resample_nearest(image: Tensor, grid: Tensor, crop_voxels: tuple[int, int, i
     return image
 
 
-def _places(grid: Tensor, axis: int, edge: int) -> Tensor:
+def places(grid: Tensor, axis: int, edge: int) -> Tensor:
     """Where the crop's voxels lie along an axis: [B, edge] float64."""
     first, step = grid[:, axis, :1], grid[:, axis, 1:]
     return first + step * torch.arange(edge, device=grid.device, dtype=grid.dtype)
 
 
 def _nearest(grid: Tensor, axis: int, edge: int) -> Tensor:
-    return (_places(grid, axis, edge) + 0.5).floor().long()
+    return (places(grid, axis, edge) + 0.5).floor().long()
 
 
 def _taken(image: Tensor, index: Tensor, axis: int) -> Tensor:

@@ -79,6 +79,7 @@ def weights_contract(
         "modality": info.modality,
         "class_names": list(info.overlays[overlay].class_names) if labelled and overlay is not None else None,
         "datasets": list(datasets),
+        "stored_as": info.stored_as,
         "store_ingest_hash": info.ingest_hash,
         "config_hash": tree_hash(tree),
         "trained_in": precision,

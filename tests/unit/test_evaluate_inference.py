@@ -2,11 +2,17 @@ import itertools
 
 import pytest
 import torch
+from monai.inferers.utils import sliding_window_inference
+from small_segmentation import InMemory
 from torch import nn
 
-from mimscale.evaluate.inference import classes_of, predict_logits, window_batches
+from mimscale.evaluate.inference import classes_of, predict_planes, window_batches
 
 CPU = torch.device("cpu")
+
+
+def predict_logits(model, image, crop_voxels, **words):
+    return torch.cat(list(predict_planes(model, InMemory(image), crop_voxels, **words)), dim=1)
 
 
 class Threshold(nn.Module):
@@ -119,3 +125,33 @@ def test_windows_are_blended_by_a_gaussian_or_equally_as_asked():
     assert gaussian[4:8] == sorted(gaussian[4:8])
     assert gaussian[4] < 1.3
     assert gaussian[7] > 1.7
+
+
+@pytest.mark.parametrize("blending", ["gaussian", "constant"])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
+@pytest.mark.parametrize("size", [(23, 12, 17), (8, 6, 10), (8, 19, 11)])
+@pytest.mark.parametrize("batch", [1, 4])  # 4: batches hold windows of two rows
+def test_planes_are_to_the_bit_what_monai_makes_of_the_whole_volume(size, overlap, blending, batch):
+    torch.manual_seed(0)
+    model = nn.Conv3d(2, 3, 3, padding=1).requires_grad_(False)
+    image = torch.randn(2, *size)
+    with torch.inference_mode():
+        wanted = sliding_window_inference(image[None], (8, 6, 10), batch, model, overlap, mode=blending)[0]
+    logits = predict_logits(model, image, (8, 6, 10), overlap=overlap, batch=batch, device=CPU, blending=blending)
+    assert torch.equal(logits, wanted)
+
+
+def test_planes_come_as_soon_as_no_window_adds_to_them_and_each_once():
+    asked = []
+
+    class Watched(InMemory):
+        def planes(self, start, stop):
+            asked.append((start, stop))
+            return super().planes(start, stop)
+
+    stream = predict_planes(Threshold(), Watched(torch.zeros(1, 24, 8, 8)), (8, 8, 8), overlap=0.5, batch=1, device=CPU)
+    seen = []
+    for part in stream:
+        seen.append((part.shape[1], asked[-1]))
+    assert seen == [(4, (4, 12)), (4, (8, 16)), (4, (12, 20)), (4, (16, 24)), (8, (16, 24))]
+    assert asked == [(0, 8), (4, 12), (8, 16), (12, 20), (16, 24)]

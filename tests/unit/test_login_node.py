@@ -18,6 +18,7 @@ VERBS = {
     "finetune --check": ["finetune", "demo/finetune", *RUN, "--check"],
     "ingest --check": ["ingest", "demo/ingest", "sources=/none", "out=/none", "--check"],
     "evaluate --check": ["evaluate", *RUN, "--check"],
+    "predict --check": ["predict", "/none/run", "/none/scan.nii.gz", "--check"],
     "plan": ["plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"],
     "plan --json": ["plan", "finetune_unetr", "--nodes", "1", "--gpu", "l40s", "--json"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],

@@ -87,6 +87,15 @@ def read_dicom(files: Sequence[SourceFile], options: ReadOptions) -> Scan:
     )
 
 
+def planes_of(header: Header, count: int) -> list[Plane]:
+    """Where each of the `count` frames of a file lies, in the order of the file.
+
+    Raises:
+        QuarantineError: no_orientation, no_spacing, truncated, unreadable.
+    """
+    return [_plane(header, groups) for header, groups in _frames(header, count)]
+
+
 def _frames(header: Header, count: int) -> list[tuple[Header, Groups]]:
     """Each frame's header and functional groups."""
     own = header.dataset.get("PerFrameFunctionalGroupsSequence")

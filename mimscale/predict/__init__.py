@@ -1,0 +1,1 @@
+"""Files -> masks on their own grids, by one fine-tuned network or several, without a store."""
