@@ -42,10 +42,15 @@ def predict_at_spacing(
     """
     if target_mm is None:
         return predict(image)
-    size_voxels = tuple(image.shape[1:])
-    there = _resampled(image, spacing_mm, target_mm, target_voxels(size_voxels, spacing_mm, target_mm))
-    z, y, x = size_voxels
-    return _resampled(predict(there), target_mm, spacing_mm, (z, y, x))
+    z, y, x = image.shape[1:]
+    return _resampled(predict(at_spacing(image, spacing_mm, target_mm)), target_mm, spacing_mm, (z, y, x))
+
+
+def at_spacing(image: Tensor, spacing_mm: SpacingMm, target_mm: SpacingMm | None) -> Tensor:
+    """An image [C, Z, Y, X] at the target spacing, `target_voxels` of it; as it is where there is none."""
+    if target_mm is None:
+        return image
+    return _resampled(image, spacing_mm, target_mm, target_voxels(image.shape[1:], spacing_mm, target_mm))
 
 
 def _resampled(image: Tensor, from_mm: SpacingMm, to_mm: SpacingMm, size_voxels: Zyx) -> Tensor:
