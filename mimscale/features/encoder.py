@@ -12,41 +12,33 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.errors import ConfigError
 from mimscale.evaluate.weights import load_model
-from mimscale.models.vit import Vit
 from mimscale.store.manifest import Manifest
 from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.config import FinetuneConfig, PretrainConfig
+
+Zyx = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
     """An encoder in eval mode, on its device."""
 
-    encoder: Vit
+    encoder: nn.Module
     name: str  # what tables call its weights
     contract: dict[str, Any]  # of the checkpoint
     device: torch.device
-
-    @property
-    def dim(self) -> int:
-        """Numbers of a feature."""
-        return self.encoder.config.dim
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens of a window along Z, Y, X."""
-        return self.encoder.grid
+    grid: Zyx  # tokens of a window along Z, Y, X
+    dim: int  # numbers of a token
 
     @torch.inference_mode()
     def tokens(self, windows: Tensor) -> Tensor:
-        """[B, C, Z, Y, X] on the CPU -> [B, L, D] float32 on the CPU, after the encoder's last norm."""
-        tokens, _ = self.encoder(windows.to(self.device))
-        answer: Tensor = tokens.float().cpu()
-        return answer
+        """[B, C, Z, Y, X] on the CPU -> [B, L, D] float32 on the CPU, as the encoder's end gives them."""
+        tokens, _ = tokens_and_grid(self.encoder(windows.to(self.device)), self.grid)
+        return tokens.float().cpu()
 
     def sha256(self) -> str:
         """Of the encoder's weights alone: a head or a decoder does not change its features."""
@@ -55,6 +47,22 @@ class FrozenEncoder:
             digest.update(f"{name} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def tokens_and_grid(answer: Any, grid: Zyx | None) -> tuple[Tensor, Zyx]:
+    """Tokens [B, L, D] of what an encoder answers, and how many lie along Z, Y and X.
+
+    Args:
+        answer: of a ViT its tokens [B, L, D] and something more; of an encoder with stages a map [B, D, z, y, x] of
+            each, the deepest last: that one counts.
+        grid: of a ViT's tokens.
+    """
+    first, last = answer[0], answer[-1]
+    if first.ndim == 3:
+        assert grid is not None, "an encoder that answers with tokens has a grid"
+        return first, grid
+    z, y, x = last.shape[2:]
+    return last.flatten(2).transpose(1, 2), (z, y, x)
 
 
 def frozen_encoder(
@@ -70,7 +78,7 @@ def frozen_encoder(
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: the store has another number of channels, or the run's encoder gives no tokens.
+        ConfigError: the store has another number of channels.
     """
     model, contract = load_model(run_config, tag, channels, device)
     name = "trained"
@@ -85,9 +93,11 @@ def frozen_encoder(
             )
         model.to(device).eval()
     encoder = model.encoder
-    if not isinstance(encoder, Vit):
-        raise ConfigError(f"{tag}: its encoder is a {type(encoder).__name__}; features are those of a Vit's tokens")
-    return FrozenEncoder(encoder, name, contract, device)
+    assert isinstance(encoder, nn.Module), "every model here has one of that name"
+    with torch.inference_mode():
+        window = torch.zeros((1, channels, *run_config.crop_voxels), device=device)
+        tokens, grid = tokens_and_grid(encoder(window), getattr(encoder, "grid", None))
+    return FrozenEncoder(encoder, name, contract, device, grid, tokens.shape[2])
 
 
 def one_channel_count(manifest: Manifest, indices: NDArray[np.int64], store: Path) -> int:

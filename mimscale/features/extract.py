@@ -92,7 +92,7 @@ def features_of(source: Source, reader: ShardReader, row: VolumeRow) -> VolumeFe
         pooled.append((tokens.mean(dim=1) if config.pool == "mean" else tokens.amax(dim=1)).numpy())
         if config.tokens:
             shape = (len(tokens), *source.encoder.grid, tokens.shape[2])
-            maps.append(tokens.numpy().reshape(shape).astype(config.tokens_as))
+            maps.append(_narrowed(tokens.numpy().reshape(shape), config.tokens_as))
     each = np.concatenate(pooled)  # [W, D]
     # In float64, so that the order of summation leaves no trace in the result.
     whole = each.mean(axis=0, dtype=np.float64) if config.pool == "mean" else each.max(axis=0)
@@ -103,6 +103,14 @@ def features_of(source: Source, reader: ShardReader, row: VolumeRow) -> VolumeFe
         tokens=np.concatenate(maps) if config.tokens else None,
         spacing_mm=target_mm or row.spacing_mm,
     )
+
+
+def _narrowed(tokens: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # said below
+        narrow = tokens.astype(kind)
+    if not np.isfinite(narrow).all():
+        raise FloatingPointError(f"a token of {np.abs(tokens).max():g} does not fit {kind}; give tokens_as=float32")
+    return narrow
 
 
 def _batches(voxels: Tensor, origins: Sequence[Zyx], crop: Zyx, batch: int) -> Iterator[Tensor]:

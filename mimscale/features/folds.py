@@ -89,10 +89,17 @@ def grouped(
     *,
     by_class: bool,
 ) -> list[Fold]:
-    """Cut cases into `folds` groups without cutting through a subject: [n], [n] -> folds."""
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+    """Deal subjects out to `folds` groups, those of a class one after the other: [n], [n] -> folds.
 
-    kind = StratifiedGroupKFold if by_class else GroupKFold
-    cutter = kind(n_splits=folds, shuffle=True, random_state=seed)
-    cut = cutter.split(np.zeros((len(values), 1)), values if by_class else None, subjects)
-    return [Fold(np.asarray(train), np.asarray(test)) for train, test in cut]
+    A subject counts for the class that most of its cases have. Subjects are spread, and not cases: one who has very
+    many would otherwise fill a group alone.
+    """
+    unique, number = np.unique(subjects, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(unique))
+    if by_class:
+        counts = np.zeros((len(unique), int(values.max()) + 1), dtype=np.int64)
+        np.add.at(counts, (number, values.astype(np.int64)), 1)
+        order = order[np.argsort(counts.argmax(axis=1)[order], kind="stable")]
+    group = np.empty(len(unique), dtype=np.int64)
+    group[order] = np.arange(len(unique)) % folds
+    return [Fold(np.flatnonzero(group[number] != one), np.flatnonzero(group[number] == one)) for one in range(folds)]

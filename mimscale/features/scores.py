@@ -45,7 +45,7 @@ def classes_auc(probabilities: Floats, truth: NDArray[np.int64], weights: Floats
     if probabilities.shape[1] == 2:
         return auc(probabilities[:, 1], truth == 1, weights)
     each = [auc(column, truth == number, weights) for number, column in enumerate(probabilities.T)]
-    return np.mean(each, axis=0, dtype=np.float64)
+    return np.asarray(np.mean(each, axis=0))
 
 
 def balanced_accuracy(probabilities: Floats, truth: NDArray[np.int64], weights: Floats) -> Floats:
@@ -55,7 +55,7 @@ def balanced_accuracy(probabilities: Floats, truth: NDArray[np.int64], weights: 
     for number in range(probabilities.shape[1]):
         of_class = truth == number
         recalls.append(_divided(weights @ (right & of_class).astype(np.float64), weights @ of_class.astype(np.float64)))
-    return np.mean(recalls, axis=0, dtype=np.float64)
+    return np.asarray(np.mean(recalls, axis=0))
 
 
 def brier(probabilities: Floats, truth: NDArray[np.int64], weights: Floats) -> Floats:
@@ -137,4 +137,5 @@ def _mean(values: Floats, weights: Floats) -> Floats:
 
 def _divided(above: Floats, below: Floats) -> Floats:
     """NaN where there is nothing to divide by."""
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0)
+    out: Floats = np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0)
+    return out

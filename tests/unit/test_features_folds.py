@@ -16,7 +16,7 @@ def target(values, classes=("a", "b")):
     return Target(name="t", kind=kind, rows=rows, values=np.array(values), classes=classes, missing=0, not_listed=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=30, max_size=60), st.integers(2, 4), st.integers(0, 3), st.booleans())
 def test_no_fold_separates_a_subject_and_every_case_is_tested_once(who, folds, seed, is_number):
     who = [*range(10), *range(10), *who]  # each subject at least twice
@@ -28,6 +28,17 @@ def test_no_fold_separates_a_subject_and_every_case_is_tested_once(who, folds, s
         assert not {subjects[i] for i in fold.train} & {subjects[i] for i in fold.test}
         assert sorted([*fold.train, *fold.test]) == list(range(len(who)))
     assert sorted(np.concatenate([fold.test for fold in found])) == list(range(len(who)))
+
+
+def test_classes_are_spread_over_folds_by_their_subjects():
+    subjects = ["heavy"] * 50 + [f"s{index:02d}" for index in range(30)]
+    values = [1] * 50 + [1] * 9 + [0] * 20 + [2]
+    one = target(values, ("a", "b", "c"))
+    with pytest.raises(DataError, match=r"class 'c' has 1 subject\(s\), folds=5"):
+        cross_folds(one, subjects, 5, 0)
+    found = cross_folds(target(values[:-1]), subjects[:-1], 5, 0)
+    spread = [[len({subjects[i] for i in fold.test if values[i] == kind}) for kind in (0, 1)] for fold in found]
+    assert spread == [[4, 2]] * 5
 
 
 def test_folds_are_the_same_for_the_same_seed():

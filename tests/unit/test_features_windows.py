@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimscale.features.windows import covered_box, drawn_origins, sliding_origins
@@ -10,6 +10,7 @@ from mimscale.features.windows import covered_box, drawn_origins, sliding_origin
 EDGE = st.integers(1, 40)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(EDGE, EDGE, st.integers(0, 40), st.integers(0, 40)), min_size=3, max_size=3),
     st.sampled_from([0.0, 0.25, 0.5, 0.9]),
