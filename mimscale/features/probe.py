@@ -201,6 +201,7 @@ def _row(config: ProbeConfig, target: Target, folds: Sequence[Fold], features: F
         )
         answers.append(answer(name, train, vectors[fold.test], config))
     cases = np.concatenate([fold.test for fold in folds])
+    number = np.repeat(np.arange(len(folds)), [len(fold.test) for fold in folds])  # of each case's fold
     predicted = np.concatenate([one.predicted for one in answers])
     truth = target.values[cases]
     tested = subjects[cases].tolist()
@@ -209,21 +210,21 @@ def _row(config: ProbeConfig, target: Target, folds: Sequence[Fold], features: F
         probe=name,
         predicted=predicted,
         cases=cases,
-        fold=np.repeat(np.arange(len(folds)), [len(fold.test) for fold in folds]),
+        fold=number,
         chosen=[one.chosen for one in answers],
         converged=all(one.converged for one in answers),
         scores={
             metric: scores.drawn(partial(function, predicted, truth), tested, config.replicates, config.seed)
-            for metric, function in _metrics(config, target).items()
+            for metric, function in _metrics(config, target, number).items()
         },
     )
 
 
-def _metrics(config: ProbeConfig, target: Target) -> dict[str, Any]:
+def _metrics(config: ProbeConfig, target: Target, fold: NDArray[np.int64]) -> dict[str, Any]:
     if target.kind == "regress":
         return {"mean_absolute_error": scores.mean_absolute_error, "r2": scores.r2}
     return {
-        "auc": scores.classes_auc,
+        "auc": partial(scores.classes_auc, fold=fold),
         "balanced_accuracy": scores.balanced_accuracy,
         "brier": scores.brier,
         "calibration_error": partial(scores.calibration_error, bins=config.bins),

@@ -29,22 +29,34 @@ class Interval:
     draws: int  # that define the score; the others lack a class
 
 
-def auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
-    """Chance that a positive case scores higher than a negative one, ties counted half: [N], [N], [R, N] -> [R]."""
-    order = np.argsort(scores, kind="stable")
-    ordered, is_positive, weights = scores[order], positive[order], weights[:, order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))  # of groups of equal scores
+def auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats, fold: NDArray[np.int64] | None = None) -> Floats:
+    """Chance that a positive case scores higher than a negative one, ties counted half: [N], [N], [R, N] -> [R].
+
+    Only cases of the same fold [N] are compared. Folds have probes of their own, whose scores differ by more than the
+    cases say: a predictor that sees nothing scores lower where a class is frequent among the cases it is tested on, so
+    over all pairs it would seem worse than chance.
+    """
+    fold = np.zeros(len(scores), dtype=np.int64) if fold is None else fold
+    order = np.lexsort((scores, fold))
+    ordered, fold, is_positive, weights = scores[order], fold[order], positive[order], weights[:, order]
+    begins = np.concatenate([[True], (ordered[1:] != ordered[:-1]) | (fold[1:] != fold[:-1])])
+    starts = np.flatnonzero(begins)  # of groups of equal scores
     above = np.add.reduceat(weights * is_positive, starts, axis=1)  # [R, groups]
     below = np.add.reduceat(weights * ~is_positive, starts, axis=1)
+    _, firsts, number = np.unique(fold[starts], return_index=True, return_inverse=True)  # first group of each fold
     lower = below.cumsum(axis=1) - below
-    return _divided((above * (lower + 0.5 * below)).sum(axis=1), above.sum(axis=1) * below.sum(axis=1))
+    lower -= lower[:, firsts][:, number]
+    pairs = np.add.reduceat(above, firsts, axis=1) * np.add.reduceat(below, firsts, axis=1)  # [R, folds]
+    return _divided((above * (lower + 0.5 * below)).sum(axis=1), pairs.sum(axis=1))
 
 
-def classes_auc(probabilities: Floats, truth: NDArray[np.int64], weights: Floats) -> Floats:
+def classes_auc(
+    probabilities: Floats, truth: NDArray[np.int64], weights: Floats, fold: NDArray[np.int64] | None = None
+) -> Floats:
     """Of two classes the AUC of the second, of more the mean over classes of each against the rest: [N, K] -> [R]."""
     if probabilities.shape[1] == 2:
-        return auc(probabilities[:, 1], truth == 1, weights)
-    each = [auc(column, truth == number, weights) for number, column in enumerate(probabilities.T)]
+        return auc(probabilities[:, 1], truth == 1, weights, fold)
+    each = [auc(column, truth == number, weights, fold) for number, column in enumerate(probabilities.T)]
     return np.asarray(np.mean(each, axis=0))
 
 

@@ -42,6 +42,25 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     assert auc(scores, positive, np.ones((1, 4))) == pytest.approx(3.5 / 4)
 
 
+def test_auc_compares_cases_of_one_fold_only(cases):
+    probabilities, truth, weights = cases
+    scores, positive, fold = probabilities[:, 1], truth == 1, np.random.default_rng(9).integers(0, 4, N)
+    for draw, found in zip(weights, auc(scores, positive, weights, fold), strict=True):
+        right = pairs = 0.0
+        for i in np.flatnonzero(positive):
+            for j in np.flatnonzero(~positive & (fold == fold[i])):
+                pairs += draw[i] * draw[j]
+                right += draw[i] * draw[j] * ((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
+        assert found == pytest.approx(right / pairs)
+
+
+def test_a_predictor_that_sees_nothing_is_chance_over_folds_although_its_scores_follow_them():
+    truth = np.array([1, 1, 0, 0, 0, 1])
+    shares = np.array([1 / 3] * 3 + [2 / 3] * 3)  # of the training cases: low where the fold has many positive cases
+    assert auc(shares, truth == 1, np.ones((1, 6))) == pytest.approx(1 / 3)
+    assert auc(shares, truth == 1, np.ones((1, 6)), np.array([0, 0, 0, 1, 1, 1])) == 0.5
+
+
 def test_the_auc_of_several_classes_is_the_mean_of_each_against_the_rest(cases):
     probabilities, truth, _ = cases
     expected = metrics.roc_auc_score(truth, probabilities, multi_class="ovr", average="macro")
