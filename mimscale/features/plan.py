@@ -50,11 +50,11 @@ def read_plan(folder: FeatureFolder) -> dict[str, Any] | None:
     return plan
 
 
-def agree(folder: FeatureFolder, plan: dict[str, Any]) -> dict[str, Any]:
-    """Make `plan` the plan, unless there is one; returns the one that counts.
+def first_plan(folder: FeatureFolder, plan: dict[str, Any]) -> dict[str, Any]:
+    """Make `plan` the plan, unless there is one; returns the one that counts, which may differ.
 
     Raises:
-        ConfigError: the folder holds something else, or there is a plan that differs.
+        ConfigError: the folder holds something else.
         DataError: the disk is full or not writable.
     """
     if not folder.plan.exists():
@@ -69,7 +69,6 @@ def agree(folder: FeatureFolder, plan: dict[str, Any]) -> dict[str, Any]:
         _write_first(folder.plan, json.dumps(plan, indent=2, sort_keys=True) + "\n")
     there = read_plan(folder)
     assert there is not None, "one was just written, or somebody else's is there"
-    refuse_other(folder.path, there, plan)
     return there
 
 

@@ -20,7 +20,7 @@ from mimscale.errors import ConfigError, DataError
 from mimscale.features.config import ExtractConfig
 from mimscale.features.layout import VERSION, FeatureFolder
 from mimscale.features.parts import failed_text, failures, merge, read_receipt
-from mimscale.features.plan import agree, ids_hash, read_plan, refuse_other, settings_of
+from mimscale.features.plan import first_plan, ids_hash, read_plan, refuse_other, settings_of
 from mimscale.ingest.config import task_share
 from mimscale.lock import refuse_if_held, sole_writer
 from mimscale.world import World
@@ -144,8 +144,14 @@ def _compute(
     from mimscale.features.extract import extract_part, remove_leftovers
 
     with cpu_threads(config.threads):
-        source, indices, plan = _prepare(config, read_plan(folder))
-        plan = agree(folder, plan)
+        begun = read_plan(folder)
+        source, indices, plan = _prepare(config, begun)
+        if begun is None:
+            begun = first_plan(folder, plan)
+            if begun["checkpoint"] != plan["checkpoint"]:  # another task was faster, and the run saved in between
+                source, indices, plan = _prepare(config, begun)
+        refuse_other(config.out, begun, plan)
+        plan = begun
         index, count = (0, 1) if task is None else task_share(task)
         parts = [part for part in range(plan["num_parts"]) if part % count == index]
         receipts = {part: read_receipt(folder, part) for part in parts}

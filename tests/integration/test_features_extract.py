@@ -18,6 +18,7 @@ from mimscale.evaluate.volumes import read_normalised
 from mimscale.evaluate.weights import load_model
 from mimscale.features.config import ExtractConfig
 from mimscale.features.layout import read_features
+from mimscale.features.plan import read_plan
 from mimscale.features.run import extract
 from mimscale.features.tokens import read_tokens
 from mimscale.features.windows import covered_box, sliding_origins
@@ -225,7 +226,7 @@ def test_what_was_begun_with_other_settings_weights_or_volumes_is_not_mixed(run,
     assert files_of(straight) == before
 
 
-def test_a_checkpoint_that_comes_between_two_tasks_changes_nothing(store, straight, tmp_path):
+def test_a_checkpoint_that_comes_between_two_tasks_changes_nothing(store, tmp_path, monkeypatch):
     run = make_pretrain_run(tmp_path / "run", store)
     config = config_of(run, tmp_path / "f")
     extract(replace(config, task="0/2"))
@@ -237,3 +238,7 @@ def test_a_checkpoint_that_comes_between_two_tasks_changes_nothing(store, straig
     assert (tmp_path / "f" / "features.parquet").stat().st_size > 0
     with pytest.raises(ConfigError, match="checkpoint: 'step_00000005' -> 'step_00000009'"):
         extract(replace(config, checkpoint="step_00000009"))
+    # Also when the faster task writes the plan after this one has looked for it.
+    looks = [lambda folder: None, read_plan]
+    monkeypatch.setattr("mimscale.features.run.read_plan", lambda folder: looks.pop(0)(folder))
+    assert extract(replace(config, task="0/2"))["checkpoint"] == "step_00000005"

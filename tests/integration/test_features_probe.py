@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -186,6 +187,12 @@ def test_targets_that_cannot_be_probed_are_all_named_at_once(drawn, tmp_path):
     assert "2 target(s) cannot be probed" in str(caught.value)
     assert "target one: all 120 cases are of class 'x'" in str(caught.value)
     assert "target rare: class 'y' has 0 subject(s) in train and 1 in val" in str(caught.value)
+
+
+def test_without_scikit_learn_it_says_what_to_install(drawn, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mimscale\[probe\]'"):
+        probe(ProbeConfig(features=drawn[0] / "f", targets=drawn[1], classify=("told",), **QUICK))
 
 
 def test_controls_of_other_volumes_or_the_same_weights_are_refused(drawn, tmp_path):
