@@ -3,7 +3,9 @@
 C channels | Z Y X volume, voxels | W windows of a volume | L tokens of a window, z y x of them | D numbers of a feature
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,34 +57,54 @@ class VolumeFeatures:
     spacing_mm: tuple[float, float, float]  # of the voxels that the encoder saw
 
 
-def features_of(source: Source, reader: ShardReader, row: VolumeRow) -> VolumeFeatures:
-    """Encode one volume.
+@dataclass(frozen=True)
+class _Loaded:
+    """A volume as the encoder sees it."""
 
-    Raises:
-        DataError: it cannot be read.
-        FloatingPointError: the encoder answered with numbers that are not finite.
-    """
-    config, crop, target_mm = source.config, source.crop_voxels, source.target_spacing_mm
-    image, inside = read_normalised(
-        reader, row, source.intensity, stored_voxels(crop, row.spacing_mm, target_mm)
-    )  # [C, Z, Y, X]
+    row: VolumeRow
+    voxels: Tensor  # [C, Z, Y, X], normalised, at the spacing of the encoder
+    start: Zyx  # of the box that windows cover
+    stop: Zyx
+
+
+def _load(source: Source, reader: ShardReader, row: VolumeRow) -> _Loaded:
+    """Read a volume. Raises DataError when it cannot be read."""
+    crop, target_mm = source.crop_voxels, source.target_spacing_mm
+    least_voxels = stored_voxels(crop, row.spacing_mm, target_mm)
+    image, inside = read_normalised(reader, row, source.intensity, least_voxels)
     box = [
         (place.start + start, place.start + stop)
         for place, (start, stop) in zip(inside, row.foreground_box, strict=True)
     ]
-    if config.region == "volume":
+    if source.config.region == "volume":
         box = [(place.start, place.stop) for place in inside]
     voxels = at_spacing(torch.from_numpy(image), row.spacing_mm, target_mm)
     if target_mm is not None:
         scale = [own / target for own, target in zip(row.spacing_mm, target_mm, strict=True)]
-        box = [
-            (int(np.floor(start * by)), int(np.ceil(stop * by))) for (start, stop), by in zip(box, scale, strict=True)
-        ]
-    start, stop = covered_box(box, voxels.shape[1:], crop)
+        box = [(math.floor(start * by), math.ceil(stop * by)) for (start, stop), by in zip(box, scale, strict=True)]
+    return _Loaded(row, voxels, *covered_box(box, voxels.shape[1:], crop))
+
+
+def _loaded_ahead(source: Source, indices: Sequence[int]) -> Iterator[tuple[VolumeRow, Callable[[], _Loaded]]]:
+    """Each volume, and what gives its voxels or the error of reading them. The next one is read meanwhile."""
+    reader = ShardReader(source.store, source.manifest)
+    rows = [source.manifest.row(index) for index in indices]
+    with ThreadPoolExecutor(max_workers=1) as pool:  # one: a reader is for one thread at a time
+        coming = pool.submit(_load, source, reader, rows[0])
+        for number, row in enumerate(rows):
+            loading = coming
+            if number + 1 < len(rows):
+                coming = pool.submit(_load, source, reader, rows[number + 1])
+            yield row, loading.result
+
+
+def _encode(source: Source, loaded: _Loaded) -> VolumeFeatures:
+    """Encode one volume. Raises FloatingPointError when the encoder answers with numbers that are not finite."""
+    config, crop, row, voxels = source.config, source.crop_voxels, loaded.row, loaded.voxels
     if config.crops is None:
-        origins = sliding_origins(start, stop, crop, config.overlap)
+        origins = sliding_origins(loaded.start, loaded.stop, crop, config.overlap)
     else:
-        origins = drawn_origins(start, stop, crop, count=config.crops, volume_id=row.id, seed=config.seed)
+        origins = drawn_origins(loaded.start, loaded.stop, crop, count=config.crops, volume_id=row.id, seed=config.seed)
     pooled: list[NDArray[np.float32]] = []
     maps: list[NDArray[Any]] = []
     for windows in _batches(voxels, origins, crop, config.batch):
@@ -101,7 +123,7 @@ def features_of(source: Source, reader: ShardReader, row: VolumeRow) -> VolumeFe
         windows=each,
         origins=origins,
         tokens=np.concatenate(maps) if config.tokens else None,
-        spacing_mm=target_mm or row.spacing_mm,
+        spacing_mm=source.target_spacing_mm or row.spacing_mm,
     )
 
 
@@ -131,7 +153,6 @@ def extract_part(
     Raises:
         DataError: the disk is full or not writable.
     """
-    reader = ShardReader(source.store, source.manifest)
     folder.receipt(part).unlink(missing_ok=True)
     schema = schema_of(source.encoder.dim, contract)
     volumes: list[dict[str, Any]] = []
@@ -143,10 +164,9 @@ def extract_part(
         if source.config.tokens:
             writer = stack.enter_context(token_writer(folder.tokens(part)))
             written.append(folder.tokens(part))
-        for index in indices:
-            row = source.manifest.row(index)
+        for row, load in _loaded_ahead(source, indices):
             try:
-                found = features_of(source, reader, row)
+                found = _encode(source, load())
             except (DataError, FloatingPointError) as error:
                 failed.append({"id": row.id, "reason": str(error)})
                 yield row.id
