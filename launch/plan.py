@@ -29,6 +29,7 @@ class JobVerb:
     config: type[RunConfig] | None = None  # of a verb that runs on many processes; the others run on one
     trains: bool = True  # of those: it makes a run that saves and continues
     words: tuple[str, ...] = ()  # between the verb and its RECIPE
+    has_tasks: bool = False  # takes task=I/N and merge=true, so it can be a job array
 
 
 JOB_VERBS = {
@@ -36,7 +37,8 @@ JOB_VERBS = {
     "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
     "evaluate": JobVerb(folder_key="run_dir"),
     "bench": JobVerb(folder_key="run_dir", config=PretrainConfig, trains=False, words=("train",)),
-    "ingest": JobVerb(folder_key="out", suffix=".job"),
+    "ingest": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
+    "extract": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
     "cohort": JobVerb(folder_key="out", suffix=".job"),
 }
 
@@ -162,8 +164,9 @@ def make_plan(
         raise ConfigError(f"--nodes {nodes}: the {profile.executor} executor runs on this machine alone; say --nodes 1")
     if nodes < 1 or (nodes > 1 and not job.config):
         raise ConfigError(f"--nodes {nodes}: {verb} runs on 1 node" + (" or more" if job.config else ""))
-    if array is not None and (verb != "ingest" or profile.executor != "slurm" or array < 1):
-        raise ConfigError(f"--array {array}: for ingest on Slurm, and at least 1")
+    if array is not None and (not job.has_tasks or profile.executor != "slurm" or array < 1):
+        verbs = " and ".join(name for name, one in JOB_VERBS.items() if one.has_tasks)
+        raise ConfigError(f"--array {array}: for {verbs} on Slurm, and at least 1")
     if processes is not None:
         if processes < 1 or (profile.executor == "debug" and processes != 1):
             raise ConfigError(f"--processes {processes}: at least 1, and exactly 1 for the debug executor")

@@ -194,7 +194,8 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
 def _batch_job(
     plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
 ) -> BatchJob:
-    folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key) not in (None, "none")]
+    keys = ("store", "out", "init_from", "run_dir")
+    folders = [plan.tree[key] for key in keys if plan.tree.get(key) not in (None, "none")]
     mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
     return BatchJob(
         folder=folder,

@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--strong", action="store_true", help="bench: the same global batch on every number of nodes")
     parser.add_argument("--processes", type=int, help="processes on each node, in place of the profile's")
     parser.add_argument("--after", type=Path, metavar="RUN_DIR", help="start when the job of this run has finished")
-    parser.add_argument("--array", type=int, metavar="N", help="ingest: N jobs that convert, and one that merges")
+    parser.add_argument(
+        "--array", type=int, metavar="N", help="ingest, extract: N jobs that each do a share, and one that merges"
+    )
     parser.add_argument("--wait", action="store_true", help="show rank 0's log and leave with the job's exit code")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, start nothing")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")

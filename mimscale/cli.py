@@ -21,6 +21,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("mimscale.train.verbs:finetune_main", "train a UNETR, from a pretrained encoder or from scratch"),
     "evaluate": ("mimscale.evaluate.run:main", "score a run on whole validation volumes"),
     "predict": ("mimscale.predict.run:main", "segment files: NIfTI or DICOM-SEG on their own grids, without a store"),
+    "extract": ("mimscale.features.run:main", "features of all volumes of a store by the frozen encoder of a run"),
+    "probe": ("mimscale.features.probe:main", "k-NN and linear probes on features, from a table of targets"),
     "bench": ("mimscale.bench.verbs:main", "how fast reading, a step, training and saving are, and what limits them"),
     "report": ("mimscale.report.run:main", "one HTML page of one or more runs"),
     "plan": ("mimscale.bench.plan:main", "what a run needs and how fast it goes, before any job"),

@@ -276,7 +276,21 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     assert "#SBATCH --dependency=afterok:102\n" in site.slurm.script("103")
     code, _, said = site.submit("--array", "3")
     assert code == 2
-    assert "--array 3: for ingest on Slurm" in said
+    assert "--array 3: for ingest and extract on Slurm" in said
+
+
+def test_features_are_extracted_by_an_array_and_merged_by_a_job_that_waits_for_it(site: Site) -> None:
+    words = ["extract", "run_dir=run", "store=store", "out=features", "--array", "2", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 0, said
+    array, merge = job_folders(RunDir(site.folder / "features.job").logs)
+    tasks = [pickle.loads(array.task_file(task).read_bytes()).function for task in range(2)]
+    assert [task.arguments for task in tasks] == [
+        ("extract", str(array.config), "task=0/2"),
+        ("extract", str(array.config), "task=1/2"),
+    ]
+    assert pickle.loads(merge.task_file().read_bytes()).function.arguments[2:] == ("merge=true",)
+    assert "#SBATCH --dependency=afterok:100\n" in site.slurm.script("101")
 
 
 def test_an_array_whose_merge_is_refused_does_not_stay_in_the_queue(site: Site) -> None:

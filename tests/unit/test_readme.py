@@ -69,7 +69,7 @@ def test_every_key_and_value_that_the_readme_gives_is_one_that_the_verb_takes(wo
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     monkeypatch.chdir(tmp_path)
     _, verb, *rest = (word for word in words if word not in ("--wait", "--dry-run"))
-    if verb in ("ingest", "pretrain", "finetune", "evaluate", "predict"):
+    if verb in ("ingest", "pretrain", "finetune", "evaluate", "predict", "extract", "probe"):
         assert main([verb, *rest, "--check"]) == 0, capsys.readouterr().err
     elif verb == "submit":
         assert main([verb, *rest, "--dry-run"]) == 0, capsys.readouterr().err

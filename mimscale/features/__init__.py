@@ -1,0 +1,1 @@
+"""What a frozen encoder says of volumes: features of a whole store, and probes on them."""
