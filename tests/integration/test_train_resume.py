@@ -57,14 +57,16 @@ def saved_state(run: RunDir) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (*sorted(tag.glob("state-rank*")), tag / "state.json")}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_stopped_at_step_9_and_continued_has_the_bits_of_a_straight_one(stage, store, straight, tmp_path):
+def test_a_run_of_which_one_rank_is_signalled_stops_as_a_whole_and_goes_on_to_the_bits_of_a_straight_one(
+    store, straight, tmp_path
+):
     run = RunDir(tmp_path / "run")
-    words = pretrain_words(store, run.path, f"engine.zero_stage={stage}")
-    stopped = run_ranks(words, signal_rank=1, signal_step=9)  # one rank is signalled; both must leave together
+    words = pretrain_words(store, run.path, "engine.zero_stage=2")
+    stopped = run_ranks(words, signal_rank=1, signal_step=9)  # both must leave together, with nothing lost
     assert [rank.code for rank in stopped] == [75, 75], stopped[0].err + stopped[1].err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code, outcome.step) == ("interrupted", 75, 10)
+    assert (outcome.message, outcome.stopped_by) == ("stopped by request; the same command continues", "another rank")
     continued = run_ranks(words)
     assert [rank.code for rank in continued] == [0, 0], continued[0].err + continued[1].err
     assert "continues at step 10 of 20" in continued[0].err
