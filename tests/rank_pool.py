@@ -4,6 +4,7 @@ Ranks fork from a server that has imported torch and DeepSpeed once: a start cos
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,7 @@ def _be_rank(
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # what the server has imported is no garbage, and ZeRO-3 looks through all of it twice when it starts
     faulthandler.enable(all_threads=True)
     warnings.simplefilter("error")
     ignore_known_warnings()

@@ -84,7 +84,7 @@ def words_of(case: Case, store: Path, run: RunDir, ranks: int, *more: str) -> li
         f"steps={STEPS}",
         f"global_batch={GLOBAL_BATCH}",
         f"micro_batch={GLOBAL_BATCH // ranks // case['accumulation']}",
-        "crop_voxels=[16, 24, 32]",
+        "crop_voxels=[8, 16, 16]",
         "patch_voxels=[4, 8, 8]",
         f"model={{dim: 24, depth: 2, heads: 2, {switches}}}",
         NETWORKS[case["verb"]],
@@ -157,6 +157,11 @@ def check_bits_after_a_kill(
     assert weight.dtype == torch.float32
     if case["precision"] == "bf16":
         assert not torch.equal(weight, weight.bfloat16().float()), "the bf16 copy was saved, not the fp32 master"
+    stalls = {
+        line["step"]: line["checkpoint_stall_s"] for line in straight.read_metrics() if "checkpoint_stall_s" in line
+    }
+    assert stalls.keys() == set(range(1, STEPS + 1))
+    assert all(0 < stall_s < 60 for stall_s in stalls.values())
     # What came before the first step of the run that went on, printed and recorded.
     split = json.loads((killed.path / "startup.json").read_text())
     spans = {"import_s", "init_s", "preflight_s", "build_s", "load_s", "first_batch_s", "first_step_s"}
