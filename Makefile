@@ -52,8 +52,7 @@ test: .venv/op-built-test debian-packages ## install what tests need and run all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 soak: .venv/op-built-test debian-packages ## the long tests: hundreds of kills; dead nodes, time limits and crowds on a Slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fault -m soak -o faulthandler_timeout=0
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m soak -o faulthandler_timeout=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fault tests/slurm -m soak -o faulthandler_timeout=0
 
 check: .venv/installed-check ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

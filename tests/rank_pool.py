@@ -4,6 +4,7 @@ Ranks fork from a server that has imported torch and DeepSpeed once: a start cos
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,7 @@ def _be_rank(
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # what the server has imported is no garbage, and ZeRO-3 looks through all of it twice when it starts
     faulthandler.enable(all_threads=True)
     warnings.simplefilter("error")
     ignore_known_warnings()
@@ -110,6 +112,7 @@ def start_ranks(
     signal_step: int = -1,
     body: Body = main,
     plant: Plant | None = None,
+    accelerator: str = "cpu",
 ) -> list[Rank]:
     """Start `mimscale WORDS`, or another function of words, as `size` ranks; `plant` brings a fault into them."""
     port = free_port()
@@ -123,7 +126,7 @@ def start_ranks(
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": accelerator,
             "OMP_NUM_THREADS": "1",
         }
         out, err = folder / f"{rank}.out", folder / f"{rank}.err"
@@ -158,8 +161,16 @@ def run_ranks(
     signal_step: int = -1,
     body: Body = main,
     plant: Plant | None = None,
+    accelerator: str = "cpu",
 ) -> list[Ended]:
     """Start the ranks and wait for them."""
-    return wait_for(
-        start_ranks(words, size=size, signal_rank=signal_rank, signal_step=signal_step, body=body, plant=plant)
+    started = start_ranks(
+        words,
+        size=size,
+        signal_rank=signal_rank,
+        signal_step=signal_step,
+        body=body,
+        plant=plant,
+        accelerator=accelerator,
     )
+    return wait_for(started)

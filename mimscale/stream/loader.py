@@ -86,7 +86,7 @@ class StreamLoader:
         self._is_staged = stage is not None
         self._stage_hits = self._stage_misses = self._staged_bytes = 0.0
         self._copier = copier
-        self._batches = Batches(dataset, config, pin_memory, accumulation, plan.batches_a_group)
+        self._batches = Batches(dataset, config, pin_memory, accumulation, plan.batches_a_group, world)
 
     def __iter__(self) -> Self:
         return self
@@ -95,7 +95,8 @@ class StreamLoader:
         """The next micro-batch.
 
         Raises:
-            DataError: more than `max_bad_samples` samples could not be read, or a worker died or hangs.
+            DataError: more than `max_bad_samples` samples could not be read, or workers died.
+            LostRankError: a worker hangs.
         """
         batch = next(self._batches)
         self._stage_hits += batch.stage_hits
@@ -158,10 +159,11 @@ def fixed_batches(
     Closing the generator ends the workers.
 
     Raises:
-        DataError: as `StreamLoader`.
+        DataError, LostRankError: as `StreamLoader`.
     """
     part = partial(_fixed_part, plan.rank_samples(world.rank, world.size, batch))
-    batches = Batches(Parts(store, manifest, indices, plan, overlay, part, stage, config.read), config, pin_memory)
+    parts = Parts(store, manifest, indices, plan, overlay, part, stage, config.read)
+    batches = Batches(parts, config, pin_memory, world=world)
     try:
         yield from batches
     finally:

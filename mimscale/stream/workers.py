@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mimscale import console
-from mimscale.errors import DataError
+from mimscale.errors import DataError, LostRankError
 from mimscale.store.files import ReadBy
 from mimscale.store.manifest import Manifest
 from mimscale.store.stage import Stage
 from mimscale.stream.batch import BadSample, Batch, MicroBatch, Plan, SampleReader
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.slots import MappedSlots, Slots
-from mimscale.world import die_with_parent
+from mimscale.world import World, die_with_parent
 
 LOOK_EVERY_S = 2.0  # how often a waiting loader looks whether its workers are alive
 
@@ -99,10 +99,13 @@ class Batches:
         pin_memory: bool | None,
         accumulation: int = 1,
         together: int = 1,
+        world: World | None = None,
     ) -> None:
         self.bad_samples: list[BadSample] = []
         self._dataset = dataset
         self._config = config
+        # Many ranks have a loader worker 0.
+        self._of = "" if world is None or world.size == 1 else f" of rank {world.rank} on {world.node}"
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetched_parts = -(-config.prefetch_batches // together)
         self._iterator: Iterator[Any] | None = None
@@ -213,7 +216,7 @@ class Batches:
                 elif not str(error).startswith("DataLoader timed out"):
                     raise
                 elif time.monotonic() >= deadline:
-                    raise DataError(self._why_hung(workers)) from None
+                    raise LostRankError(self._why_hung(workers)) from None
             else:
                 self._received += 1
                 assert isinstance(item, list | _Failure)
@@ -227,7 +230,7 @@ class Batches:
         """
         workers = _processes(self._iterator)
         for number in dead:
-            volume, how = self._dataset.reading[number], _why_dead(number, workers[number])
+            volume, how = self._dataset.reading[number], _why_dead(f"{number}{self._of}", workers[number])
             at = "" if volume < 0 else f"; it read volume {self._dataset.volume_id(volume)}"
             self._deaths.append(how + at)
             if workers[number].exitcode > 0 or len(self._deaths) > max(1, self._config.max_bad_samples):
@@ -247,8 +250,9 @@ class Batches:
             process.kill()
         at = "" if volume < 0 else f"; it reads volume {self._dataset.volume_id(volume)}"
         return (
-            f"loader worker {number} (pid {workers[number].pid}) has delivered nothing for stream.timeout_s="
-            f"{self._config.timeout_s:g} s{at}; look at the file system of the store, or raise stream.timeout_s"
+            f"loader worker {number}{self._of} (pid {workers[number].pid}) has delivered nothing for stream.timeout_s="
+            f"{self._config.timeout_s:g} s{at}; look at the file system of the store, or raise stream.timeout_s; the "
+            "same command continues a run from the last checkpoint"
         )
 
     def _count(self, batch: Batch) -> None:
@@ -314,7 +318,7 @@ def _dead(workers: list[Any]) -> list[int]:
     return [number for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
 
 
-def _why_dead(number: int, worker: Any) -> str:
+def _why_dead(number: str, worker: Any) -> str:
     how = f"ended with exit code {worker.exitcode}; its error stands above"
     if worker.exitcode < 0:
         how = (

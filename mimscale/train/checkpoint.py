@@ -11,9 +11,10 @@ here: login nodes list checkpoints too.
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from mimscale.train.committed import (
 )
 from mimscale.train.config import CheckpointConfig
 from mimscale.train.run_dir import RunDir
+from mimscale.train.watchdog import Writing
 from mimscale.world import World
 
 
@@ -113,10 +115,12 @@ class _Writing:
     temporary: Path
     report: "Future[dict[str, Any]]"
     stall_s: float
+    began_s: float  # by the monotonic clock
+    thread: int | None  # that writes
 
 
 class Checkpoints:
-    """Saves and restores one run. Every method but `due` and `is_written` is a collective.
+    """Saves and restores one run. Every method but `due`, `is_written` and `writing` is a collective.
 
     Args:
         run: where.
@@ -141,7 +145,6 @@ class Checkpoints:
         self._ranks = ranks
         self._write_weights = write_weights
         self._newest_step: int | None = None
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self._failure: CheckpointError | None = None
 
@@ -218,14 +221,34 @@ class Checkpoints:
         except CheckpointError as error:
             self._fails(error)
             return before
-        report = self._writer.submit(self._write_part, temporary, step, position, part)
+        report: Future[dict[str, Any]] = Future()
+        # A daemon: a process that ends for another reason does not wait for a disk that hangs. Of a save that nobody
+        # commits nothing is left.
+        writer = threading.Thread(
+            target=_answer, args=(report, lambda: self._write_part(temporary, step, position, part)), daemon=True
+        )
+        writer.start()
         stall_s = time.perf_counter() - began_s
-        self._writing = _Writing(step=step, temporary=temporary, report=report, stall_s=stall_s)
+        self._writing = _Writing(
+            step=step,
+            temporary=temporary,
+            report=report,
+            stall_s=stall_s,
+            began_s=time.monotonic(),
+            thread=writer.ident,
+        )
         return self.commit() if self._config.mode == "sync" else before
 
     def is_written(self) -> bool:
         """True when this rank has written its part of a save that is not yet committed."""
         return self._writing is not None and self._writing.report.done()
+
+    def writing(self) -> Writing | None:
+        """What this rank has begun to write and has not yet written. No collective; any thread may ask."""
+        writing = self._writing
+        if writing is None or writing.report.done():
+            return None
+        return Writing(tag_name(writing.step), writing.thread, writing.began_s)
 
     def commit(self) -> Saved | None:
         """Wait until every rank has written, and commit the save under way, if there is one.
@@ -233,11 +256,12 @@ class Checkpoints:
         Raises:
             CheckpointError: it failed, and `checkpoint.on_failure` says stop.
         """
-        writing, self._writing = self._writing, None
+        writing = self._writing
         if writing is None:
             return None
         began_s = time.perf_counter()
         report = writing.report.result()
+        self._writing = None
         reports = self._ranks.gather(report)
         try:
             total_bytes = self._ranks.first_does(lambda: self._commit(writing, reports))
@@ -332,6 +356,13 @@ class Checkpoints:
                 doomed = tag.with_name(f"{durable.TEMPORARY_PREFIX}doomed-{tag.name}")
                 durable.rename_folder(tag, doomed)  # deletion is atomic too: half a checkpoint never has a final name
                 shutil.rmtree(doomed)
+
+
+def _answer(future: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _make_room(temporary: Path, needed_bytes: int) -> None:

@@ -148,7 +148,9 @@ class HealthConfig:
     spike_deviations: float = 8.0  # robust standard deviations above their median that a loss may lie
     spike_steps: int = 3  # losses in a row above that make a spike
     max_rollbacks: int = 3  # spikes of a run that are rolled back; one more ends the run
-    hang_timeout_s: float = 1200.0  # without a step for longer, the job ends with all stacks in logs/ and exit code 6
+    # Without a step for longer, or with a checkpoint that is not written by then, the job ends with all stacks in logs/
+    # and exit code 6.
+    hang_timeout_s: float = 1200.0
     first_step_timeout_s: float = 3600.0  # the same for the time from the start of the process to its first step
     compare_ranks_every_steps: int = 50  # steps between two comparisons of the ranks' times
     slow_rank_factor: float = 1.5  # times the median of all ranks that a rank's own time may be

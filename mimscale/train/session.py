@@ -185,6 +185,7 @@ def _train(
         return [folder / WEIGHTS_FILE, folder / CONTRACT_FILE]
 
     checkpoints = Checkpoints(run, config.checkpoint, engine, ranks, write_weights)
+    watchdog.also_watch(checkpoints.writing)
     restored = checkpoints.restore()
     first_step = 0
     if restored.position is not None:

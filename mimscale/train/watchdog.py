@@ -1,15 +1,17 @@
-"""Ends a job in which no step is made any more: all ranks write their Python stacks, then leave with exit code 6.
+"""Ends a job that does not get on: all ranks write their Python stacks, then leave with exit code 6.
 
 A rank that hangs makes the others wait in a collective, so no main thread can be asked. Each rank has a thread that
 looks at a clock. The first whose time is up writes a marker into the run directory; the others, who then have been
 silent for about as long, follow it at once. Each writes its stacks and waits for those of the others before it leaves,
-since a launcher ends all ranks with the first one that leaves.
+since a launcher ends all ranks with the first one that leaves. A checkpoint that is being written in the background is
+watched too: steps are made meanwhile, but a file system that hangs would let the run go on for hours and save nothing.
 
     logs/stacks-rank00001.txt   stacks of all threads of a rank below a line of JSON; hangs of later jobs are appended
     logs/hang.json              the marker: which rank was first
 
-A thread needs the interpreter's lock, and something may hold that for ever. Then a timer of faulthandler, which is no
-Python thread, writes the stacks and ends the process with code 1; the other ranks leave with 6.
+A thread needs the interpreter's lock, and something may hold that for ever; or the disk that shall take the stacks is
+what hangs. Then timers that are no Python threads write the stacks (faulthandler's) and end the process, with the same
+code.
 """
 
 import faulthandler
@@ -31,6 +33,7 @@ import mimscale
 from mimscale import durable
 from mimscale.errors import CheckpointError, LostRankError
 from mimscale.train.config import HealthConfig
+from mimscale.train.exit_timer import ExitTimer
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.world import World
 
@@ -42,6 +45,17 @@ LONGEST_LOOK_S = 5.0  # between two looks at the clock
 FOLLOWS_AFTER = 0.5
 # How long a rank waits for the stacks of the others before it leaves.
 WAIT_FOR_OTHERS_S = 20.0
+# Between the stacks of a process whose threads cannot run and its end.
+WRITE_STACKS_S = 2.0
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint that this rank is writing."""
+
+    name: str
+    thread: int | None  # that writes
+    began_s: float  # by the monotonic clock
 
 
 @dataclass(frozen=True)
@@ -73,10 +87,12 @@ class Watchdog:
         self._main_thread = threading.get_ident()
         self._limit_s = config.first_step_timeout_s
         self._last_beat_s = time.monotonic()
+        self._writing: Callable[[], Writing | None] = lambda: None
         self._step: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stacks: IO[str] | None = None
+        self._exit_timer = _exit_timer()
         self._marker = run.logs / MARKER
 
     def alive(self, step: int | None = None) -> None:
@@ -85,13 +101,20 @@ class Watchdog:
         if step is not None:
             is_first, self._step = self._step is None, step
             self._limit_s = self._config.hang_timeout_s
-            if is_first:  # the timer still has the limit of the first step
-                self._arm()
+            if is_first:  # the timers still have the limit of the first step
+                self._arm(self._limit_s)
 
-    def _arm(self) -> None:
-        """Start faulthandler's timer anew; it fires while the other ranks still wait for this rank's stacks."""
+    def also_watch(self, writing: Callable[[], Writing | None]) -> None:
+        """Look at what this rank writes in the background as well: it may take as long as a step."""
+        self._writing = writing
+
+    def _arm(self, limit_s: float) -> None:
+        """Start the timers anew; they fire while the other ranks still wait for this rank's stacks."""
         assert self._stacks is not None
-        faulthandler.dump_traceback_later(self._limit_s + WAIT_FOR_OTHERS_S / 2, file=self._stacks, exit=True)
+        stacks_s = limit_s + WAIT_FOR_OTHERS_S / 2
+        faulthandler.dump_traceback_later(stacks_s, file=self._stacks, exit=self._exit_timer is None)
+        if self._exit_timer is not None:
+            self._exit_timer.start(stacks_s + WRITE_STACKS_S)
 
     def __enter__(self) -> "Watchdog":
         path = self._run.logs / f"stacks-rank{self._world.rank:05d}.txt"
@@ -109,6 +132,8 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if self._exit_timer is not None:
+            self._exit_timer.close()
         assert self._stacks is not None
         empty = self._stacks.tell() == 0
         self._stacks.close()
@@ -118,24 +143,36 @@ class Watchdog:
     def _watch(self) -> None:
         look_s = min(LONGEST_LOOK_S, self._config.hang_timeout_s / 10)
         while not self._ended.wait(look_s):
-            self._arm()
-            silent_s = time.monotonic() - self._last_beat_s
-            if silent_s > self._limit_s or (silent_s > FOLLOWS_AFTER * self._limit_s and self._marker.exists()):
-                self._end(silent_s)
+            self._arm(self._limit_s)
+            now_s, writing = time.monotonic(), self._writing()
+            silent = (now_s - self._last_beat_s) / self._limit_s
+            written = 0.0 if writing is None else (now_s - writing.began_s) / self._config.hang_timeout_s
+            part = max(silent, written)
+            if part > 1 or (part > FOLLOWS_AFTER and self._marker.exists()):
+                # A rank whose main thread waits for a write of its own blames the write.
+                self._end(now_s - self._last_beat_s, writing if written > FOLLOWS_AFTER else None)
                 return
 
-    def _end(self, silent_s: float) -> None:
+    def _end(self, silent_s: float, writing: Writing | None) -> None:
+        """Leave, because of a write that does not end or else because no step is made."""
         world = self._world
         try:
+            self._arm(3 * WAIT_FOR_OTHERS_S)  # longer than all that follows
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-            at, waits = self._place()
+            at, waits = _place(self._main_thread if writing is None else writing.thread)
             here = _Stuck(self._hang_id(), world.rank, world.node, round(silent_s, 1), at, waits)
             self._dump(here)
-            step = "the first step" if self._step is None else f"step {self._step + 1}"
+            if writing is not None:
+                # The others make steps, or wait for this rank: where they stand says nothing.
+                what, limit_s, limit = f"{writing.name} was not written", self._config.hang_timeout_s, _limit_name(0)
+                stuck = [here]
+            else:
+                step = "the first step" if self._step is None else f"step {self._step + 1}"
+                what, limit_s, limit = f"{step} was not done", self._limit_s, _limit_name(self._step)
+                stuck = self._stuck_ranks(here.hang_id)
             text = (
-                f"{step} was not done within {self._limit_s:g} s ({_limit_name(self._step)}); "
-                f"{_places(self._stuck_ranks(here.hang_id), world.size)}. All stacks are in {self._run.logs}/"
-                f"{STACKS_GLOB}; the same command continues from the last checkpoint"
+                f"{what} within {limit_s:g} s ({limit}); {_places(stuck, world.size if writing is None else 0)}. "
+                f"All stacks are in {self._run.logs}/{STACKS_GLOB}; the same command continues from the last checkpoint"
             )
             sys.stderr.write(f"mimscale: rank {here.rank} on {here.node}: {text}\n")
             sys.stderr.flush()
@@ -160,21 +197,6 @@ class Watchdog:
                 time.sleep(0.05)
         return hang_id
 
-    def _place(self) -> tuple[str, bool]:
-        """Where the main thread stands: the innermost line of our own code and that of all, and if in a collective."""
-        frame = sys._current_frames().get(self._main_thread)
-        frames = []
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-        if not frames:
-            return "no main thread", False
-        paths = [Path(frame.f_code.co_filename) for frame in frames]
-        innermost = _line(frames[0])
-        ours = next((_line(frame) for frame, path in zip(frames, paths, strict=True) if OUR_FOLDER in path.parents), "")
-        waits = any("distributed" in path.parts and "torch" in path.parts for path in paths)
-        return f"{ours}, in {innermost}" if ours not in ("", innermost) else innermost, waits
-
     def _dump(self, here: _Stuck) -> None:
         assert self._stacks is not None
         self._stacks.write(json.dumps(vars(here)) + "\n")
@@ -194,6 +216,30 @@ class Watchdog:
             if len(stuck) >= self._world.size or time.monotonic() > deadline_s:
                 return stuck
             time.sleep(0.2)
+
+
+def _exit_timer() -> ExitTimer | None:
+    """None where the system has none: there faulthandler ends the process, with its own code 1."""
+    try:
+        return ExitTimer(LostRankError.exit_code)
+    except OSError:
+        return None
+
+
+def _place(thread: int | None) -> tuple[str, bool]:
+    """Where a thread stands: the innermost line of our own code and that of all, and if in a collective."""
+    frame = sys._current_frames().get(thread or 0)
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    if not frames:
+        return "no thread", False
+    paths = [Path(frame.f_code.co_filename) for frame in frames]
+    innermost = _line(frames[0])
+    ours = next((_line(frame) for frame, path in zip(frames, paths, strict=True) if OUR_FOLDER in path.parents), "")
+    waits = any("distributed" in path.parts and "torch" in path.parts for path in paths)
+    return f"{ours}, in {innermost}" if ours not in ("", innermost) else innermost, waits
 
 
 def _limit_name(step: int | None) -> str:

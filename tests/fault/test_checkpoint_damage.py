@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
 from fakes import FileEngine, checkpoints_of
-from fault_injector import DAMAGES, clock_jump, failing_write, flip_bit, restored
+from fault_injector import DAMAGES, clock_jump, failing_write, flip_bit, restored, slow_disk
 from rank_pool import run_ranks
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words, run_of
@@ -89,6 +90,24 @@ def test_a_write_that_fails_anywhere_in_a_save_leaves_the_last_good_checkpoint(n
         survived[f"write that fails with {errno.errorcode[number]}"] += 1
         nth += 1
     assert nth > 5, "the failures did not reach the protocol"
+
+
+def test_on_a_slow_disk_training_stands_still_for_the_copy_alone(tmp_path, survived):
+    run, engine = RunDir(tmp_path / "run"), FileEngine()
+    checkpoints = checkpoints_of(run, engine, mode="background")
+    with slow_disk(0.2):
+        began_s = time.perf_counter()
+        checkpoints.save(1, {"samples_done": 1})
+        away_s = time.perf_counter() - began_s
+        writing = checkpoints.writing()
+        while not checkpoints.is_written():
+            time.sleep(0.01)
+        assert checkpoints.writing() is None
+    saved = checkpoints.commit()
+    assert writing.name == "step_00000001"
+    assert away_s < 0.2 < saved.write_s
+    assert checkpoints_of(run, FileEngine()).restore().step == 1
+    survived["slow disk"] += 1
 
 
 def test_a_clock_that_jumps_changes_neither_order_nor_retention(tmp_path, survived):

@@ -26,7 +26,7 @@ def steps_done(store):
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_at_random_moments_change_no_byte_of_the_store(tmp_path):
+def test_twenty_kills_at_random_moments_change_no_byte_of_the_store(tmp_path, survived):
     options = {
         "sources": write_pairs(tmp_path / "s", 24, (64, 60, 48)),
         "class_names": ["a", "b", "c"],
@@ -63,3 +63,4 @@ def test_twenty_kills_at_random_moments_change_no_byte_of_the_store(tmp_path):
     subprocess.run([*words, f"out={killed}"], check=True, capture_output=True)
     assert contents(killed) == contents(tmp_path / "straight")
     assert verify(killed) == []
+    survived["kill of an ingest at a random time"] += KILLS

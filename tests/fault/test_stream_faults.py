@@ -16,7 +16,7 @@ import pytest
 import torch
 from stream_stores import damage, voxels_of, write_store
 
-from mimscale.errors import DataError
+from mimscale.errors import DataError, LostRankError
 from mimscale.store import layout
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.store.reader import ShardReader
@@ -333,7 +333,7 @@ def test_a_hung_worker_is_named_after_the_timeout(store: Path, monkeypatch: pyte
     next(loader)
     start = time.monotonic()
     with pytest.raises(
-        DataError,
+        LostRankError,
         match=r"loader worker 1 \(pid \d+\) has delivered nothing for stream.timeout_s=1.5 s; it reads volume vol_00",
     ):
         next(loader)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def fill_the_disk(words: list[str]) -> int:
     ],
 )
 def test_a_full_disk_ends_both_ranks_as_configured_and_keeps_the_last_good_checkpoint(
-    store, tmp_path, body, how, last_step
+    store, tmp_path, body, how, last_step, survived
 ):
     with small_disk(tmp_path / "disk", size_kb=900) as disk:  # it holds one checkpoint of this run, but not two
         run = RunDir(disk / "run")
@@ -117,6 +118,7 @@ def test_a_full_disk_ends_both_ranks_as_configured_and_keeps_the_last_good_check
         assert good is not None
         assert committed.tags(run)[0] == good, "a broken checkpoint has a final name"
         assert not list(run.checkpoints.glob(".tmp-*"))
+        survived["full disk in a save"] += 1
 
 
 def die_inside_the_second_save(words: list[str]) -> int:
@@ -137,17 +139,21 @@ def die_inside_the_second_save(words: list[str]) -> int:
     return main(words)
 
 
-def test_a_rank_that_dies_inside_a_save_ends_the_run_and_the_checkpoint_before_is_used(store, tmp_path):
+def test_a_rank_that_dies_inside_a_save_ends_the_run_and_the_checkpoint_before_is_used(store, tmp_path, survived):
     words = pretrain_words(store, tmp_path / "run", "checkpoint.every_steps=5", "meter.record_samples=false")
+    start_s = time.monotonic()
     ended = run_ranks(words, body=die_inside_the_second_save)
+    assert time.monotonic() - start_s < 100, "the start of two ranks on a busy machine, and no wait for the dead one"
     assert [rank.code for rank in ended] == [6, -9], ended[0].err
     assert "another rank is gone or hangs" in ended[0].err
     run = run_of(words)
+    assert (run.read_outcome().outcome, run.read_outcome().exit_code) == ("failed", 6)
     assert [tag.name for tag in committed.tags(run)] == ["step_00000005"]
     (continued,) = run_ranks([*words, "steps=6"], size=1)  # on what is left
     assert continued.code == 0, continued.err
     assert "continues at step 5 of 6" in continued.err
     assert not list(run.checkpoints.glob(".tmp-*"))
+    survived["kill of one rank inside a save"] += 1
 
 
 @pytest.mark.parametrize("size_kb", [4, 12, 20, 28, 64])  # another file meets the end of each

@@ -1,7 +1,10 @@
 import json
 
 import pytest
+import torch
 from rank_pool import run_ranks
+
+from mimscale.bench.checkpoint import as_text
 
 pytestmark = pytest.mark.two_process
 
@@ -16,4 +19,8 @@ def test_the_benchmark_of_checkpoints_saves_in_both_modes_and_loads(tmp_path):
     assert all(result["stall_median_s"][mode] > 0 for mode in ("sync", "background"))
     assert (codes == {0}) == (result["stall_percent"] <= 25)
     assert min(result["load_s"] + result["verify_s"] + result["write_s"]) > 0
+    assert result["packages"]["torch"] == torch.__version__
+    told = as_text(result)
+    assert f"at most 25 %: {'reached' if codes == {0} else 'missed'}" in told
+    assert "training stands still, background" in told
     assert list(tmp_path.iterdir()) == []

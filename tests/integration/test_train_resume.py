@@ -1,4 +1,7 @@
-"""A run stopped by USR2 and continued gives the same bits as a straight one, at every ZeRO stage, on two processes."""
+"""A run that one rank's signal stops and the same command continues; what all ZeRO stages have in common.
+
+Killed ranks, and every combination of settings: `tests/fault/test_train_killed.py`.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_ranks
-from safetensors.torch import load_file
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
@@ -55,19 +57,21 @@ def saved_state(run: RunDir) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (*sorted(tag.glob("state-rank*")), tag / "state.json")}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_stopped_at_step_9_and_continued_has_the_bits_of_a_straight_one(stage, store, straight, tmp_path):
+def test_a_run_of_which_one_rank_is_signalled_stops_as_a_whole_and_goes_on_to_the_bits_of_a_straight_one(
+    store, straight, tmp_path
+):
     run = RunDir(tmp_path / "run")
-    words = pretrain_words(store, run.path, f"engine.zero_stage={stage}")
-    stopped = run_ranks(words, signal_rank=1, signal_step=9)  # one rank is signalled; both must leave together
+    words = pretrain_words(store, run.path, "engine.zero_stage=2")
+    stopped = run_ranks(words, signal_rank=1, signal_step=9)  # both must leave together, with nothing lost
     assert [rank.code for rank in stopped] == [75, 75], stopped[0].err + stopped[1].err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code, outcome.step) == ("interrupted", 75, 10)
+    assert (outcome.message, outcome.stopped_by) == ("stopped by request; the same command continues", "another rank")
     continued = run_ranks(words)
     assert [rank.code for rank in continued] == [0, 0], continued[0].err + continued[1].err
     assert "continues at step 10 of 20" in continued[0].err
 
-    reference = straight[stage]
+    reference = straight[2]
     assert losses(run) == losses(reference)
     assert sample_ids(run) == sample_ids(reference)
     weights = [r.checkpoints / "step_00000020" / "weights.safetensors" for r in (run, reference)]
@@ -110,28 +114,6 @@ def test_the_ranks_of_a_step_read_different_samples(straight):
         assert len(set(ids[0, step]) | set(ids[1, step])) == 8
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_bf16_run_resumes_to_the_same_bits_and_saves_fp32_weights(stage, store, tmp_path):
-    runs = []
-    for name, signal_step in (("straight", -1), ("stopped", 9)):
-        run = RunDir(tmp_path / name)
-        words = pretrain_words(store, run.path, f"engine.zero_stage={stage}", "engine.precision=bf16")
-        if signal_step > 0:
-            stopped = run_ranks(words, signal_rank=0, signal_step=signal_step)
-            assert [rank.code for rank in stopped] == [75, 75], stopped[0].err
-        ended = run_ranks(words)
-        assert [rank.code for rank in ended] == [0, 0], ended[0].err
-        runs.append(run)
-    assert losses(runs[0]) == losses(runs[1])
-    assert saved_state(runs[0]) == saved_state(runs[1])
-    tensors = [load_file(run.checkpoints / "step_00000020" / "weights.safetensors") for run in runs]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
-    weight = tensors[0]["encoder.projection.weight"]
-    assert weight.dtype == torch.float32
-    assert not torch.equal(weight, weight.bfloat16().float()), "the bf16 copy was saved, not the fp32 master"
-
-
 def test_recomputed_activations_change_no_loss(store, straight, tmp_path):
     run = RunDir(tmp_path / "run")
     ended = run_ranks(pretrain_words(store, run.path, "engine.zero_stage=2", "model.checkpoint_activations=true"))
@@ -139,22 +121,12 @@ def test_recomputed_activations_change_no_loss(store, straight, tmp_path):
     assert losses(run) == losses(straight[2])
 
 
-def test_an_augmented_run_resumes_to_the_same_bits_and_differs_from_a_plain_one(store, straight, tmp_path):
+def test_an_augmented_run_differs_from_a_plain_one(store, straight, tmp_path):
     augmented = (
         "augment={flip_prob: [0.5, 0.5, 0.5], affine_prob: 0.7, rotate_deg: [15, 10, 10], zoom: [0.8, 1.25], "
         "scale_prob: 0.5, shift_prob: 0.5, gamma_prob: 0.5, noise_prob: 0.5}"
     )
-    runs = []
-    for name, signal_step in (("straight", -1), ("stopped", 9)):
-        run = RunDir(tmp_path / name)
-        words = pretrain_words(store, run.path, augmented)
-        if signal_step > 0:
-            stopped = run_ranks(words, signal_rank=0, signal_step=signal_step)
-            assert [rank.code for rank in stopped] == [75, 75], stopped[0].err
-        ended = run_ranks(words)
-        assert [rank.code for rank in ended] == [0, 0], ended[0].err
-        runs.append(run)
-    assert losses(runs[0]) == losses(runs[1])
-    assert losses(runs[0]) != losses(straight[1])
-    weights = [run.checkpoints / "step_00000020" / "weights.safetensors" for run in runs]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    run = RunDir(tmp_path / "run")
+    ended = run_ranks(pretrain_words(store, run.path, augmented))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert not set(losses(run)) & set(losses(straight[1]))

@@ -1,6 +1,7 @@
 """A rank is killed, a node dies, a link is cut: the job ends in bounded time, goes back to the queue and continues."""
 
 import time
+from collections import Counter
 
 import pytest
 from devcluster import STEPS, DevCluster, Site
@@ -30,7 +31,7 @@ def assert_requeued(site: Site, job_id: str, reached: int) -> None:
 
 
 def test_a_killed_rank_ends_the_job_which_continues_from_its_checkpoint(
-    undisturbed: Site, cluster: DevCluster, site: Site
+    undisturbed: Site, cluster: DevCluster, site: Site, survived: Counter[str]
 ) -> None:
     job_id = train_to_step(site, SAVE_EVERY + 5)
     reached = site.newest_step()
@@ -38,21 +39,23 @@ def test_a_killed_rank_ends_the_job_which_continues_from_its_checkpoint(
     assert_requeued(site, job_id, reached)
     assert site.attempts()[0].cause == "lost rank"
     assert site.losses() == undisturbed.losses()
+    survived["Slurm: kill of one rank"] += 1
 
 
 def test_a_node_that_dies_ends_the_job_which_continues_when_there_are_nodes(
-    undisturbed: Site, cluster: DevCluster, site: Site
+    undisturbed: Site, cluster: DevCluster, site: Site, survived: Counter[str]
 ) -> None:
     job_id = train_to_step(site, SAVE_EVERY + 5)
     reached = site.newest_step()
     cluster.kill_node(2)
     assert_requeued(site, job_id, reached)
     assert site.losses() == undisturbed.losses()
+    survived["Slurm: node that dies"] += 1
 
 
 @pytest.mark.soak
 def test_a_killed_slurmd_of_the_first_node_costs_at_most_the_steps_since_the_last_save(
-    undisturbed: Site, cluster: DevCluster, site: Site
+    undisturbed: Site, cluster: DevCluster, site: Site, survived: Counter[str]
 ) -> None:
     steps = 20 * STEPS  # it must not finish before the cluster misses the node
     job_id = site.submit("run", f"checkpoint.every_steps={SAVE_EVERY}", steps=steps)
@@ -69,11 +72,12 @@ def test_a_killed_slurmd_of_the_first_node_costs_at_most_the_steps_since_the_las
     cluster.wait_for("the job to save and stop", site.is_settled)
     assert site.logged_steps() == list(range(1, site.newest_step() + 1))
     assert all(site.losses()[step] == loss for step, loss in undisturbed.losses().items() if step in site.losses())
+    survived["Slurm: kill of the first node's slurmd"] += 1
 
 
 @pytest.mark.soak
 def test_a_link_that_is_cut_for_a_minute_costs_at_most_the_steps_since_the_last_save(
-    undisturbed: Site, cluster: DevCluster, site: Site
+    undisturbed: Site, cluster: DevCluster, site: Site, survived: Counter[str]
 ) -> None:
     job_id = train_to_step(site, SAVE_EVERY + 5)
     reached = site.newest_step()
@@ -85,3 +89,4 @@ def test_a_link_that_is_cut_for_a_minute_costs_at_most_the_steps_since_the_last_
     time.sleep(max(0.0, 60 - (time.monotonic() - cut_s)))
     assert_requeued(site, job_id, reached)  # mends the link
     assert site.losses() == undisturbed.losses()
+    survived["Slurm: link cut for a minute"] += 1

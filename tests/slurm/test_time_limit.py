@@ -1,5 +1,6 @@
 """Jobs that are shorter than their run: they save before the limit and go back to the queue, as often as it takes."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -49,7 +50,9 @@ def test_a_time_limit_costs_no_step_and_cancel_ends_such_a_run_for_good(
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_run_that_meets_its_time_limit_three_times_in_a_row_finishes(cluster: DevCluster, site: Site) -> None:
+def test_a_run_that_meets_its_time_limit_three_times_in_a_row_finishes(
+    cluster: DevCluster, site: Site, survived: Counter[str]
+) -> None:
     submit_short_jobs(site, ENDLESS, name="measured")
     wait_for_restarts(site, 1, name="measured")
     steps_a_job = site.attempts("measured")[0].last_step
@@ -60,3 +63,4 @@ def test_a_run_that_meets_its_time_limit_three_times_in_a_row_finishes(cluster: 
     site.wait_until_finished(timeout_s=900)
     check_no_step_is_lost(site)
     assert len(site.attempts()) >= 4
+    survived["Slurm: time limit"] += 3

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import time
 
 import pytest
@@ -43,6 +44,24 @@ def test_the_nth_write_or_fsync_fails_and_only_below_the_folder(tmp_path):
             (disk / "third").write_text("no more")
     assert [path.name for path in written] == ["first", "second", "second", "third"]
     (disk / "third").write_text("fine again")
+
+
+def test_the_nth_write_hangs_and_those_before_do_not(tmp_path):
+    text = """
+from pathlib import Path
+import fault_injector
+fault_injector.arm(fault_injector.hanging_write(1, below=Path(sys.argv[1]) / "disk"))
+for name in ("disk/first", "elsewhere", "disk/second"):
+    (Path(sys.argv[1]) / name).write_text(name)
+"""
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_program(text, str(tmp_path), timeout_s=1.5)
+    assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {
+        "first": "disk/first",
+        "elsewhere": "elsewhere",
+        "second": "",
+    }
 
 
 def test_the_clock_on_the_wall_jumps_and_the_monotonic_one_does_not():

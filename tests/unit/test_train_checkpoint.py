@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from fakes import FileEngine, OneRank, checkpoints_of
-from fault_injector import flip_bit
+from fault_injector import flip_bit, run_program
 
 from mimscale.errors import CheckpointError
 from mimscale.train import committed
@@ -170,6 +170,23 @@ def test_the_next_save_waits_for_the_one_before(run):
     assert saved.stall_s > 0.1, "the wait is part of the stall"
     assert checkpoints.finish().step == 20
     assert [tag.name for tag in committed.tags(run)] == ["step_00000020", "step_00000010"]
+
+
+SAVE_AND_LEAVE = """
+from pathlib import Path
+import fault_injector
+from fakes import FileEngine, checkpoints_of
+from mimscale.train.run_dir import RunDir
+
+run = RunDir(Path(sys.argv[1]))
+fault_injector.arm(fault_injector.hanging_write(0, below=run.checkpoints))
+checkpoints_of(run, FileEngine(), mode="background").save(1, {})
+sys.exit(3)
+"""
+
+
+def test_a_process_that_fails_does_not_wait_for_a_disk_that_hangs(run):
+    assert run_program(SAVE_AND_LEAVE, str(run.path), timeout_s=20).returncode == 3
 
 
 def save_and_commit(checkpoints, step):

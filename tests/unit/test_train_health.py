@@ -1,11 +1,14 @@
 """When is a loss a spike, a rank slow, a job hung?"""
 
 import json
+import re
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fault_injector import run_program
 
 from mimscale.config import build_config
 from mimscale.errors import ConfigError
@@ -15,7 +18,7 @@ from mimscale.train.health_log import HealthLog
 from mimscale.train.rank_times import RankTimes, slow_rank, time_metrics
 from mimscale.train.run_dir import RunDir
 from mimscale.train.spikes import SpikeDetector
-from mimscale.train.watchdog import Watchdog
+from mimscale.train.watchdog import Watchdog, Writing
 from mimscale.world import World
 
 
@@ -160,6 +163,59 @@ def test_a_rank_follows_the_first_one_that_gives_up_before_its_own_time(tmp_path
         wait_until(lambda: left, 2.0)
     head = json.loads((RunDir(tmp_path).logs / "stacks-rank00000.txt").read_text().splitlines()[0])
     assert (head["hang_id"], head["rank"], head["waits"]) == ("a", 0, False)
+
+
+def test_a_write_in_the_background_that_does_not_end_is_a_hang_although_steps_are_made(tmp_path):
+    dog, left = watched(tmp_path, World(), hang_timeout_s=0.5, first_step_timeout_s=0.5)
+    until = threading.Event()
+    writer = threading.Thread(target=until.wait, args=(20,))
+    writer.start()
+    began_s = time.monotonic()
+    dog.also_watch(lambda: Writing("step_00000004", writer.ident, began_s))
+    with dog:
+        deadline_s = time.monotonic() + 10
+        while not left and time.monotonic() < deadline_s:
+            dog.alive(5)
+            time.sleep(0.02)
+    until.set()
+    writer.join()
+    assert left == [6]
+    message = RunDir(tmp_path).read_outcome().message
+    assert message.startswith("step_00000004 was not written within 0.5 s (health.hang_timeout_s); rank 0 on localhost")
+    assert re.search(r" stood at \S+/threading\.py:\d+ wait\. All stacks", message)
+
+
+def test_a_write_that_ends_in_time_is_no_hang(tmp_path):
+    dog, left = watched(tmp_path, World(), hang_timeout_s=0.5, first_step_timeout_s=0.5)
+    with dog:
+        for step in range(4):
+            began_s = time.monotonic()
+            dog.also_watch(lambda: Writing("step_00000004", None, began_s))  # noqa: B023
+            time.sleep(0.25)
+            dog.alive(step)
+    assert left == []
+
+
+# A call into C that keeps the interpreter's lock: no Python of this process runs any more.
+KEEP_THE_LOCK = """
+import ctypes, time
+from mimscale.train.exit_timer import ExitTimer
+timer = ExitTimer(6)
+timer.start(1000)
+timer.start({seconds})
+{then}
+ctypes.PyDLL(None).usleep(800_000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "then", "code"),
+    [(0.2, "", 6), (0.2, "timer.close()", 0), (0.2, "timer.start(100)", 0), (0.2, "time.sleep(0.5)", 6)],
+)
+def test_a_process_ends_with_a_code_of_ours_when_time_is_up_although_nobody_gives_the_lock_back(seconds, then, code):
+    start_s = time.monotonic()
+    assert run_program(KEEP_THE_LOCK.format(seconds=seconds, then=then)).returncode == code
+    assert time.monotonic() - start_s < 30
 
 
 def test_an_outcome_that_another_rank_has_written_stays(tmp_path):
