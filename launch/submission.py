@@ -195,7 +195,8 @@ def _batch_job(
     plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
 ) -> BatchJob:
     folders = [plan.tree[key] for key in ("store", "out", "init_from") if plan.tree.get(key) not in (None, "none")]
-    mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
+    # What the job makes itself is not there to be mounted yet.
+    mounts = [plan.run.path, Path.cwd(), *(_nearest_existing(Path(name).absolute()) for name in folders)]
     return BatchJob(
         folder=folder,
         profile=plan.profile,
@@ -207,6 +208,10 @@ def _batch_job(
         dependency=slurm_commands.after_success(depends_on) if depends_on else None,
         array=plan.array,
     )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _log_job(plan: Plan, folder: JobFolder, job_id: str, code: str | None, argv: Sequence[str]) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 from fake_slurm import FakeSlurm, only_folder, run_verb
 from launch_fake_verb import Place, wait_until
 
-from launch import follow
+from launch import follow, status
 from launch.folder import JobFolder, job_folders
 from mimscale import cli, durable
 from mimscale.train.health_log import HealthLog
@@ -279,6 +281,17 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     assert "--array 3: for ingest on Slurm" in said
 
 
+def test_a_container_is_given_the_folder_in_which_a_job_makes_its_store(site: Site) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    site.profile(slurm={"container": {"image": "/x.sif", "runtime": "apptainer"}})
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=data/store", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 0, said
+    binds = re.findall(r"--bind (\S+)", site.slurm.script("100"))
+    folders = [site.folder / "data" / "store.job", site.folder, site.folder / "data"]  # the store itself is not there
+    assert binds == [f"{folder}:{folder}" for folder in folders]
+
+
 def test_an_array_whose_merge_is_refused_does_not_stay_in_the_queue(site: Site) -> None:
     (site.folder / "a.nii").write_bytes(b"")
     sbatch = site.slurm.folder / "bin" / "sbatch"
@@ -390,6 +403,23 @@ def test_a_table_for_people_names_run_job_and_state(site: Site) -> None:
     code, _, said = site.verb("status", "store")
     assert code == 2
     assert "store: no run directory, and none in it" in said
+
+
+def test_a_watch_shows_the_state_until_ctrl_c(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "PENDING", "Priority")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=pause, time=time.time, strftime=time.strftime))
+    code, _, said = site.verb("status", "run", "--watch")
+    assert code == 0
+    assert said.count("waits for Priority") == 2
+    assert pauses == [status.WATCH_EVERY_S] * 2
 
 
 def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,9 @@ def test_what_a_killed_up_leaves_is_cleaned_by_the_next_and_down_leaves_nothing(
     time.sleep(after_s)
     killed.kill()
     killed.wait()
+    began_s = time.monotonic()
     machine.bring_up(Setup(accounting=False))
+    assert time.monotonic() - began_s < 30
     assert len(machine.command("sinfo", "--Node", "--noheader", "--partition=main").splitlines()) == 2
     processes = [machine.pid(name) for name in pids()]
     shutil.rmtree(machine.folder)  # as a cleaner of /tmp would

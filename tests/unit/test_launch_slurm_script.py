@@ -142,7 +142,17 @@ def test_no_value_of_a_profile_becomes_a_command(tmp_path: Path, evil: str) -> N
 def test_a_file_of_the_site_that_a_node_does_not_see_ends_the_job_with_its_name(tmp_path: Path) -> None:
     words = _run_script(_job(tmp_path / "logs", SlurmConfig(source_files=("/none/site.sh",))), tmp_path)
     assert "srun" not in words
-    assert words[-4:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5"]
+    assert words[-5:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5", "before-ranks"]
+
+
+def test_an_archive_that_cannot_be_unpacked_ends_the_job_before_its_ranks(tmp_path: Path) -> None:
+    archive = tmp_path / "env.tar"
+    archive.write_bytes(b"x")
+    job = _job(tmp_path / "logs", SlurmConfig(env_archive=str(archive), node_dir=str(tmp_path / "a 'b")))
+    words = _run_script(job, tmp_path, srun="exit 5")
+    assert words.count("srun") == 1
+    assert words[words.index("launch.unpack") + 2] == str(environment_folder(archive, str(tmp_path / "a 'b")))
+    assert words[-5:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5", "before-ranks"]
 
 
 def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
@@ -259,6 +269,13 @@ def test_in_a_container_srun_or_apptainer_mounts_what_the_job_needs(tmp_path: Pa
     words = _srun_words(BatchExecutor(_job(slurm=apptainer, mounts=(Path("/runs/a"),))).script())
     start = words.index("apptainer")
     assert words[start : start + 7] == ["apptainer", "exec", "--nv", "--bind", "/runs/a:/runs/a", "/x y.sif", "python3"]
+
+
+@pytest.mark.parametrize("place", ["/runs/a:b", "/runs/a,b"])
+def test_a_path_that_a_container_would_read_as_two_is_refused(place: str) -> None:
+    container = ContainerConfig(image="/x.sif", runtime="apptainer")
+    with pytest.raises(LaunchError, match=f"{place}: a path with a colon or a comma cannot be mounted"):
+        BatchExecutor(_job(slurm=SlurmConfig(container=container), mounts=(Path(place),))).script()
 
 
 def test_an_archive_is_unpacked_once_a_node_and_brings_the_python_of_the_ranks(tmp_path: Path) -> None:
