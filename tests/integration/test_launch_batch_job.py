@@ -131,6 +131,8 @@ def test_inside_an_allocation_nothing_is_submitted_unless_told(site: Site, monke
     assert "inside job 7" in said
     assert site.submit("--dry-run")[0] == 0
     assert site.submit("--inside-allocation")[0] == 0
+    assert site.verb("resume", "run")[0] == 5
+    assert site.verb("resume", "run", "--inside-allocation")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -437,6 +439,15 @@ def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: 
     folder.settle(Outcome(outcome="interrupted", exit_code=75, step=7, message="cancelled"))
     assert site.status()["state"] == "cancelled"
     assert "no job to cancel" in site.verb("cancel", "run")[2]
+
+
+def test_a_cancel_that_nobody_hears_says_so_and_still_keeps_the_job_from_starting_again(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.answer("silent")
+    code, _, said = site.verb("cancel", "run")
+    assert code == 5
+    assert "job 100 has not heard of it (squeue failed: 1): it runs on, but will not start again once it ends" in said
+    assert only_folder(site.run).cancelled.exists()
 
 
 def test_a_waiting_job_is_cancelled_at_once(site: Site) -> None:

@@ -193,3 +193,15 @@ def test_a_container_sees_what_it_is_given_and_a_node_without_the_store_is_named
     assert "mount it" in outcome.message
     (attempt,) = read_attempts(site.newest(unseen).attempts_file())
     assert time.time() - attempt.started_unix_s < 60
+
+
+@pytest.mark.soak
+def test_a_job_for_gpus_on_nodes_without_ends_at_once_and_trains_on_no_cpu(cluster: DevCluster, site: Site) -> None:
+    site.profile(processes_per_node=1, accelerator="cuda")
+    site.submit(steps=2)
+    cluster.wait_for("the job to end", site.is_settled)
+    outcome = site.newest().read_outcome()
+    assert outcome is not None
+    assert outcome.exit_code == 5
+    assert "DS_ACCELERATOR=cuda, but torch sees no CUDA device here" in outcome.message
+    assert not site.run().metrics.exists()

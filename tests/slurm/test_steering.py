@@ -36,6 +36,9 @@ def test_a_run_is_seen_and_steered_without_accounts_and_while_the_controller_is_
     assert "does not answer" in status["reason"]
     before = status["step"]
     assert "step" in logs(cluster, site)  # needs no controller
+    unheard = cluster.mimscale("cancel", "run", cwd=site.folder)
+    assert unheard.returncode == 5
+    assert "give the same command again when Slurm answers" in unheard.stderr
     time.sleep(max(0.0, CONTROLLER_AWAY_S - (time.monotonic() - gone_s)))
     assert site.status()[0]["step"] > before  # the run does not care
     cluster.up()
@@ -170,11 +173,11 @@ def test_twenty_runs_submitted_at_once_all_finish_each_on_its_own_port(cluster: 
     site.profile(processes_per_node=1, slurm={"cpus_per_task": 4})  # four at a time on the two nodes
     jobs = submissions_at_once(site, each=10)
     assert len(jobs) == 20
+    check_nothing_is_mixed_up(site, jobs)  # now: the controller forgets jobs five minutes after their end
     for run_dir in jobs:
         cluster.runs.append(site.run(run_dir))
         site.wait_until_finished(run_dir, timeout_s=1200)
         assert site.logged_steps(run_dir) == [1, 2]
-    check_nothing_is_mixed_up(site, jobs)
     assert len({port_of(site.run(run_dir).path) for run_dir in jobs}) == 20
 
 

@@ -206,6 +206,7 @@ def test_a_job_without_a_time_limit_is_refused() -> None:
         ({"gpus_per_node": 4, "gres": "gpu:4"}, "ask for the same thing"),
         ({"memory_gb_per_node": 1, "memory_gb_per_cpu": 1}, "ask for the same thing"),
         ({"env_archive": "env.tar"}, "must be an absolute path"),
+        ({"stage_dir": "nvme"}, "stage_dir='nvme': must be an absolute path"),
         ({"container": ContainerConfig(image="x"), "env_archive": "/e.tar"}, "both bring Python"),
         ({"max_requeues": -1}, "max_requeues=-1: 0 .never. or above"),
         ({"cpus_per_task": 0}, "cpus_per_task=0: must be above 0"),
