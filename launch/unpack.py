@@ -77,7 +77,7 @@ def unpack(archive: Path, folder: Path) -> bool:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     # A node's own disk has a flock that works, and the kernel gives it back when its holder is killed.
-    descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -157,6 +157,25 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(
     assert not site.run.path.exists()
 
 
+@pytest.mark.parametrize(
+    ("shown", "warned"),
+    [
+        ("PartitionName=main Default=YES GraceTime=0 PreemptMode=REQUEUE", True),
+        ("PartitionName=main Default=YES GraceTime=3000 PreemptMode=REQUEUE", False),
+        ("PartitionName=main Default=YES GraceTime=0 PreemptMode=OFF", False),
+        ("PartitionName=other Default=NO GraceTime=0 PreemptMode=CANCEL", False),
+    ],
+)
+def test_a_preemption_that_leaves_less_time_than_a_save_takes_is_announced(
+    site: Site, shown: str, warned: bool
+) -> None:
+    site.profile(slurm={"partition": None})
+    site.slurm.answer("shown", f"{shown}\n")
+    code, _, said = site.submit()
+    assert code == 0, said
+    assert ("partition main leaves a preempted job GraceTime=0 s, and a save takes about" in said) == warned
+
+
 def test_too_little_disk_is_refused_with_the_numbers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(site.folder)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
