@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ def _run_script(job: BatchJob, folder: Path, *, srun: str = "", **variables: str
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {ran}\n{body}\n')
         (programs / name).chmod(0o755)
     script = BatchExecutor(job).script()
-    script = script.replace(shlex.quote(_python_of(script)), str(programs / "python"))
+    for python in (shlex.quote(_python_of(script)), shlex.quote(sys.executable)):  # of the ranks and of the script
+        script = script.replace(python, str(programs / "python"))
     subprocess.run(
         ["/bin/bash", "-c", script],
         cwd=folder,

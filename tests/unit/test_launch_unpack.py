@@ -52,19 +52,22 @@ def test_of_several_tasks_on_one_node_one_unpacks_and_each_finds_it_complete(tmp
 
 def test_what_a_killed_task_has_half_unpacked_is_not_used_and_does_not_stay(tmp_path: Path) -> None:
     archive, target = _archive(tmp_path, "bin/python", "lib/a.py"), tmp_path / "env"
+    (tmp_path / "source" / "weights").write_bytes(os.urandom(100_000))
     slow = tmp_path / "slow.tar"
     os.mkfifo(slow)  # an archive whose end never comes
     task = subprocess.Popen(_command(slow, target))
     try:
         with slow.open("wb") as pipe:
-            plain = subprocess.run(["gzip", "-dc", archive], capture_output=True, check=True).stdout
-            pipe.write(plain[: 3 * 512])  # of blocks of tar: its top, a folder in it, and a file there
+            whole = subprocess.run(
+                ["tar", "-C", tmp_path / "source", "-c", "."], capture_output=True, check=True
+            ).stdout
+            pipe.write(whole[: 5 * 10_240])  # records, as tar reads them
             pipe.flush()
             wait_until(lambda: draft_of(target).exists() and any(draft_of(target).iterdir()))
             task.send_signal(signal.SIGKILL)
-            task.wait(timeout=20)
     finally:
         task.kill()
+        task.wait(timeout=20)
     assert draft_of(target).exists()
     assert not target.exists()
     (draft_of(target) / "stale.py").write_text("of the killed one")
