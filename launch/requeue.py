@@ -197,7 +197,10 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
         first, message = _first_failure(folder, task)
         outcome = rank_outcome(written, srun_code, first, trains=record.trains, step=step, message=message)
     else:
-        outcome = setup_outcome(srun_code, step=step, message=last_message(newest_start(_batch_log(folder, task))))
+        log = newest_start(_batch_log(folder, task))
+        first = first_end(log)  # one node that fails makes srun end the others by a signal
+        code = first.code if first is not None and first.code is not None else srun_code
+        outcome = setup_outcome(code, step=step, message=last_message(log))
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:

@@ -113,7 +113,7 @@ def _fill(draft: Path, archive: Path, here: str) -> None:
         reason = " ".join(done.stderr.split())
         if "No space left" in reason or "Disk quota" in reason:
             raise LaunchError(
-                f"{archive}: not unpacked as {here}: the disk is full ({archive.stat().st_size / 1e9:.2f} GB are "
+                f"{archive}: not unpacked as {here}: the disk is full ({archive.stat().st_size / 1e6:.1f} MB are "
                 "packed); free space there, or name another slurm.node_dir in the profile"
             )
         raise LaunchError(f"{archive}: not unpacked as {here}: {reason[-300:]}; make the archive again")

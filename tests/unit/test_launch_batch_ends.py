@@ -117,7 +117,8 @@ def test_what_fails_before_the_ranks_is_named_by_its_own_words_and_not_by_those_
         file.write("mimscale: /env.tar: not unpacked as /tmp/x on node2: the disk is full\n")
         file.write("mimscale: 22:35:13 /tmp/x unpacked on node1 in 0.1 s\n")
         file.write("srun: error: node2: task 1: Exited with exit code 5\n")
-    assert requeue.main(["end", str(job.folder.path), "5", "before-ranks"]) == 5
+        file.write("srun: error: node1: task 0: Killed\n")
+    assert requeue.main(["end", str(job.folder.path), "137", "before-ranks"]) == 5
     outcome = job.folder.read_outcome()
     assert outcome is not None
     assert outcome.message == ("before its ranks started: /env.tar: not unpacked as /tmp/x on node2: the disk is full")
