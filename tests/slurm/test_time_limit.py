@@ -59,11 +59,11 @@ def test_a_run_that_meets_its_time_limit_three_times_in_a_row_finishes_on_the_fo
     site.profile(timeout_min=2, signal_lead_s=20, environment={"PACE": str(PACE)})
     job_id = site.submit("run", "checkpoint.every_steps=100000", "optim.warmup_steps=0", steps=steps)
     site.wait_until_finished(timeout_s=800)
+    cluster.wait_for_state(job_id, "COMPLETED")  # the batch script has its last word after the ranks
     check_no_step_is_lost(site)
     attempts = site.attempts()
     assert [attempt.cause for attempt in attempts] == ["time limit", "time limit", "time limit", "ended"]
     assert {attempt.job_id for attempt in attempts} == {job_id}
-    cluster.wait_for_state(job_id, "COMPLETED")
     assert "Restarts=3 " in cluster.show(job_id)
     (status,) = site.status()
     assert (status["state"], status["step"], status["restarts"]) == ("finished", steps, 3)
