@@ -44,7 +44,9 @@ def test_up_again_changes_nothing_starts_what_has_died_and_refuses_another_setup
     assert pids().keys() == before.keys()
 
 
-@pytest.mark.parametrize("after_s", [0.3, 1.0, 1.8])
+@pytest.mark.parametrize(
+    "after_s", [pytest.param(0.3, marks=pytest.mark.soak), 1.0, pytest.param(1.8, marks=pytest.mark.soak)]
+)
 def test_what_a_killed_up_leaves_is_cleaned_by_the_next_and_down_leaves_nothing(
     machine: DevCluster, tmp_path: Path, after_s: float
 ) -> None:
