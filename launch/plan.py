@@ -173,7 +173,7 @@ def make_plan(
         profile = replace(profile, processes_per_node=processes)
     accelerator = resolve_accelerator(profile, os.environ)
     count = resolve_processes(profile, accelerator, os.environ) if job.config else 1
-    config = build_config(job.config, tree, f"{verb} --check") if job.config else None
+    config = build_config(job.config, _staged(tree, profile), f"{verb} --check") if job.config else None
     place = Path(tree[job.folder_key])
     if str(place) == "none":
         raise ConfigError(f"submit {verb}: {job.folder_key}=DIR is missing; the job's files go there")
@@ -192,6 +192,14 @@ def make_plan(
     )
     _refuse_impossible(plan)
     return plan
+
+
+def _staged(tree: dict[str, Any], profile: Profile) -> dict[str, Any]:
+    """The config with the site's folder for copies of packs, where it names none."""
+    stage_dir, stream = slurm_config(profile).stage_dir, tree.get("stream", {})
+    if stage_dir is None or stream.get("stage_dir") is not None:
+        return tree
+    return {**tree, "stream": {**stream, "stage_dir": stage_dir}}
 
 
 def _refuse_impossible(plan: Plan) -> None:

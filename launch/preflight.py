@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch import slurm_commands
 from launch.plan import Plan
 from launch.profile import slurm_config
 from launch.slurm import check_partition
+from mimscale.console import say
 from mimscale.errors import ConfigError, LaunchError
 
 
@@ -31,6 +33,26 @@ def check_on_login_node(plan: Plan) -> None:
     check_disk(plan)
     check_files(plan)
     check_partition(plan.profile)
+    warning = why_a_preemption_may_cost_steps(plan)
+    if warning is not None:
+        say(warning)
+
+
+def why_a_preemption_may_cost_steps(plan: Plan) -> str | None:
+    """A warning when a partition leaves its preempted jobs less time than a save takes; None when all is well."""
+    estimate, partition = plan.estimate(), slurm_config(plan.profile).partition
+    if estimate is None:
+        return None
+    # Of several partitions Slurm chooses one; the first speaks for them.
+    facts = slurm_commands.partition_facts(partition.partition(",")[0] if partition else None)
+    grace_s = facts.get("GraceTime", "")
+    if facts.get("PreemptMode", "OFF") == "OFF" or not grace_s.isdigit() or int(grace_s) >= estimate.save_s:
+        return None
+    return (
+        f"partition {facts['PartitionName']} leaves a preempted job GraceTime={grace_s} s, and a save takes about "
+        f"{estimate.save_s:.1f} s: a preemption may cost the steps since the last checkpoint; lower "
+        "checkpoint.every_steps, use more nodes, or ask the site for a longer GraceTime"
+    )
 
 
 def check_files(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
     python -m launch.requeue start FOLDER
     python -m launch.requeue end FOLDER SRUN_CODE
+    python -m launch.requeue end FOLDER CODE before-ranks      what the ranks need could not be brought to the nodes
 
 Slurm requeues a job after a node failure and, where the site says so, after a preemption. It does not requeue a job
 that fails, that stops before its time limit, or that is preempted with PreemptMode=CANCEL: that is done here.
@@ -21,7 +22,7 @@ from launch import slurm_commands
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
-from launch.srun_log import FirstEnd, first_end, last_message
+from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
 from mimscale.console import say
 from mimscale.errors import (
@@ -139,6 +140,20 @@ def rank_outcome(
     return Outcome(outcome="failed", exit_code=code, step=step, message=text)
 
 
+def setup_outcome(code: int, *, step: int, message: str) -> Outcome:
+    """How a batch script ended that could not start its ranks: no module, no file of the site, nothing unpacked.
+
+    Args:
+        code: of the command that failed; 128 + signal when a signal ended it, and then another try may go well.
+        step: newest committed step.
+        message: what that command printed.
+    """
+    killed = code > 128
+    why = f"killed by signal {code - 128}" if killed else message or f"exit code {code}; see the log"
+    exit_code = LostRankError.exit_code if killed else code
+    return Outcome(outcome="failed", exit_code=exit_code, step=step, message=f"before its ranks started: {why}")
+
+
 def start(folder: JobFolder) -> int:
     """Record that the job starts; returns the exit code with which it must not start, else 0."""
     task = _array_task()
@@ -171,15 +186,21 @@ def start(folder: JobFolder) -> int:
     return 0
 
 
-def end(folder: JobFolder, srun_code: int) -> int:
+def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
     """Settle the job or let it start again; returns the exit code of the batch script."""
     task = _array_task()
     job_id = os.environ["SLURM_JOB_ID"]
     record = folder.read()
     step = _committed_step(folder, record)
     written = folder.run.read_outcome() if record.trains else None
-    first, message = _first_failure(folder, task)
-    outcome = rank_outcome(written, srun_code, first, trains=record.trains, step=step, message=message)
+    if ranks_began:
+        first, message = _first_failure(folder, task)
+        outcome = rank_outcome(written, srun_code, first, trains=record.trains, step=step, message=message)
+    else:
+        log = newest_start(_batch_log(folder, task))
+        first = first_end(log)  # one node that fails makes srun end the others by a signal
+        code = first.code if first is not None and first.code is not None else srun_code
+        outcome = setup_outcome(code, step=step, message=last_message(log))
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:
@@ -199,11 +220,18 @@ def end(folder: JobFolder, srun_code: int) -> int:
 
 
 def _first_failure(folder: JobFolder, task: int | None) -> tuple[FirstEnd | None, str]:
-    name = folder.task_job_id(task)
-    log = folder.rank_log(name, 0)  # of rank 0 and of the batch script
-    first = first_end(log.read_text(errors="replace")) if log.exists() else None
-    own = folder.rank_log(name, first.rank) if first else log
+    log = _batch_log(folder, task)
+    first = first_end(log)
+    if first is None or first.rank == 0:
+        return first, last_message(log)
+    own = folder.rank_log(folder.task_job_id(task), first.rank)
     return first, last_message(own.read_text(errors="replace")) if own.exists() else ""
+
+
+def _batch_log(folder: JobFolder, task: int | None) -> str:
+    """What rank 0 and the batch script have printed, at all starts."""
+    log = folder.rank_log(folder.task_job_id(task), 0)
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def _again(
@@ -323,7 +351,7 @@ def main(argv: list[str]) -> int:
     if what == "end":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to the script as soon as the job is requeued
     try:
-        return start(job) if what == "start" else end(job, int(rest[0]))
+        return start(job) if what == "start" else end(job, int(rest[0]), ranks_began=rest[1:] != ["before-ranks"])
     except OSError as error:  # the run directory's disk is full or gone
         _say(f"{job.path}: {error}")
         return LaunchError.exit_code if what == "start" else int(rest[0])

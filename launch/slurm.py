@@ -85,6 +85,11 @@ class BatchJob:
 
     def _mounts(self) -> list[str]:
         assert self.slurm.container is not None
+        for path in self.mounts:
+            if set(":,") & set(str(path)):
+                raise LaunchError(
+                    f"{path}: a path with a colon or a comma cannot be mounted in a container; choose another"
+                )
         own = [f"{path}:{path}" for path in self.mounts]
         return list(dict.fromkeys([*own, *self.slurm.container.mounts]))
 
@@ -157,7 +162,7 @@ class BatchJob:
             "trap : TERM",
             f"end=${{SLURM_JOB_END_TIME:-$(($(date +%s) + {limit_s}))}}  # older Slurm does not say it",
             f'ask() {{ {own} {python} -m launch.requeue "$1" {folder} "${{@:2}}"; }}',
-            f'fail() {{ echo "mimscale: $1 on $(hostname)"; ask end {LaunchError.exit_code}; exit $?; }}',
+            f'fail() {{ echo "mimscale: $1 on $(hostname)"; ask end {LaunchError.exit_code} before-ranks; exit $?; }}',
             "export MIMSCALE_BATCH_UNIX_S=$(date +%s.%N)",
             "ask start || exit $?",
             *(
@@ -181,7 +186,9 @@ class BatchJob:
         if slurm.env_archive:
             unpack = [sys.executable, "-m", "launch.unpack", slurm.env_archive, str(self._environment_folder())]
             one_a_node = 'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
-            lines.append(f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || {{ ask end $?; exit $?; }}")
+            lines.append(
+                f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || {{ ask end $? before-ranks; exit $?; }}"
+            )
         # srun's first step is number 0, and unpacking is a step.
         step = f'"$SLURM_JOB_ID.{int(slurm.env_archive is not None)}"'
         return [

@@ -160,14 +160,23 @@ def show_job(job_id: str) -> dict[str, str]:
     return dict(_PAIR.findall(call(["scontrol", "--oneliner", "show", "job", job_id])))
 
 
+def partition_facts(partition: str | None) -> dict[str, str]:
+    """What the controller knows about a partition, by scontrol's names; empty when nobody answers.
+
+    Args:
+        partition: None for the cluster's default.
+    """
+    try:
+        shown = call(["scontrol", "--oneliner", "show", "partition", *([partition] if partition else [])])
+    except SlurmSilentError:
+        return {}
+    known: list[dict[str, str]] = [dict(_PAIR.findall(line)) for line in shown.splitlines()]
+    return next((facts for facts in known if partition or facts.get("Default") == "YES"), {})
+
+
 def preempt_mode(partition: str) -> str:
     """What a preemption does to jobs of a partition: REQUEUE, CANCEL, SUSPEND or OFF; empty when nobody answers."""
-    try:
-        shown = call(["scontrol", "--oneliner", "show", "partition", partition])
-    except SlurmSilentError:
-        return ""
-    pairs: dict[str, str] = dict(_PAIR.findall(shown))
-    return pairs.get("PreemptMode", "")
+    return partition_facts(partition).get("PreemptMode", "")
 
 
 def partitions() -> dict[str, float | None]:

@@ -69,6 +69,7 @@ class SlurmConfig:
     container: ContainerConfig | None = None  # null: the interpreter that submits, at the same path on the nodes
     env_archive: str | None = None  # tar of a Python environment, unpacked once a node; its bin/python runs the ranks
     node_dir: str = "/tmp"  # noqa: S108  # folder on each node's own disk, for env_archive
+    stage_dir: str | None = None  # folder there for copies of packs: stream.stage_dir of runs that name none themselves
     wait_s: int = 300  # how long srun lets the other ranks end once one has left without an error
     max_requeues: int | None = None  # restarts that are no preemption; null: as many as make progress
     write_mb_per_s: float = 500.0  # what a node writes to the file system of run_dir: for the estimate of a save
@@ -89,7 +90,7 @@ class SlurmConfig:
                 raise ValueError(f"profile.slurm.{one} and profile.slurm.{other} ask for the same thing; keep one")
         if self.container and self.env_archive:
             raise ValueError("profile.slurm.container and profile.slurm.env_archive both bring Python; keep one")
-        for name in ("env_archive", "node_dir"):
+        for name in ("env_archive", "node_dir", "stage_dir"):
             value = getattr(self, name)
             if value is not None and not PurePosixPath(value).is_absolute():
                 raise ValueError(f"profile.slurm.{name}={value!r}: must be an absolute path, the same on every node")
@@ -98,7 +99,8 @@ class SlurmConfig:
     def _check_values(self) -> None:
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         # The words of srun and the names of files and modules stand on shell lines, where quoting makes anything safe.
-        quoted = {"srun_options", "modules", "source_files", "env_archive", "node_dir", "container", "sbatch_options"}
+        quoted = {"srun_options", "modules", "source_files", "container", "sbatch_options"}
+        quoted |= {"env_archive", "node_dir", "stage_dir"}
         for name, value in plain.items():
             if name not in quoted and isinstance(value, str):
                 check_option_value(f"profile.slurm.{name}", value)
@@ -114,7 +116,7 @@ class SlurmConfig:
         for name in ("srun_options", "modules", "source_files"):
             for value in getattr(self, name):
                 check_one_line(f"profile.slurm.{name}", value)
-        for name in ("env_archive", "node_dir"):
+        for name in ("env_archive", "node_dir", "stage_dir"):
             check_one_line(f"profile.slurm.{name}", getattr(self, name) or "")
         if self.container:
             for value in (self.container.image, self.container.python, *self.container.mounts):

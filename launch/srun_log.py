@@ -22,10 +22,14 @@ class FirstEnd:
     how: str  # in srun's words
 
 
+def newest_start(batch_log: str) -> str:
+    """What was printed since the job started last."""
+    return batch_log[max(0, batch_log.rfind(" of job ")) :]  # written by `launch.requeue start`
+
+
 def first_end(batch_log: str) -> FirstEnd | None:
     """The first failure that srun reports after the newest start of the job; None when it reports none."""
-    newest = batch_log[max(0, batch_log.rfind(" of job ")) :]  # written by `launch.requeue start`
-    found = _END.search(newest)
+    found = _END.search(newest_start(batch_log))
     if found is None:
         return None
     rank = int(re.split("[,-]", found["tasks"])[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from launch import slurm_commands
 from launch.folder import JobFolder, JobRecord, job_folders, now_utc
 from launch.follow import Log, show_until_ended
+from launch.slurm_commands import SlurmSilentError
 from launch.status import expand, submissions_to_show
 from mimscale import console, durable
 from mimscale.errors import ConfigError, LaunchError
@@ -98,15 +99,21 @@ def cancel_main(argv: list[str]) -> int:
 
 def _cancel_batch_job(folder: JobFolder, *, now: bool) -> str:
     record = folder.read()
-    jobs = [job for job in folder.queued(slurm_commands.queue([record.user])) if job.is_active]
+    try:
+        jobs = [job for job in folder.queued(slurm_commands.queue([record.user])) if job.is_active]
+        running = [job for job in jobs if job.state in ("RUNNING", "COMPLETING", "SUSPENDED")]
+        for job in jobs:
+            if now or job not in running:
+                slurm_commands.cancel(job.job_id)
+            else:
+                slurm_commands.cancel(job.job_id, "--signal=USR2")
+    except SlurmSilentError as error:
+        raise LaunchError(
+            f"job {record.job_id} has not heard of it ({error}): it runs on, but will not start again once it ends; "
+            "give the same command again when Slurm answers"
+        ) from None
     if not jobs:
         return f"job {record.job_id} is not in the queue any more"
-    running = [job for job in jobs if job.state in ("RUNNING", "COMPLETING", "SUSPENDED")]
-    for job in jobs:
-        if now or job not in running:
-            slurm_commands.cancel(job.job_id)
-        else:
-            slurm_commands.cancel(job.job_id, "--signal=USR2")
     names = ", ".join(job.job_id for job in jobs)
     if now or not running:
         return f"job {names}: cancelled"
@@ -136,6 +143,7 @@ def resume_main(argv: list[str]) -> int:
     parser.add_argument("--profile", help="with another profile than the one of the newest job")
     parser.add_argument("--wait", action="store_true", help="show rank 0's log and leave with the job's exit code")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, start nothing")
+    parser.add_argument("--inside-allocation", action="store_true", help="submit although this shell is itself a job")
     parser.add_argument("--json", action="store_true", help="print {job_id, run_dir, log} on stdout")
     arguments = parser.parse_intermixed_args(argv)
     from launch.submit import main as submit
@@ -151,7 +159,8 @@ def resume_main(argv: list[str]) -> int:
     words += ["--nodes", str(arguments.nodes or record.nodes)]
     if record.array:
         words += ["--array", str(record.array)]
-    words += [f"--{name}" for name in ("wait", "dry-run", "json") if getattr(arguments, name.replace("-", "_"))]
+    flags = ("wait", "dry-run", "inside-allocation", "json")
+    words += [f"--{name}" for name in flags if getattr(arguments, name.replace("-", "_"))]
     if record.folder:
         os.chdir(record.folder)  # relative paths of the config start there
     console.say(f"mimscale submit {shlex.join(words)}")

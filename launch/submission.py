@@ -196,7 +196,8 @@ def _batch_job(
 ) -> BatchJob:
     keys = ("store", "out", "init_from", "run_dir")
     folders = [plan.tree[key] for key in keys if plan.tree.get(key) not in (None, "none")]
-    mounts = [plan.run.path, Path.cwd(), *(Path(name).absolute() for name in folders)]
+    # What the job makes itself is not there to be mounted yet.
+    mounts = [plan.run.path, Path.cwd(), *(_nearest_existing(Path(name).absolute()) for name in folders)]
     return BatchJob(
         folder=folder,
         profile=plan.profile,
@@ -208,6 +209,10 @@ def _batch_job(
         dependency=slurm_commands.after_success(depends_on) if depends_on else None,
         array=plan.array,
     )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _log_job(plan: Plan, folder: JobFolder, job_id: str, code: str | None, argv: Sequence[str]) -> None:

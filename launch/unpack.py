@@ -6,17 +6,23 @@ node is one large read.
     python -m launch.unpack ARCHIVE FOLDER      run by one task on each node
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mimscale import durable
 from mimscale.errors import LaunchError
+from mimscale.world import die_with_parent
 
 
 def environment_folder(archive: Path, node_dir: str) -> Path:
@@ -35,37 +41,92 @@ def environment_folder(archive: Path, node_dir: str) -> Path:
     return Path(node_dir) / f"mimscale-env-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `archive` as `folder`, complete or not at all. Does nothing when it is there already.
+def draft_of(folder: Path) -> Path:
+    """What `folder` is called while it is not complete."""
+    return folder.with_name(durable.TEMPORARY_PREFIX + folder.name)
+
+
+def unpack(archive: Path, folder: Path) -> bool:
+    """Unpack `archive` as `folder`, complete or not at all. Another task that is at it on this node is waited for.
+
+    Returns:
+        True when it was unpacked now, False when it was there already.
 
     Raises:
-        LaunchError: the disk is full, the archive is broken or holds no bin/python.
+        LaunchError: the disk is full, the archive is broken or holds no bin/python, or the folder is not ours.
     """
-    if folder.exists():
-        return
-    here = f"{folder} on {socket.gethostname()}"
-    temporary = folder.with_name(f"{durable.TEMPORARY_PREFIX}{folder.name}.{os.getpid()}")
+    with durable.explained(LaunchError, folder, "name another slurm.node_dir in the profile"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder):
+            if os.path.lexists(folder):
+                _refuse_foreign(folder)
+                return False
+            draft = draft_of(folder)
+            if draft.exists():  # of a task that was killed
+                shutil.rmtree(draft)
+            draft.mkdir(mode=0o700)  # nobody else may put a module where our ranks look for one
+            try:
+                _fill(draft, archive, f"{folder} on {socket.gethostname()}")
+                draft.chmod(0o700)  # the archive has a mode for its top, too
+                draft.rename(folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return True
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    # A node's own disk has a flock that works, and the kernel gives it back when its holder is killed.
+    descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        with durable.explained(LaunchError, folder, "name another slurm.node_dir in the profile"):
-            temporary.mkdir(parents=True)
-        done = subprocess.run(
-            ["tar", "-xf", str(archive), "-C", str(temporary)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            reason = " ".join(done.stderr.split())[-300:]
-            raise LaunchError(f"{archive}: not unpacked as {here}: {reason}; free space or make the archive again")
-        if not (temporary / "bin" / "python").exists():
-            raise LaunchError(
-                f"{archive}: holds no bin/python at its top; make it with `tar -C ENVIRONMENT -cf FILE .`"
-            )
-        temporary.chmod(0o700)  # nobody else may put a module where our ranks look for one
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another job on this node was faster
-                raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """In /tmp anybody could have made a folder of this name, and what lies in it is executed."""
+    status = folder.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.getuid()
+        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        raise LaunchError(
+            f"{folder} on {socket.gethostname()}: others made it or may write to it, and what lies there would be "
+            "executed; remove it, or name another slurm.node_dir in the profile"
+        )
+
+
+def _fill(draft: Path, archive: Path, here: str) -> None:
+    done = subprocess.run(
+        ["tar", "--no-same-owner", "-xf", str(archive), "-C", str(draft)],
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),  # or it would go on writing into the next one's draft
+    )
+    if done.returncode:
+        reason = " ".join(done.stderr.split())
+        if "No space left" in reason or "Disk quota" in reason:
+            raise LaunchError(
+                f"{archive}: not unpacked as {here}: the disk is full ({archive.stat().st_size / 1e6:.1f} MB are "
+                "packed); free space there, or name another slurm.node_dir in the profile"
+            )
+        raise LaunchError(f"{archive}: not unpacked as {here}: {reason[-300:]}; make the archive again")
+    python = draft / "bin" / "python"
+    if python.is_symlink() and not python.exists():
+        raise LaunchError(
+            f"{archive}: not unpacked as {here}: its bin/python is a link to {os.path.realpath(python)}, which is not "
+            "there; install that interpreter on the nodes, or pack an environment that has its own"
+        )
+    if not python.exists():
+        raise LaunchError(f"{archive}: holds no bin/python at its top; make it with `tar -C ENVIRONMENT -cf FILE .`")
+    # A node that loses power must not find names without contents.
+    subprocess.run(["sync", "--file-system", str(draft)], check=True)
 
 
 def main(argv: list[str]) -> int:
@@ -73,11 +134,14 @@ def main(argv: list[str]) -> int:
     archive, folder = map(Path, argv)
     start_s = time.monotonic()
     try:
-        unpack(archive, folder)
+        how = "unpacked" if unpack(archive, folder) else "found"
     except LaunchError as error:
         print(f"mimscale: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    print(f"mimscale: {socket.gethostname()}: {folder} ready in {time.monotonic() - start_s:.1f} s", flush=True)
+    spent_s = time.monotonic() - start_s
+    print(
+        f"mimscale: {time.strftime('%H:%M:%S')} {folder} {how} on {socket.gethostname()} in {spent_s:.1f} s", flush=True
+    )
     return 0
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -99,11 +99,13 @@ class DevCluster:
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout.strip()
 
-    def mimscale(self, *words: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    def mimscale(
+        self, *words: str, variables: Mapping[str, str] | None = None, **options: Any
+    ) -> "subprocess.CompletedProcess[str]":
         """Run `mimscale WORDS` on the login host."""
         return subprocess.run(
             [sys.executable, "-m", "mimscale.cli", *words],
-            env=self.environment(),
+            env=self.environment(**(variables or {})),
             capture_output=True,
             text=True,
             timeout=120,
@@ -210,6 +212,7 @@ class Site:
         self.cluster = cluster
         self.job_id = ""  # of the first submission
         self.accounts: list[str] = []  # what sacct said of it: JobID|State|ExitCode
+        self.variables: dict[str, str] = {}  # of the shell that submits
         write_store(folder / "store", SHAPES)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         self.profile()
@@ -226,9 +229,16 @@ class Site:
 
     def try_submit(self, verb: str, *words: str, nodes: int | str = 2) -> "subprocess.CompletedProcess[str]":
         """`mimscale submit VERB ...` on the profile."""
-        return self.cluster.mimscale(
-            "submit", verb, *words, "--profile", "profile.yaml", "--nodes", str(nodes), "--json", cwd=self.folder
-        )
+        words = ("submit", verb, *words, "--profile", "profile.yaml", "--nodes", str(nodes), "--json")
+        return self.cluster.mimscale(*words, cwd=self.folder, variables=self.variables)
+
+    def let_pretrain_be(self, function: str) -> None:
+        """Let `pretrain` be MODULE:FUNCTION of tests/, where it is submitted and in every rank."""
+        customs = self.folder / "customs"  # Python imports the module in it at each start
+        customs.mkdir()
+        text = f"from mimscale import cli\ncli.VERBS['pretrain'] = ({function!r}, 'of a test')\n"
+        (customs / "sitecustomize.py").write_text(text)
+        self.variables["PYTHONPATH"] = os.pathsep.join(map(str, (customs, CHECKOUT / "tests", CHECKOUT)))
 
     def submit(self, name: str = "run", *words: str, steps: int, nodes: int = 2) -> str:
         """Submit a pretraining; returns the job's id."""

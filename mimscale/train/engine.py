@@ -66,7 +66,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise LaunchError(
-            "DS_ACCELERATOR=cuda, but torch sees no CUDA device here; set DS_ACCELERATOR=cpu to use the CPU"
+            f"rank {world.rank} on {world.node}: DS_ACCELERATOR=cuda, but torch sees no CUDA device here; ask for GPUs "
+            "(slurm.gpus_per_node), leave the node out when its GPUs are broken, or set DS_ACCELERATOR=cpu"
         )
     if wanted == "cuda" and world.local_rank >= torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

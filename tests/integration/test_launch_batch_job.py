@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 from fake_slurm import FakeSlurm, only_folder, run_verb
 from launch_fake_verb import Place, wait_until
 
-from launch import follow
+from launch import follow, status
 from launch.folder import JobFolder, job_folders
 from mimscale import cli, durable
 from mimscale.train.health_log import HealthLog
@@ -129,6 +131,8 @@ def test_inside_an_allocation_nothing_is_submitted_unless_told(site: Site, monke
     assert "inside job 7" in said
     assert site.submit("--dry-run")[0] == 0
     assert site.submit("--inside-allocation")[0] == 0
+    assert site.verb("resume", "run")[0] == 5
+    assert site.verb("resume", "run", "--inside-allocation")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,25 @@ def test_what_cannot_work_is_refused_before_anything_is_queued(
     assert text in said
     assert site.slurm.calls("sbatch") == []
     assert not site.run.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("shown", "warned"),
+    [
+        ("PartitionName=main Default=YES GraceTime=0 PreemptMode=REQUEUE", True),
+        ("PartitionName=main Default=YES GraceTime=3000 PreemptMode=REQUEUE", False),
+        ("PartitionName=main Default=YES GraceTime=0 PreemptMode=OFF", False),
+        ("PartitionName=other Default=NO GraceTime=0 PreemptMode=CANCEL", False),
+    ],
+)
+def test_a_preemption_that_leaves_less_time_than_a_save_takes_is_announced(
+    site: Site, shown: str, warned: bool
+) -> None:
+    site.profile(slurm={"partition": None})
+    site.slurm.answer("shown", f"{shown}\n")
+    code, _, said = site.submit()
+    assert code == 0, said
+    assert ("partition main leaves a preempted job GraceTime=0 s, and a save takes about" in said) == warned
 
 
 def test_too_little_disk_is_refused_with_the_numbers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +316,17 @@ def test_features_are_extracted_by_an_array_and_merged_by_a_job_that_waits_for_i
     assert "#SBATCH --dependency=afterok:100\n" in site.slurm.script("101")
 
 
+def test_a_container_is_given_the_folder_in_which_a_job_makes_its_store(site: Site) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    site.profile(slurm={"container": {"image": "/x.sif", "runtime": "apptainer"}})
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=data/store", "--profile", "profile.yaml"]
+    code, _, said = site.verb("submit", *words)
+    assert code == 0, said
+    binds = re.findall(r"--bind (\S+)", site.slurm.script("100"))
+    folders = [site.folder / "data" / "store.job", site.folder, site.folder / "data"]  # the store itself is not there
+    assert binds == [f"{folder}:{folder}" for folder in folders]
+
+
 def test_an_array_whose_merge_is_refused_does_not_stay_in_the_queue(site: Site) -> None:
     (site.folder / "a.nii").write_bytes(b"")
     sbatch = site.slurm.folder / "bin" / "sbatch"
@@ -406,6 +440,23 @@ def test_a_table_for_people_names_run_job_and_state(site: Site) -> None:
     assert "store: no run directory, and none in it" in said
 
 
+def test_a_watch_shows_the_state_until_ctrl_c(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "PENDING", "Priority")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=pause, time=time.time, strftime=time.strftime))
+    code, _, said = site.verb("status", "run", "--watch")
+    assert code == 0
+    assert said.count("waits for Priority") == 2
+    assert pauses == [status.WATCH_EVERY_S] * 2
+
+
 def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert site.submit()[0] == 0
     folder = only_folder(site.run)
@@ -421,6 +472,15 @@ def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: 
     folder.settle(Outcome(outcome="interrupted", exit_code=75, step=7, message="cancelled"))
     assert site.status()["state"] == "cancelled"
     assert "no job to cancel" in site.verb("cancel", "run")[2]
+
+
+def test_a_cancel_that_nobody_hears_says_so_and_still_keeps_the_job_from_starting_again(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.answer("silent")
+    code, _, said = site.verb("cancel", "run")
+    assert code == 5
+    assert "job 100 has not heard of it (squeue failed: 1): it runs on, but will not start again once it ends" in said
+    assert only_folder(site.run).cancelled.exists()
 
 
 def test_a_waiting_job_is_cancelled_at_once(site: Site) -> None:

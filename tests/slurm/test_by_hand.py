@@ -10,6 +10,7 @@ import yaml
 from devcluster import CHECKOUT, PROFILE, DevCluster, Site
 
 TRAIN = CHECKOUT / "slurm" / "train.sbatch"
+INGEST = TRAIN.with_name("ingest.sbatch")
 EXAMPLE = PROFILE.with_name("example.yaml")
 # Where the logs go is settled by who submits; which job it is as well.
 OWN_AFFAIR = {"job-name", "output", "error"}
@@ -23,35 +24,55 @@ def options_of(script: str) -> dict[str, str]:
 
 def srun_options_of(script: str) -> dict[str, str]:
     """The options of the srun that starts the ranks."""
-    (line,) = re.findall(r"^ *srun .*--kill-on-bad-exit.*$", script, re.MULTILINE)
+    (line,) = re.findall(r"^ *(?:exec )?srun .*--kill-on-bad-exit.*$", script.replace("\\\n", ""), re.MULTILINE)
     return dict(re.findall(r"--([a-z-]+)(?:=(\S+))?", line.split(" mimscale ")[0]))
 
 
-def test_the_scripts_for_doing_it_by_hand_ask_for_what_submit_asks_for(tmp_path: Path) -> None:
-    # The example profile, less what differs from site to site.
+def generated(folder: Path, *words: str) -> str:
+    """The script that `mimscale submit` makes with the example profile, less what differs from site to site."""
     tree = yaml.safe_load(EXAMPLE.read_text())
     tree["slurm"] = {key: tree["slurm"][key] for key in ("gpus_per_node", "cpus_per_task", "wait_s")}
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(tree))
-    words = ["pretrain", "pretrain_mae_vit_b", "store=store", "run_dir=run", "--profile", "profile.yaml", "--dry-run"]
+    (folder / "profile.yaml").write_text(yaml.safe_dump(tree))
     done = subprocess.run(
-        [sys.executable, "-m", "mimscale.cli", "submit", *words, "--json"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "mimscale.cli", "submit", *words, "--profile", "profile.yaml", "--dry-run", "--json"],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    generated = yaml.safe_load(done.stdout)["sbatch"]
+    script = yaml.safe_load(done.stdout)["sbatch"]
+    assert isinstance(script, str)
+    return script
+
+
+def test_the_script_for_training_by_hand_asks_for_what_submit_asks_for(tmp_path: Path) -> None:
+    script = generated(tmp_path, "pretrain", "pretrain_mae_vit_b", "store=store", "run_dir=run")
     by_hand = TRAIN.read_text()
 
-    ours, theirs = options_of(by_hand), options_of(generated)
+    ours, theirs = options_of(by_hand), options_of(script)
     assert ours.keys() - OWN_AFFAIR == theirs.keys() - OWN_AFFAIR - {"export"}  # ALL, as by default
     for name in ("signal", "requeue", "open-mode", "ntasks-per-node", "gpus-per-node", "cpus-per-task"):
         assert ours[name] == theirs[name]
-    ours, theirs = srun_options_of(by_hand), srun_options_of(generated)
+    ours, theirs = srun_options_of(by_hand), srun_options_of(script)
     assert ours.keys() == theirs.keys() - OWN_AFFAIR - {"unbuffered", "open-mode"}  # of log files for each rank
     for name in ("kill-on-bad-exit", "wait"):
         assert ours[name] == theirs[name]
+
+
+def test_the_script_for_ingest_by_hand_asks_for_what_submit_asks_for(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").touch()
+    script = generated(tmp_path, "ingest", "ingest_ct", "sources=*.nii", "out=store")
+    by_hand = INGEST.read_text()
+
+    ours, theirs = options_of(by_hand), options_of(script)
+    # No signal: an ingest keeps each part that is done, so to be killed costs little. No GPUs: it has no use for them.
+    assert ours.keys() - OWN_AFFAIR == theirs.keys() - OWN_AFFAIR - {"export", "signal", "gpus-per-node"}
+    for name in ("nodes", "ntasks-per-node", "requeue", "open-mode"):
+        assert ours[name] == theirs[name]
+    ours, theirs = srun_options_of(by_hand), srun_options_of(script)
+    assert ours.keys() == theirs.keys() - OWN_AFFAIR - {"unbuffered", "open-mode", "wait"}  # there is one task
+    assert ours["kill-on-bad-exit"] == theirs["kill-on-bad-exit"]
 
 
 def by_hand(cluster: DevCluster, folder: Path, *options: str, words: tuple[str, ...]) -> str:

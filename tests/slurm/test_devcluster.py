@@ -44,7 +44,9 @@ def test_up_again_changes_nothing_starts_what_has_died_and_refuses_another_setup
     assert pids().keys() == before.keys()
 
 
-@pytest.mark.parametrize("after_s", [0.3, 1.0, 1.8])
+@pytest.mark.parametrize(
+    "after_s", [pytest.param(0.3, marks=pytest.mark.soak), 1.0, pytest.param(1.8, marks=pytest.mark.soak)]
+)
 def test_what_a_killed_up_leaves_is_cleaned_by_the_next_and_down_leaves_nothing(
     machine: DevCluster, tmp_path: Path, after_s: float
 ) -> None:
@@ -54,7 +56,9 @@ def test_what_a_killed_up_leaves_is_cleaned_by_the_next_and_down_leaves_nothing(
     time.sleep(after_s)
     killed.kill()
     killed.wait()
+    began_s = time.monotonic()
     machine.bring_up(Setup(accounting=False))
+    assert time.monotonic() - began_s < 30
     assert len(machine.command("sinfo", "--Node", "--noheader", "--partition=main").splitlines()) == 2
     processes = [machine.pid(name) for name in pids()]
     shutil.rmtree(machine.folder)  # as a cleaner of /tmp would

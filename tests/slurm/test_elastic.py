@@ -15,6 +15,10 @@ def test_a_stopped_run_of_two_nodes_is_resumed_on_one(undisturbed: Site, cluster
     cancelled = cluster.mimscale("cancel", str(site.run().path))
     assert cancelled.returncode == 0, cancelled.stderr
     cluster.wait_for("the run to stop", site.is_settled)
+    refused = cluster.mimscale("resume", "run", "--nodes", "3", cwd=site.folder)
+    assert refused.returncode == 2
+    assert "legal numbers of nodes are 1, 2" in refused.stderr
+    assert not cluster.command("squeue", "--noheader", "--format=%i")
     resumed = cluster.mimscale("resume", str(site.run().path), "--nodes", "1", "--json", cwd=site.folder)
     assert resumed.returncode == 0, resumed.stderr
     site.wait_until_finished()

@@ -90,3 +90,19 @@ def test_a_link_that_is_cut_for_a_minute_costs_at_most_the_steps_since_the_last_
     assert_requeued(site, job_id, reached)  # mends the link
     assert site.losses() == undisturbed.losses()
     survived["Slurm: link cut for a minute"] += 1
+
+
+@pytest.mark.soak
+def test_a_run_that_dies_again_and_again_without_a_save_is_given_up_and_says_why(
+    cluster: DevCluster, site: Site
+) -> None:
+    site.let_pretrain_be("launch_fake_verb:main")
+    site.profile(processes_per_node=1, environment={"FAKE": "bug:1"})
+    job_id = site.submit(steps=10)
+    cluster.wait_for("the job to be given up", site.is_settled)
+    assert [attempt.cause for attempt in site.attempts()] == ["lost rank"] * 4
+    (status,) = site.status()
+    assert (status["state"], status["restarts"]) == ("failed", 3)
+    assert "rank 1 on node2 failed with exit code 1" in status["reason"]
+    assert "crash loop: 3 restarts in a row without a new committed step after step 0" in status["reason"]
+    cluster.wait_for_state(job_id, "FAILED")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from devcluster import DevCluster, Setup, Site
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.folder import job_folders
 
@@ -35,6 +36,9 @@ def test_a_run_is_seen_and_steered_without_accounts_and_while_the_controller_is_
     assert "does not answer" in status["reason"]
     before = status["step"]
     assert "step" in logs(cluster, site)  # needs no controller
+    unheard = cluster.mimscale("cancel", "run", cwd=site.folder)
+    assert unheard.returncode == 5
+    assert "give the same command again when Slurm answers" in unheard.stderr
     time.sleep(max(0.0, CONTROLLER_AWAY_S - (time.monotonic() - gone_s)))
     assert site.status()[0]["step"] > before  # the run does not care
     cluster.up()
@@ -47,6 +51,38 @@ def test_a_run_is_seen_and_steered_without_accounts_and_while_the_controller_is_
     assert status["state"] == "cancelled"
     assert status["last_checkpoint"] == site.newest_step()
     cluster.wait_for("an empty queue", lambda: not cluster.command("squeue", "--noheader", "--format=%i"), timeout_s=60)
+
+
+def test_an_administrator_requeues_a_run_without_loss_and_scancel_ends_it_for_good(
+    cluster: DevCluster, site: Site
+) -> None:
+    site.profile(processes_per_node=1)
+    meter = "meter={record_samples: true, tensorboard: true}"
+    job_id = site.submit("run", "checkpoint.every_steps=1000000", meter, steps=1_000_000)
+    site.wait_for_step(job_id, 5)
+    cluster.command("scontrol", "requeue", job_id)
+
+    def goes_on() -> bool:
+        attempts = site.attempts()
+        return len(attempts) == 2 and site.newest_step() > attempts[1].first_step + 5
+
+    cluster.wait_for("the run to go on", goes_on)
+    assert site.status()[0]["restarts"] == 1
+    cluster.command("scancel", job_id)
+    cluster.wait_for("the job to save and stop", site.is_settled)
+    first, second = site.attempts()
+    assert (first.cause, second.first_step, second.cause) == ("requeued from outside", first.last_step, "stopped")
+    assert second.first_step >= 5  # only a save at the requeue itself can hold them
+    assert second.last_step == site.newest_step()
+    assert site.logged_steps() == list(range(1, site.newest_step() + 1))
+    (status,) = site.status()
+    assert (status["state"], status["last_checkpoint"]) == ("interrupted", second.last_step)
+    assert "cancelled with scancel" in status["reason"]
+    name = f"--name={site.job_name()}"
+    cluster.wait_for("an empty queue", lambda: not cluster.command("squeue", "--noheader", name), timeout_s=60)
+    assert len(site.attempts()) == 2
+    curves = EventAccumulator(str(site.run().tensorboard), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == site.logged_steps()
 
 
 def logs(cluster: DevCluster, site: Site) -> str:
@@ -137,11 +173,11 @@ def test_twenty_runs_submitted_at_once_all_finish_each_on_its_own_port(cluster: 
     site.profile(processes_per_node=1, slurm={"cpus_per_task": 4})  # four at a time on the two nodes
     jobs = submissions_at_once(site, each=10)
     assert len(jobs) == 20
+    check_nothing_is_mixed_up(site, jobs)  # now: the controller forgets jobs five minutes after their end
     for run_dir in jobs:
         cluster.runs.append(site.run(run_dir))
         site.wait_until_finished(run_dir, timeout_s=1200)
         assert site.logged_steps(run_dir) == [1, 2]
-    check_nothing_is_mixed_up(site, jobs)
     assert len({port_of(site.run(run_dir).path) for run_dir in jobs}) == 20
 
 

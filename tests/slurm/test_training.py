@@ -1,5 +1,8 @@
 """Runs on two nodes: they finish, and whoever preempts them, they go on to the same losses."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from devcluster import STEPS, DevCluster, Setup, Site
@@ -21,6 +24,12 @@ def test_a_run_on_two_nodes_finishes_and_slurm_says_so(undisturbed: Site) -> Non
     assert f"{job_id}.0|COMPLETED|0:0" in undisturbed.accounts
     status = status_of(undisturbed)
     assert (status["state"], status["step"], status["last_checkpoint"]) == ("finished", STEPS, STEPS)
+    run = undisturbed.run()
+    assert Path(json.loads(run.environment.read_text())["code"]).parent == run.code  # and not the checkout
+    start = json.loads((run.path / "startup.json").read_text())
+    total_s = start.pop("total_s")
+    assert {"unpack_s", "launch_s", "import_s", "init_s", "preflight_s", "first_step_s"} <= start.keys()
+    assert total_s == pytest.approx(sum(start.values()), abs=0.1)
 
 
 def test_two_nodes_give_the_losses_of_one_with_as_many_processes(undisturbed: Site, site: Site) -> None:

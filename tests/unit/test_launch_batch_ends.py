@@ -108,6 +108,23 @@ def test_a_lost_rank_is_requeued_and_the_job_is_not_over(job: Job) -> None:
     assert (attempt.first_step, attempt.last_step, attempt.cause) == (0, 5, "lost rank")
 
 
+def test_what_fails_before_the_ranks_is_named_by_its_own_words_and_not_by_those_of_an_earlier_start(job: Job) -> None:
+    log = job.folder.rank_log("100", 0)
+    log.write_text("mimscale: 22:34:30 start 1 of job 100 on node[1-2], from step 0\nmimscale: old trouble\n")
+    job.start()
+    with log.open("a") as file:
+        file.write("mimscale: 22:35:12 start 2 of job 100 on node[1-2], from step 0\n")
+        file.write("mimscale: /env.tar: not unpacked as /tmp/x on node2: the disk is full\n")
+        file.write("mimscale: 22:35:13 /tmp/x unpacked on node1 in 0.1 s\n")
+        file.write("srun: error: node2: task 1: Exited with exit code 5\n")
+        file.write("srun: error: node1: task 0: Killed\n")
+    assert requeue.main(["end", str(job.folder.path), "137", "before-ranks"]) == 5
+    outcome = job.folder.read_outcome()
+    assert outcome is not None
+    assert outcome.message == ("before its ranks started: /env.tar: not unpacked as /tmp/x on node2: the disk is full")
+    assert not any(call.startswith("requeue") for call in job.slurm.calls("scontrol"))
+
+
 def test_what_a_preemption_cancels_is_submitted_again_and_what_waits_for_it_waits_for_the_new_job(job: Job) -> None:
     child = job.claim(job_id="300")
     job.slurm.answer("count", "199")

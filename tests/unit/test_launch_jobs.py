@@ -13,6 +13,7 @@ from launch.folder import JobFolder, JobRecord, claim_folder, job_folders, refus
 from launch.jobs import RunVerb, free_port, job_environment
 from launch.plan import Plan, make_plan
 from launch.profile import Profile
+from launch.slurm_profile import SlurmConfig
 from launch.submit import main
 from launch.supervise import RankEnd, verdict
 from mimscale.config import config_tree
@@ -191,6 +192,18 @@ def test_topology_says_how_the_global_batch_is_made() -> None:
         "accumulation": 3,
         "global_batch": 12,
     }
+
+
+def test_a_site_names_the_folder_for_copies_of_packs_and_a_recipe_another() -> None:
+    site = Profile(executor="slurm", timeout_min=60, slurm=SlurmConfig(stage_dir="/local/nvme"))
+    plan = make_plan("pretrain", _pretrain_tree(), site, nodes=1, processes=1)
+    assert plan.trains is not None
+    assert plan.trains.stream.stage_dir == Path("/local/nvme")
+    assert "stage_dir: /local/nvme" in plan.text
+    own = {**plan.tree["stream"], "stage_dir": "/mine"}
+    plan = make_plan("pretrain", _pretrain_tree(stream=own), site, nodes=1, processes=1)
+    assert "stage_dir: /mine" in plan.text
+    assert make_plan("evaluate", {"run_dir": "run"}, site, nodes=1, processes=None).tree == {"run_dir": "run"}
 
 
 def test_an_impossible_number_of_processes_is_refused_with_the_legal_ones() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, read_attempts, why_not_again
-from launch.requeue import SlurmView, decide, rank_outcome
+from launch.requeue import SlurmView, decide, rank_outcome, setup_outcome
 from launch.srun_log import FirstEnd, first_end, last_message
 from mimscale.train.run_dir import Outcome
 
@@ -89,6 +89,22 @@ def test_how_the_ranks_ended_is_what_training_wrote_or_what_srun_says(
     outcome = rank_outcome(written, srun_code, None, trains=trains, step=7)
     assert (outcome.outcome, outcome.exit_code) == (kind, code)
     assert text in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "exit_code", "text", "action"),
+    [
+        (5, "/env.tar: not unpacked", 5, "before its ranks started: /env.tar: not unpacked", "settle"),
+        (1, "", 1, "before its ranks started: exit code 1; see the log", "again"),
+        (137, "an older line", 6, "before its ranks started: killed by signal 9", "again"),
+    ],
+)
+def test_what_fails_before_the_ranks_is_told_from_what_they_do(
+    code: int, message: str, exit_code: int, text: str, action: str
+) -> None:
+    outcome = setup_outcome(code, step=7, message=message)
+    assert (outcome.outcome, outcome.exit_code, outcome.step, outcome.message) == ("failed", exit_code, 7, text)
+    assert decide(outcome, RUNNING, restart=0, cancelled=False).action == action
 
 
 LOG = """\

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ def _run_script(job: BatchJob, folder: Path, *, srun: str = "", **variables: str
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {ran}\n{body}\n')
         (programs / name).chmod(0o755)
     script = BatchExecutor(job).script()
-    script = script.replace(shlex.quote(_python_of(script)), str(programs / "python"))
+    for python in (shlex.quote(_python_of(script)), shlex.quote(sys.executable)):  # of the ranks and of the script
+        script = script.replace(python, str(programs / "python"))
     subprocess.run(
         ["/bin/bash", "-c", script],
         cwd=folder,
@@ -142,7 +144,17 @@ def test_no_value_of_a_profile_becomes_a_command(tmp_path: Path, evil: str) -> N
 def test_a_file_of_the_site_that_a_node_does_not_see_ends_the_job_with_its_name(tmp_path: Path) -> None:
     words = _run_script(_job(tmp_path / "logs", SlurmConfig(source_files=("/none/site.sh",))), tmp_path)
     assert "srun" not in words
-    assert words[-4:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5"]
+    assert words[-5:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5", "before-ranks"]
+
+
+def test_an_archive_that_cannot_be_unpacked_ends_the_job_before_its_ranks(tmp_path: Path) -> None:
+    archive = tmp_path / "env.tar"
+    archive.write_bytes(b"x")
+    job = _job(tmp_path / "logs", SlurmConfig(env_archive=str(archive), node_dir=str(tmp_path / "a 'b")))
+    words = _run_script(job, tmp_path, srun="exit 5")
+    assert words.count("srun") == 1
+    assert words[words.index("launch.unpack") + 2] == str(environment_folder(archive, str(tmp_path / "a 'b")))
+    assert words[-5:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5", "before-ranks"]
 
 
 def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
@@ -196,6 +208,7 @@ def test_a_job_without_a_time_limit_is_refused() -> None:
         ({"gpus_per_node": 4, "gres": "gpu:4"}, "ask for the same thing"),
         ({"memory_gb_per_node": 1, "memory_gb_per_cpu": 1}, "ask for the same thing"),
         ({"env_archive": "env.tar"}, "must be an absolute path"),
+        ({"stage_dir": "nvme"}, "stage_dir='nvme': must be an absolute path"),
         ({"container": ContainerConfig(image="x"), "env_archive": "/e.tar"}, "both bring Python"),
         ({"max_requeues": -1}, "max_requeues=-1: 0 .never. or above"),
         ({"cpus_per_task": 0}, "cpus_per_task=0: must be above 0"),
@@ -259,6 +272,13 @@ def test_in_a_container_srun_or_apptainer_mounts_what_the_job_needs(tmp_path: Pa
     words = _srun_words(BatchExecutor(_job(slurm=apptainer, mounts=(Path("/runs/a"),))).script())
     start = words.index("apptainer")
     assert words[start : start + 7] == ["apptainer", "exec", "--nv", "--bind", "/runs/a:/runs/a", "/x y.sif", "python3"]
+
+
+@pytest.mark.parametrize("place", ["/runs/a:b", "/runs/a,b"])
+def test_a_path_that_a_container_would_read_as_two_is_refused(place: str) -> None:
+    container = ContainerConfig(image="/x.sif", runtime="apptainer")
+    with pytest.raises(LaunchError, match=f"{place}: a path with a colon or a comma cannot be mounted"):
+        BatchExecutor(_job(slurm=SlurmConfig(container=container), mounts=(Path(place),))).script()
 
 
 def test_an_archive_is_unpacked_once_a_node_and_brings_the_python_of_the_ranks(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimscale.errors import LaunchError
 from mimscale.train import startup
 from mimscale.train.config import PretrainConfig
+from mimscale.train.engine import join_ranks
 from mimscale.train.preflight import RankFacts, judge
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.train.session import exit_code_of_rank
@@ -78,6 +80,16 @@ def test_one_rank_that_differs_is_named_with_its_node_and_the_way_out(changes: d
 def test_a_network_that_adds_wrongly_is_named() -> None:
     with pytest.raises(LaunchError, match="4 ranks add up to 3: the collective library is broken"):
         judge(EVERYONE, 3, CONFIG, 10**6)
+
+
+def test_a_job_for_gpus_does_not_train_on_a_cpu_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    world = World(rank=1, size=2, node="n2", local_size=1)
+    with pytest.raises(
+        LaunchError, match=r"rank 1 on n2: DS_ACCELERATOR=cuda, but torch sees no CUDA device here; ask"
+    ):
+        join_ranks(world)
 
 
 def test_a_start_is_split_and_its_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
