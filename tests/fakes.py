@@ -23,6 +23,8 @@ class OneRank:
     def gather(self, item: Any) -> list[Any]:
         return [item]
 
+    gather_to_first = gather
+
     def first_does(self, action: Callable[[], Any]) -> Any:
         return action()
 

@@ -84,9 +84,11 @@ class ManyRanks:
     stage: int
 
     def gather(self, item: Any) -> list[Any]:
+        """The same of every rank."""
+        return [item] * self.world.size
+
+    def gather_to_first(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         """The report of every rank, as rank 0 gets them."""
-        if not isinstance(item, dict) or "index" not in item:
-            return [item] * self.world.size
         reports = []
         for rank, ranges in enumerate(ranges_of_ranks(model_shapes(), self.world.size, self.stage)):
             own = {} if rank else item["files"]

@@ -6,6 +6,7 @@ V voxels a patch | P numbers a patch = V * C, channel fastest | D embedding
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from mimscale.models.patches import hidden_voxels, patchify, put, take, unpatchi
 VARIANCE_FLOOR = 1e-4
 
 
-@dataclass(frozen=True)
-class ReconstructionOutput:
+class ReconstructionOutput(NamedTuple):  # a tuple: ZeRO-3 looks for tensors in no other class
     """What a step of pretraining needs, and what a report may show."""
 
     loss: Tensor  # [] fp32, the mean of sample_loss

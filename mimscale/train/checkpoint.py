@@ -85,6 +85,9 @@ class Together(Protocol):
     def gather(self, item: Any) -> list[Any]:
         """One object of every rank."""
 
+    def gather_to_first(self, item: Any) -> list[Any]:
+        """One object of every rank, on rank 0."""
+
     def first_does(self, action: Callable[[], Any]) -> Any:
         """Rank 0's result or error, on every rank."""
 
@@ -262,7 +265,7 @@ class Checkpoints:
         began_s = time.perf_counter()
         report = writing.report.result()
         self._writing = None
-        reports = self._ranks.gather(report)
+        reports = self._ranks.gather_to_first(report)
         try:
             total_bytes = self._ranks.first_does(lambda: self._commit(writing, reports))
         except CheckpointError as error:

@@ -70,6 +70,15 @@ class Ranks:
         distributed.all_gather_object(items, item, group=self._cpu_group)
         return items
 
+    def gather_to_first(self, item: T) -> list[T]:
+        """One picklable object of every rank, in rank order, on rank 0; nothing on the others.
+
+        For what grows with the ranks: `gather` brings all of it to all of them.
+        """
+        items: list[Any] | None = [None] * self.world.size if self.is_first else None
+        distributed.gather_object(item, items, dst=0, group=self._cpu_group)
+        return items or []
+
     def first_does(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; every rank gets its result, or its MimscaleError.
 

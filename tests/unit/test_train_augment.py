@@ -56,9 +56,11 @@ class Seen:
         return ReconstructionOutput(
             loss=torch.zeros(()),
             sample_loss=torch.zeros(2),
-            prediction=torch.zeros(2, patches, image[0].numel() // patches),
+            answers=torch.zeros(2, patches, image[0].numel() // patches),
+            places=None,
             tokens=torch.zeros(2, 1, 4),
             mean_voxel_loss=torch.zeros(()),
+            num_patches=patches,
         )
 
 

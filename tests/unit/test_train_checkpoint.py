@@ -124,7 +124,7 @@ def test_ranks_at_different_samples_do_not_commit(run):
     checkpoints = saved(run, 10)
 
     class Disagreeing(OneRank):
-        def gather(self, item):
+        def gather_to_first(self, item):
             return [item, item | {"rank": 1, "position": {"samples_done": 39}}]
 
     checkpoints._ranks = Disagreeing()
