@@ -3,11 +3,13 @@
 B batch | C channels | Z Y X crop, voxels | L patches a crop | K tokens | P numbers a patch | D embedding
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.models.config import TargetConfig, patch_grid
 from mimscale.models.patches import hidden_voxels, patchify, unpatchify
@@ -37,6 +39,21 @@ class Reconstruction:
     predicted: Tensor  # what the model says everywhere, in the image's units
     combined: Tensor  # visible voxels from the image, hidden ones predicted
     hidden: Tensor  # bool [B, 1, Z, Y, X]: the voxels that were hidden
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """A network that predicts hidden voxels. Called with image, hidden, valid and, where only a part of the hidden
+    patches counts, predicted, it answers with a `ReconstructionOutput`.
+    """
+
+    grid: Sequence[int]  # patches along Z, Y, X of a crop
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The step of training."""
+
+    def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
+        """Pictures of [B, C, Z, Y, X] with the patches `hidden` [B, L] hidden."""
 
 
 def reconstruction_output(
@@ -141,3 +158,54 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     mean = patches.mean(dim=2, keepdim=True)
     variance = patches.var(dim=2, keepdim=True, correction=0)
     return mean, (variance + VARIANCE_FLOOR).sqrt()
+
+
+class MaskedModel(nn.Module):
+    """A network that is shown the whole crop and says what stands in hidden voxels: base of all but MAE's.
+
+    A method gives it an `encoder` and says in `predict` how hidden patches look to it, and what it makes of them.
+    """
+
+    def __init__(self, config: TargetConfig, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> None:
+        """Raises ValueError when the crop does not divide into patches."""
+        super().__init__()
+        self.config = config
+        self.patch_voxels = tuple(patch_voxels)
+        self.grid = patch_grid(crop_voxels, patch_voxels)
+
+    @abstractmethod
+    def predict(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Voxels of all patches, and what the encoder says: [B, L, P] in units of the target, and [B, K, D].
+
+        Args:
+            image: [B, C, Z, Y, X], normalised, in the type of the weights. Hidden voxels are in it: hide them.
+            hidden: bool [B, L].
+        """
+
+    def forward(
+        self, image: Tensor, hidden: Tensor, valid: Tensor | None = None, predicted: Tensor | None = None
+    ) -> ReconstructionOutput:
+        """Predict the hidden patches and measure the error.
+
+        Args:
+            image: [B, C, Z, Y, X], normalised; any float type, the loss is computed in fp32.
+            hidden: bool [B, L].
+            valid: bool [B, 1, Z, Y, X] or None for all; voxels that are not valid are no target.
+            predicted: bool [B, L], the hidden patches that count; None for all of them.
+        """
+        hidden = hidden.to(image.device, non_blocking=True)
+        predicted = None if predicted is None else predicted.to(image.device, non_blocking=True)
+        prediction, tokens = self.predict(self._as_weights(image), hidden)
+        return reconstruction_output(
+            prediction, tokens, image, hidden, predicted, valid, self.config, self.patch_voxels
+        )
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
+        """Pictures of what was shown and what was predicted, in the image's units."""
+        hidden = hidden.to(image.device)
+        prediction, _ = self.predict(self._as_weights(image), hidden)
+        return reconstruction_pictures(prediction, image, hidden, self.config, self.patch_voxels, self.grid)
+
+    def _as_weights(self, image: Tensor) -> Tensor:
+        return image.to(next(self.parameters()).dtype)
