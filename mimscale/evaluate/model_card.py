@@ -85,7 +85,9 @@ def _what(kind: str, contract: dict[str, Any]) -> str:
 def _architecture(contract: dict[str, Any]) -> dict[str, Any]:
     model, intensity = contract.get("model") or {}, contract.get("intensity") or {}
     crop, patch = (" x ".join(map(str, contract.get(key) or ["?"])) for key in ("crop_voxels", "patch_voxels"))
-    names = ("dim", "depth", "heads", "mlp_ratio", "positions")
+    names = [name for name in model if name not in ("drop_path", "checkpoint_activations")]
+    if "positions" in model:  # a ViT, whose other keys say little
+        names = ["dim", "depth", "heads", "mlp_ratio", "positions"]
     rows = {
         "encoder": ", ".join(f"{name} {model[name]}" for name in names if name in model),
         "input": f"{contract.get('channels', '?')} channel(s), {crop} voxels (Z, Y, X), patch {patch}",

@@ -278,6 +278,13 @@ class UnetrConfig:
             raise ValueError(f"unetr.num_classes={self.num_classes}: must be at least 2, background included")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResencHeadConfig:
+    """What the residual-encoder U-Net has besides its outputs."""
+
+    deep_supervision: bool = False  # while training, coarser stages of the decoder give scores as well
+
+
 def patch_grid(crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> Zyx:
     """Patches along Z, Y, X of a crop.
 

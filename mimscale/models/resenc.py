@@ -154,13 +154,23 @@ class ResidualUnet(nn.Module):
 
     transferred = ("decoder.",)  # comes from pretraining as well as the encoder
 
-    def __init__(self, resenc: ResencConfig, unetr: UnetrConfig, *, crop_voxels: Sequence[int], channels: int) -> None:
+    def __init__(
+        self,
+        resenc: ResencConfig,
+        unetr: UnetrConfig,
+        *,
+        crop_voxels: Sequence[int],
+        channels: int,
+        deep_supervision: bool = False,
+    ) -> None:
         """Takes the number of outputs from `unetr`. Raises ValueError when the crop does not divide by the strides."""
         super().__init__()
         resenc.stage_voxels(crop_voxels)
         self.encoder = ResidualEncoder(resenc, channels=channels)
         self.decoder = UnetDecoder(resenc)
         self.out = nn.Conv3d(resenc.features[0], unetr.num_classes, 1)
+        coarser = resenc.features[1:-1] if deep_supervision else ()
+        self.coarse_outs = nn.ModuleList(nn.Conv3d(width, unetr.num_classes, 1) for width in coarser)
 
     @property
     def output_bias(self) -> Tensor:
@@ -168,11 +178,17 @@ class ResidualUnet(nn.Module):
         assert self.out.bias is not None
         return self.out.bias
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Scores before softmax or sigmoid: [B, C, Z, Y, X] -> fp32 [B, K, Z, Y, X]."""
-        states = self.encoder(image.to(self.out.weight.dtype))
-        logits: Tensor = self.out(self.decoder(states)[-1])
-        return logits.float()
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Scores before softmax or sigmoid: [B, C, Z, Y, X] -> fp32 [B, K, Z, Y, X].
+
+        With deep supervision, while training: a list of them, the next ones at the resolution of each coarser stage.
+        """
+        *coarser, finest = self.decoder(self.encoder(image.to(self.out.weight.dtype)))
+        logits: Tensor = self.out(finest)
+        if not self.training or not self.coarse_outs:
+            return logits.float()
+        others = [out(features).float() for out, features in zip(self.coarse_outs, reversed(coarser), strict=True)]
+        return [logits.float(), *others]
 
 
 def init_convolution(module: nn.Module) -> None:

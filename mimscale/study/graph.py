@@ -200,12 +200,14 @@ def _stage_tree(
 ) -> dict[str, Any]:
     base = config.pretrain if stage == "pretrain" else config.finetune
     own = arm.pretrain if stage == "pretrain" else arm.finetune
-    tree = merged(_recipe(base.recipe), base.config, own or {})
+    tree = merged(base.config, own or {})
     for key, value in keys.items():
         which, _, rest = key.partition(".")
         if which in (stage, "both"):
             tree = merged(tree, _nested(rest, value))
-    return {**tree, "seed": seed}
+    # Another encoder has other keys in `model`: then not only keys but the recipe below them is another one.
+    recipe = tree.pop("recipe", base.recipe)
+    return {**merged(_recipe(recipe), tree), "seed": seed}
 
 
 def _evaluation(config: StudyConfig, keys: dict[str, Any]) -> dict[str, Any]:

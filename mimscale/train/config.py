@@ -239,9 +239,9 @@ R = TypeVar("R", bound=RunConfig)
 @cache
 def _with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
     """The config with the encoder and the block of settings that a network has; `cls` itself where it has them."""
-    names = {one.name for one in fields(cls)}
+    names = {one.name: one for one in fields(cls)}
     added: list[tuple[str, type, Any]] = []
-    if network.model is not VitConfig:
+    if names["model"].default_factory is not network.model:
         added.append(("model", network.model, field(default_factory=network.model)))
     if network.settings is not None and network.name not in names:
         added.append((network.name, network.settings, field(default_factory=network.settings)))

@@ -20,7 +20,13 @@ from mimscale.stream.device import labels, normalise
 from mimscale.train.build import build_segmenter
 from mimscale.train.committed import newest
 from mimscale.train.config import FinetuneConfig
-from mimscale.train.losses import dice_binary_cross_entropy, dice_cross_entropy, overlap_counts, region_overlap_counts
+from mimscale.train.losses import (
+    deeply_supervised,
+    dice_binary_cross_entropy,
+    dice_cross_entropy,
+    overlap_counts,
+    region_overlap_counts,
+)
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
 from mimscale.train.training_data import TrainingData
@@ -98,7 +104,10 @@ class Segmentation:
         """[] Dice and cross-entropy, of classes or of regions."""
         image, label, _ = augment_batch(batch, labels(batch), *normalise(batch), self._config.augment)
         assert label is not None
-        return self._criterion(forward(image), label)
+        scores = forward(image)
+        if isinstance(scores, Tensor):
+            return self._criterion(scores, label)
+        return deeply_supervised(self._criterion, scores, label)
 
     def _criterion(self, logits: Tensor, label: Tensor) -> Tensor:
         if self._members is None:

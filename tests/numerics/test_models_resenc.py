@@ -13,6 +13,7 @@ from mimscale.models.nnunet_names import to_nnunet
 from mimscale.models.patches import hidden_voxels, patchify
 from mimscale.models.resenc import MaskedUnet, ResidualUnet
 from mimscale.models.transfer import load_encoder, start_weights
+from mimscale.train.losses import deeply_supervised, dice_cross_entropy
 
 SMALL = ResencConfig(features=(4, 8, 12, 12), blocks=(1, 2, 1, 2), decoder_convs=2)
 THICK = ResencConfig(
@@ -171,6 +172,24 @@ def test_a_stem_of_one_channel_sees_equal_channels_as_one():
     image = torch.randn(1, 1, *CROP)
     for left, right in zip(source.encoder(image), target.encoder(image.expand(-1, 3, -1, -1, -1)), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_deep_supervision_scores_each_stage_while_training_and_only_voxels_afterwards():
+    torch.manual_seed(0)
+    model = ResidualUnet(SMALL, UnetrConfig(num_classes=3), crop_voxels=CROP, channels=1, deep_supervision=True)
+    image, label = torch.randn(2, 1, *CROP), torch.randint(0, 3, (2, *CROP))
+    scores = model(image)
+    assert [tuple(one.shape[2:]) for one in scores] == [(16, 24, 32), (8, 12, 16), (4, 6, 8)]
+    coarse = [label, label[:, ::2, ::2, ::2], label[:, ::4, ::4, ::4]]  # the nearest voxel is the first of a cell
+    terms = [dice_cross_entropy(one, at) for one, at in zip(scores, coarse, strict=True)]
+    expected = (4 * terms[0] + 2 * terms[1] + terms[2]) / 7
+    loss = deeply_supervised(dice_cross_entropy, scores, label)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+    assert model.eval()(image).shape == (2, 3, *CROP)
+    source = masked()
+    assert load_encoder(model, source.state_dict(), contract_of(source)).is_complete
 
 
 def test_the_control_arm_keeps_the_stem_alone():
