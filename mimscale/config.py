@@ -61,8 +61,9 @@ def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
     Raises:
         ConfigError: naming every wrong field with its full key.
     """
-    if hasattr(cls, "variant"):
-        cls = cls.variant(tree)
+    variant = getattr(cls, "variant", None)
+    if variant is not None:
+        cls = variant(tree)
     try:
         config: T = _adapter_of(cls).validate_python(tree, extra="forbid")
         return config

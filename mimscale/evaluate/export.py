@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     if names and (len(words) != 2 or len(names) > 1):
         raise ConfigError(f"{USAGE}, got {words} and {', '.join(names)}")
     if len(words) == 2:
-        written = _export_weights(config, *map(Path, words), *names)
+        written = _export_weights(config, Path(words[0]), Path(words[1]), *names)
     elif len(words) == 3 and words[1].startswith("part-"):
         written = export_pack(Path(words[0]), words[1], Path(words[2]))
     elif len(words) == 3:

@@ -285,6 +285,16 @@ class ResencHeadConfig:
     deep_supervision: bool = False  # while training, coarser stages of the decoder give scores as well
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpernetConfig:
+    """The feature pyramid of UperNet."""
+
+    width: int = 64  # channels of each of its levels
+
+    def __post_init__(self) -> None:
+        require_positive("swin_upernet", width=self.width)
+
+
 def patch_grid(crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> Zyx:
     """Patches along Z, Y, X of a crop.
 

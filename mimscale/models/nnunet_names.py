@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mimscale.config import build_config
 from mimscale.errors import CheckpointError
 from mimscale.models.config import ResencConfig
 
@@ -29,9 +30,7 @@ def to_nnunet(tensors: dict[str, Tensor], contract: dict[str, Any]) -> dict[str,
     model = contract["model"]
     if "features" not in model:
         raise CheckpointError(f"model={model}: no residual encoder, so nnU-Net's has no place for it")
-    config = ResencConfig(
-        **{key: _as_tuples(value) if isinstance(value, list) else value for key, value in model.items()}
-    )
+    config = build_config(ResencConfig, model, "model")
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem = re.fullmatch(r"encoder\.stem\.(conv|norm)\.(\w+)", name)
@@ -60,7 +59,3 @@ def to_nnunet(tensors: dict[str, Tensor], contract: dict[str, Any]) -> dict[str,
 
 def _both(pattern: str, part: str) -> list[str]:
     return [pattern.format(part), pattern.format(f"all_modules.{_PARTS[part]}")]
-
-
-def _as_tuples(value: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(one) if isinstance(one, list) else one for one in value)

@@ -27,8 +27,8 @@ class ConvNorm(nn.Module):
         self, inputs: int, outputs: int, kernel: Zyx, stride: Zyx = (1, 1, 1), *, bias: bool = True, bend: bool = True
     ) -> None:
         super().__init__()
-        padding = tuple(edge // 2 for edge in kernel)
-        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=bias)
+        z, y, x = (edge // 2 for edge in kernel)
+        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding=(z, y, x), bias=bias)
         self.norm = nn.InstanceNorm3d(outputs, affine=True)
         self.bend = nn.LeakyReLU(SLOPE, inplace=True) if bend else nn.Identity()
 

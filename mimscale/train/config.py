@@ -1,9 +1,8 @@
 """The configs of pretraining and fine-tuning, and the rules between their fields. No torch here."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
@@ -18,7 +17,7 @@ from mimscale.models.config import (
     VitConfig,
 )
 from mimscale.stream.config import AugmentConfig, StreamConfig
-from mimscale.train.method import Head, Method, Network, find_head, find_method
+from mimscale.train.method import Head, Method, Network, find_head, find_method, with_keys_of
 from mimscale.train.retention import higher_is_better
 from mimscale.train.run_dir import RunDir
 
@@ -233,24 +232,6 @@ class RunConfig:
         raise NotImplementedError
 
 
-R = TypeVar("R", bound=RunConfig)
-
-
-@cache
-def _with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
-    """The config with the encoder and the block of settings that a network has; `cls` itself where it has them."""
-    names = {one.name: one for one in fields(cls)}
-    added: list[tuple[str, type, Any]] = []
-    if names["model"].default_factory is not network.model:
-        added.append(("model", network.model, field(default_factory=network.model)))
-    if network.settings is not None and network.name not in names:
-        added.append((network.name, network.settings, field(default_factory=network.settings)))
-    if not added:
-        return cls
-    name = f"{cls.__name__}_{network.name}"
-    return make_dataclass(name, added, bases=(cls,), frozen=True, kw_only=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """`mimscale pretrain`."""
@@ -271,7 +252,7 @@ class PretrainConfig(RunConfig):
         Raises:
             ConfigError: there is no such method.
         """
-        return _with_keys_of(cls, find_method(str(tree.get("method", "mae"))))
+        return with_keys_of(cls, find_method(str(tree.get("method", "mae"))))
 
     @property
     def network(self) -> Method:
@@ -308,7 +289,7 @@ class FinetuneConfig(RunConfig):
         Raises:
             ConfigError: there is no such head.
         """
-        return _with_keys_of(cls, find_head(str(tree.get("head", "unetr"))))
+        return with_keys_of(cls, find_head(str(tree.get("head", "unetr"))))
 
     @property
     def network(self) -> Head:

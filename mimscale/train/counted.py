@@ -3,14 +3,17 @@
 torch's meta tensors have a shape and nothing else: nothing is computed, and their memory is counted, not taken.
 """
 
+import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,19 +37,13 @@ def counted(config: RunConfig, channels: int) -> "Counted":
         alike["regions"] = None  # needs the names of the store's classes, and counts nothing
     tree = config_tree(replace(config, **alike)) | {"store": "none", "run_dir": "none", "seed": 0, "steps": 1}
     unrelated = ("checkpoint", "meter", "validation", "health", "stream", "engine", "optim")
-    return _counted(type(config), _Tree({key: value for key, value in tree.items() if key not in unrelated}), channels)
-
-
-class _Tree(dict[str, Any]):
-    """A tree that can be remembered by its text."""
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
+    related = {key: value for key, value in tree.items() if key not in unrelated}
+    return _counted(type(config), json.dumps(related), channels)
 
 
 @lru_cache(maxsize=8)
-def _counted(kind: type[RunConfig], tree: _Tree, channels: int) -> "Counted":
-    return Counted(build_config(kind, dict(tree), "counted"), channels)
+def _counted(kind: Any, tree: str, channels: int) -> "Counted":
+    return Counted(build_config(kind, json.loads(tree), "counted"), channels)
 
 
 class Counted:
@@ -74,8 +71,8 @@ class Counted:
         model = self._model(self._config).to(torch.bfloat16 if width == 2 else torch.float32)
         batch = self._batch()
         for weight in model.parameters():  # gradients of weights are no activations
-            weight.register_post_accumulate_grad_hook(_forget_gradient)
-        with _Alive() as alive:
+            weight.register_post_accumulate_grad_hook(_forget_gradient)  # type: ignore[no-untyped-call]
+        with _fused_attention(), _Alive() as alive:
             loss = self._loss(model, batch)
             kept, forward_peak = alive.bytes, alive.peak
             alive.peak = kept
@@ -119,6 +116,22 @@ class Counted:
 
 def _forget_gradient(weight: Tensor) -> None:
     weight.grad = None
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention that keeps no scores, as devices compute it; for meta tensors torch takes the one that keeps them.
+
+    By name, and not by a mode of torch's, because recomputation inside a backward pass would not see a mode.
+    """
+    usual = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda *inputs: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[assignment]
+        *inputs
+    )[0]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]

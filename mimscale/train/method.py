@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mimscale.train.session import Objective
 
 C = TypeVar("C", bound="RunConfig")
+R = TypeVar("R", bound="RunConfig")
 E = TypeVar("E", bound=EncoderConfig)
 
 
@@ -126,7 +128,9 @@ def find_method(name: str) -> Method:
     Raises:
         ConfigError: there is none; the packaged ones are listed.
     """
-    return _find("method", name, Method)
+    method = _find("method", name, Method)
+    assert isinstance(method, Method)
+    return method
 
 
 def find_head(name: str) -> Head:
@@ -135,7 +139,32 @@ def find_head(name: str) -> Head:
     Raises:
         ConfigError: there is none; the packaged ones are listed.
     """
-    return _find("head", name, Head)
+    head = _find("head", name, Head)
+    assert isinstance(head, Head)
+    return head
+
+
+def with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
+    """The config with the encoder and the block of settings that a network has; `cls` itself where it has them."""
+    made: type[R] = _with_keys_of(cls, network)
+    return made
+
+
+@cache
+def _with_keys_of(cls: Any, network: Network[Any]) -> Any:
+    made_by: dict[str, Any] = {one.name: one.default_factory for one in fields(cls)}
+    added: list[tuple[str, type, Any]] = []
+    if made_by["model"] is not network.model:
+        added.append(("model", network.model, field(default_factory=network.model)))
+    if network.settings is not None:
+        if network.name not in made_by:
+            added.append((network.name, network.settings, field(default_factory=network.settings)))
+        elif made_by[network.name] is not network.settings:
+            raise ConfigError(f"{network.name}: is a key of every run, so no method or head can be called that")
+    if not added:
+        return cls
+    name = f"{cls.__name__}_{network.name}"
+    return make_dataclass(name, added, bases=(cls,), frozen=True, kw_only=True)
 
 
 def title_of(key: str, name: str) -> str:
@@ -164,11 +193,8 @@ def _folder(key: str) -> Any:
     return importlib.import_module(f"mimscale.train.{key}s")
 
 
-N = TypeVar("N", Method, Head)
-
-
 @cache
-def _find(key: str, name: str, kind: type[N]) -> N:
+def _find(key: str, name: str, kind: type[Method] | type[Head]) -> Network[Any]:
     place, colon, found_as = name.partition(":")
     if not colon:
         known = packaged(key)

@@ -12,6 +12,7 @@ from mimscale.models.config import (
     SwinConfig,
     TargetConfig,
     UnetrConfig,
+    UpernetConfig,
     VitConfig,
 )
 from mimscale.models.mae import MaskedAutoencoder
@@ -24,6 +25,7 @@ from mimscale.models.simclr import Simclr
 from mimscale.models.simmim import Simmim
 from mimscale.models.swin import SwinSimmim, SwinUnetr
 from mimscale.models.unetr import Unetr
+from mimscale.models.upernet import Upernet
 from mimscale.stream.augment import augment, draw
 from mimscale.stream.config import AugmentConfig
 from mimscale.train.contrast import pool_loss, subject_numbers
@@ -145,27 +147,35 @@ def assert_dice_above_95(both, either):
     assert (dice > 0.95).all(), dice.tolist()
 
 
-SEGMENTED = (16, 24, 24)
+SEGMENTED = (8, 16, 16)
 OF_CROP = {"crop_voxels": SEGMENTED, "channels": 1}
+PRIMUS = VitConfig(dim=48, depth=2, heads=2, positions="rope_learned", mlp="swiglu", layer_scale=0.1)
+FLAT_SWIN = SwinConfig(dim=24, depths=(2,), heads=(2,), window=(4, 4, 4))
+CLASSES = UnetrConfig(num_classes=3)
 SEGMENTERS = {
-    "unetr": (lambda: unetr(3), 50, 6e-3),
-    "residual encoder": (lambda: ResidualUnet(RESENC, UnetrConfig(num_classes=3), **OF_CROP), 50, 6e-3),
-    "swin": (
-        lambda: SwinUnetr(SWIN, UnetrConfig(num_classes=3), patch_voxels=(2, 2, 2), **OF_CROP),
-        50,
+    "residual encoder": (
+        lambda: ResidualUnet(ResencConfig(features=(8, 16), blocks=(1, 1)), CLASSES, **OF_CROP),
+        120,
         6e-3,
     ),
-    "primus": (
-        lambda: Primus(
-            VitConfig(dim=48, depth=2, heads=2, positions="rope_learned", mlp="swiglu", layer_scale=0.1),
-            UnetrConfig(num_classes=3),
-            patch_voxels=(4, 4, 4),
-            **OF_CROP,
-        ),
-        150,
-        6e-3,
+    "swin": (lambda: SwinUnetr(FLAT_SWIN, CLASSES, patch_voxels=(2, 2, 2), **OF_CROP), 30, 6e-3),
+    "upernet": (
+        lambda: Upernet(FLAT_SWIN, CLASSES, UpernetConfig(width=8), patch_voxels=(1, 1, 1), **OF_CROP),
+        60,
+        1e-2,
     ),
+    "primus": (lambda: Primus(PRIMUS, CLASSES, patch_voxels=(4, 4, 4), **OF_CROP), 150, 6e-3),
 }
+
+
+def test_a_unetr_learns_the_classes_of_one_volume_by_heart():
+    torch.manual_seed(0)
+    model = unetr(3)
+    label, image = nested_balls((16, 24, 24))
+    set_class_prior(model.output_bias, torch.bincount(label.flatten()).tolist())
+    descend(model, lambda step: dice_cross_entropy(model(image), label), 50, lr=6e-3)
+    with torch.no_grad():
+        assert_dice_above_95(*overlap_counts(model(image), label))
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)

@@ -9,11 +9,12 @@ from monai.networks.nets.swin_unetr import SwinTransformer, SwinUNETR
 
 from mimscale.config import build_config, config_tree
 from mimscale.errors import CheckpointError
-from mimscale.models.config import MaskConfig, SwinConfig, TargetConfig, UnetrConfig
+from mimscale.models.config import MaskConfig, SwinConfig, TargetConfig, UnetrConfig, UpernetConfig
 from mimscale.models.masking import draw_masks
 from mimscale.models.patches import hidden_voxels
 from mimscale.models.swin import Swin, SwinSimmim, SwinUnetr
 from mimscale.models.transfer import load_encoder, start_weights
+from mimscale.models.upernet import Upernet
 
 SMALL = SwinConfig(dim=12, depths=(2, 2, 1, 1), heads=(2, 2, 4, 4), window=(3, 3, 3))
 FLAT = SwinConfig(dim=12, depths=(2, 1), heads=(2, 4), window=(2, 3, 3))
@@ -36,6 +37,12 @@ def pretrained(config=FLAT, channels=1):
 def segmenter(config=FLAT, channels=1):
     torch.manual_seed(1)
     return SwinUnetr(config, UnetrConfig(num_classes=3), crop_voxels=CROP, patch_voxels=PATCH, channels=channels)
+
+
+def upernet():
+    torch.manual_seed(1)
+    shape = {"crop_voxels": CROP, "patch_voxels": PATCH, "channels": 1}
+    return Upernet(FLAT, UnetrConfig(num_classes=3), UpernetConfig(width=6), **shape)
 
 
 def contract_of(model):
@@ -105,7 +112,7 @@ def test_a_hidden_patch_is_the_mask_token_to_the_encoder():
 
 def test_every_weight_is_trained():
     hidden = torch.from_numpy(draw_masks([1], CROP, PATCH, MaskConfig(unit_voxels=(8, 16, 8))))
-    for model in (pretrained(), segmenter()):
+    for model in (pretrained(), segmenter(), upernet()):
         image = torch.randn(1, 1, *CROP)
         output = model(image, hidden).loss if isinstance(model, SwinSimmim) else model(image).square().mean()
         output.backward()
@@ -133,6 +140,12 @@ def test_the_whole_encoder_is_transferred_and_only_weights_are():
     image = torch.randn(1, 1, *CROP)
     assert torch.equal(target.encoder(image)[-1], source.encoder(image)[-1])
     assert all(name.startswith("encoder.blocks.") for name in start_weights(target))
+
+
+def test_a_upernet_takes_the_whole_encoder_and_scores_every_voxel():
+    source, target = pretrained(), upernet()
+    assert load_encoder(target, source.state_dict(), contract_of(source)).is_complete
+    assert target(torch.randn(2, 1, *CROP)).shape == (2, 3, *CROP)
 
 
 def test_an_embedding_of_one_channel_sees_equal_channels_as_one():

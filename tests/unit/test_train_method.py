@@ -11,7 +11,7 @@ from mimscale.models.config import TargetConfig, VitConfig
 from mimscale.models.flops import Flops
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.counted import counted
-from mimscale.train.method import find_head, find_method, packaged, predicts_voxels, title_of
+from mimscale.train.method import _with_keys_of, find_head, find_method, packaged, predicts_voxels, title_of
 from mimscale.train.size import count_parameters, run_flops
 
 OWN = "fill_method:METHOD"
@@ -59,11 +59,11 @@ def test_a_method_of_another_file_brings_its_own_keys():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "simmin"}, "method=simmin: no such method; did you mean simmim?; packaged are"),
+        ({"method": "simmin"}, r"method=simmin: no such method; did you mean simmim\?; packaged are"),
         ({"method": "nowhere:METHOD"}, "nowhere cannot be imported .*; install it, or add its folder to PYTHONPATH"),
         ({"method": "fill_method:Fill"}, "fill_method has no Method called Fill"),
         ({"model": {"dim": 24}}, "model.dim: no such key"),
-        ({"model": {"widht": 24}}, "did you mean model.width?"),
+        ({"model": {"widht": 24}}, "did you mean model.width\\?"),
         ({"fill": {"loss": "l3"}}, "fill.loss: Input should be 'l1' or 'l2', got 'l3'"),
         ({"method": "mae", "fill": {}}, "fill: no such key"),
     ],
@@ -71,6 +71,13 @@ def test_a_method_of_another_file_brings_its_own_keys():
 def test_a_wrong_method_or_key_is_named_with_the_way_out(changes, message):
     with pytest.raises(ConfigError, match=message):
         own(**changes)
+
+
+def test_a_method_cannot_take_the_name_of_another_key(monkeypatch):
+    monkeypatch.setattr(type(METHOD), "name", "mask")
+    _with_keys_of.cache_clear()
+    with pytest.raises(ConfigError, match="mask: is a key of every run"):
+        own()
 
 
 def test_a_wrong_head_is_named_with_the_way_out():
@@ -93,8 +100,9 @@ def test_what_has_no_formula_is_counted():
     voxels = 16**3
     products = 2 * voxels * (4 * 125 + 4)  # the image needs no gradient: its convolution runs backward only once
     assert run_flops(config)["network"] == Flops(forward=products, backward=products + 2 * voxels * 4)
+    # The image without what is hidden, the features behind their bend, the error and its weight; and a few numbers.
     kept = config.network.activations(config, 4, 1).kept
-    assert 4 * voxels * (1 + 4 + 4) <= kept <= 4 * voxels * (1 + 4 + 4) * 3
+    assert 0 <= kept - 4 * voxels * (1 + 4 + 2) < 100
 
 
 VIT = VitConfig(dim=48, depth=3, heads=4)
@@ -119,6 +127,6 @@ def test_what_is_counted_is_what_the_formulas_say(name):
     assert seen.flops.training == pytest.approx(said.training, rel=1e-3)
     for width in (2, 4):
         formula = config.network.activations(config, width, 2)
-        # Storages of the batch and of views count too, and attention here keeps what a fused kernel does not.
-        assert seen.activations(width).kept == pytest.approx(formula.kept, rel=0.25)
+        # What a convolution keeps of the image counts here, and by formula with the batch.
+        assert seen.activations(width).kept == pytest.approx(formula.kept, rel=0.08)
     assert replace(config, seed=1).network is config.network
