@@ -38,7 +38,8 @@ def counted(config: RunConfig, channels: int) -> "Counted":
     tree = config_tree(replace(config, **alike)) | {"store": "none", "run_dir": "none", "seed": 0, "steps": 1}
     unrelated = ("checkpoint", "meter", "validation", "health", "stream", "engine", "optim")
     related = {key: value for key, value in tree.items() if key not in unrelated}
-    return _counted(type(config), json.dumps(related), channels)
+    kind: Any = type(config)
+    return _counted(kind, json.dumps(related), channels)
 
 
 @lru_cache(maxsize=8)
@@ -125,7 +126,7 @@ def _fused_attention() -> Iterator[None]:
     By name, and not by a mode of torch's, because recomputation inside a backward pass would not see a mode.
     """
     usual = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda *inputs: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[assignment]
+    F.scaled_dot_product_attention = lambda *inputs: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *inputs
     )[0]
     try:

@@ -146,7 +146,8 @@ def find_head(name: str) -> Head:
 
 def with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
     """The config with the encoder and the block of settings that a network has; `cls` itself where it has them."""
-    made: type[R] = _with_keys_of(cls, network)
+    kind: Any = cls  # hashable as every class is, which a type checker does not see in a class of its kind
+    made: type[R] = _with_keys_of(kind, network)
     return made
 
 
