@@ -13,6 +13,7 @@ from mimscale.train.run_dir import RunDir
 
 pytestmark = pytest.mark.two_process
 OWN = ("method=fill_method:METHOD", "model={width: 8}", "fill={loss: l2}", "engine.zero_stage=2")
+FOLD = "stream.fold=0/4"  # its volumes are those of validation
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(store, tmp_path_factory) -> RunDir:
-    words = pretrain_words(store, tmp_path_factory.mktemp("own") / "run", *OWN)
+    words = pretrain_words(store, tmp_path_factory.mktemp("own") / "run", *OWN, FOLD)
     ended = run_ranks(words)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     return run_of(words)
@@ -39,7 +40,7 @@ def weights(run: RunDir) -> bytes:
 
 
 def test_it_trains_and_a_stopped_run_goes_on_to_the_same_bits(store, straight, tmp_path):
-    words = pretrain_words(store, tmp_path / "run", *OWN)
+    words = pretrain_words(store, tmp_path / "run", *OWN, FOLD)
     assert [rank.code for rank in run_ranks(words, signal_rank=1, signal_step=9)] == [75, 75]
     assert [rank.code for rank in run_ranks(words)] == [0, 0]
     assert losses(run_of(words)) == losses(straight)
