@@ -151,7 +151,7 @@ class Engine:
             torch.use_deterministic_algorithms(True)
         if config.engine.compile_blocks:
             compile_blocks(model)
-        optimizer = adamw(model, config.optim, config.model.depth)
+        optimizer = adamw(model, config.optim, config.model.layers)
         self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
         if self.zero_stage == 0 and self._leaves_out:
             optimizer.register_step_pre_hook(self._leave_out_stage_0)
