@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.config import load_config
-from mimscale.models import mae, simmim
+from mimscale.models import mae, reconstruction
 from mimscale.models.config import patch_grid
 from mimscale.models.flops import Flops
 from mimscale.train.build import build_pretrain, build_segmenter
@@ -52,7 +52,7 @@ def loss_of(model, config, monkeypatch):
     monkeypatch.setattr(mae, "visible_indices", lambda hidden: torch.zeros(CROPS, visible, dtype=torch.int64))
     monkeypatch.setattr(mae, "chosen_indices", lambda hidden: torch.zeros(CROPS, L - visible, dtype=torch.int64))
     counts = iter((visible, L - visible))  # SimMIM asks for the visible ones first
-    monkeypatch.setattr(simmim, "chosen_indices", lambda _: torch.zeros(CROPS, next(counts), dtype=torch.int64))
+    monkeypatch.setattr(reconstruction, "chosen_indices", lambda _: torch.zeros(CROPS, next(counts), dtype=torch.int64))
     hidden = torch.zeros(CROPS, L, dtype=torch.bool)
     return model(image, hidden, torch.ones(CROPS, 1, *config.crop_voxels, dtype=torch.bool)).loss
 

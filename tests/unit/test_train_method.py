@@ -1,5 +1,6 @@
 """Methods and heads by name, the keys that they bring, and what is counted for one without formulas."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -12,7 +13,7 @@ from mimscale.models.flops import Flops
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.counted import counted
 from mimscale.train.method import _with_keys_of, find_head, find_method, packaged, predicts_voxels, title_of
-from mimscale.train.size import count_parameters, run_flops
+from mimscale.train.size import count_parameters, run_flops, visible_patches
 
 OWN = "fill_method:METHOD"
 SHAPE = {"steps": 1, "global_batch": 2, "micro_batch": 1, "crop_voxels": [16, 16, 16], "patch_voxels": [4, 4, 4]}
@@ -100,9 +101,12 @@ def test_what_has_no_formula_is_counted():
     voxels = 16**3
     products = 2 * voxels * (4 * 125 + 4)  # the image needs no gradient: its convolution runs backward only once
     assert run_flops(config)["network"] == Flops(forward=products, backward=products + 2 * voxels * 4)
-    # The image without what is hidden, the features behind their bend, the error and its weight; and a few numbers.
+    # The image without what is hidden, the features behind their bend and the prediction; of hidden patches, where they
+    # are, the error and which numbers of it count; and a few numbers.
+    patch = math.prod(config.patch_voxels)
+    hidden = voxels // patch - visible_patches(config, config.mask.ratio)
     kept = config.network.activations(config, 4, 1).kept
-    assert 0 <= kept - 4 * voxels * (1 + 4 + 2) < 100
+    assert 0 <= kept - 4 * voxels * (1 + 4 + 1) - hidden * (8 + patch * (4 + 1)) < 100
 
 
 VIT = VitConfig(dim=48, depth=3, heads=4)
