@@ -56,9 +56,14 @@ def load_config(cls: type[T], recipe: str | None, overrides: Sequence[str] = ())
 def build_config(cls: type[T], tree: dict[str, Any], origin: str) -> T:
     """Build `cls` from a plain tree; `origin` is what an error calls it.
 
+    Where a value decides which further keys there are, the class has a `variant` for a tree: the subclass with them.
+
     Raises:
         ConfigError: naming every wrong field with its full key.
     """
+    variant = getattr(cls, "variant", None)
+    if variant is not None:
+        cls = variant(tree)
     try:
         config: T = _adapter_of(cls).validate_python(tree, extra="forbid")
         return config

@@ -28,7 +28,7 @@ _CONTEXT.set_forkserver_preload(
         "mimscale.train.pretrain",
         "mimscale.train.finetune",
         "mimscale.train.session",
-        "torch._inductor.compile_fx",  # DeepSpeed imports it when an engine starts
+        "torch._inductor.compile_fx",  # brings what the start of an engine imports
     ]
 )
 

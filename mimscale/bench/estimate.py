@@ -10,10 +10,10 @@ from typing import Any, Literal
 from mimscale.bench.gpus import GPUS, Gpu
 from mimscale.bench.network import ScalingFit, Traffic, traffic, transfer_s
 from mimscale.errors import ConfigError
-from mimscale.models.flops import Flops, count_flops, flops_by_part
+from mimscale.models.flops import Flops
 from mimscale.train.config import RunConfig, accumulation, legal_nodes
 from mimscale.train.memory import Memory, estimate_memory
-from mimscale.train.size import checkpoint_bytes, count_parameters, run_products, save_seconds
+from mimscale.train.size import checkpoint_bytes, count_parameters, run_flops, save_seconds
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -222,8 +222,8 @@ def estimate(
     """
     _refuse_nodes(config, cluster)
     refuse_what_fits_nowhere(config, cluster, assumptions, channels)
-    products = run_products(config, channels)
-    flops, parameters = count_flops(products), count_parameters(config, channels)
+    by_part, parameters = run_flops(config, channels), count_parameters(config, channels)
+    flops = sum(by_part.values(), start=Flops(forward=0, backward=0))
     work = Work(flops=flops, parameters=parameters, reading=reading, fit=fit)
     step = step_of(config, cluster, assumptions, work)
     checkpoint = _checkpoint(config, cluster, assumptions, step.seconds)
@@ -241,7 +241,7 @@ def estimate(
         "parameters": parameters,
         "flops_per_sample": {
             part: {"forward": one.forward, "training": one.training, "hardware": one.hardware}
-            for part, one in {**flops_by_part(products), "total": flops}.items()
+            for part, one in {**by_part, "total": flops}.items()
         },
         "memory": _memory(config, cluster, assumptions, channels),
         "loader": _loader(config, cluster, step, channels, reading),

@@ -18,9 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mimscale.errors import ConfigError
+
 # Operands of one layout that the products take in turn. With one alone, every layer's weight would lie in the cache
 # already.
 _COPIES = 6
+
+
+class ConvolutionError(ConfigError):
+    """A step that is more than products."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             query, key = args[1:3] if backward else args[:2]
             self.products.append(Attention(Layout.of(query), Layout.of(key), query.dtype, backward))
         elif name in ("convolution", "convolution_backward"):
-            raise AssertionError("a convolution is no product of the models here")
+            raise ConvolutionError(
+                "this network has convolutions, and only the products of transformers are recorded and run alone; "
+                "`mimscale bench train` measures any network"
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -65,7 +65,7 @@ Build = Callable[[Setting], Step]
 
 def plain_step(setting: Setting, model: nn.Module, loss_of: Callable[[], Tensor], *, clip: float) -> Step:
     """A step in plain torch: forward, backward, clipped by the global norm, fused AdamW."""
-    optimizer = adamw(model, setting.config.optim, setting.config.model.depth)
+    optimizer = adamw(model, setting.config.optim, setting.config.model.layers)
 
     def step() -> Tensor:
         loss = loss_of()

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mimscale import console, durable
 from mimscale.bench import hardware, measure
-from mimscale.bench.products import record
+from mimscale.bench.products import ConvolutionError, record
 from mimscale.bench.results import RESULT_FILE, Windows
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.config import config_tree, tree_hash
+from mimscale.models.flops import Flops
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.train.config import PretrainConfig, accumulation
@@ -32,6 +33,7 @@ from mimscale.train.garbage import collected_between_steps
 from mimscale.train.loop import train
 from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
+from mimscale.train.size import run_flops
 from mimscale.train.training_data import TrainingData
 from mimscale.world import World
 
@@ -206,12 +208,15 @@ class Bench:
 
     def flops(self) -> tuple[int, int]:
         """Of one sample: what a step needs, and what the device does when it recomputes. Counted, not estimated."""
-        vit = self.config.model
-        if not vit.checkpoint_activations:
-            recorded = self._record(self.config)
-            return recorded.flops // self.config.micro_batch, recorded.hardware_flops // self.config.micro_batch
-        lean = self._record(replace(self.config, model=replace(vit, checkpoint_activations=False)))
-        full = self._record(self.config)
+        encoder = self.config.model
+        try:
+            full = self._record(self.config)
+        except ConvolutionError:
+            whole = sum(run_flops(self.config, self.channels).values(), start=Flops(forward=0, backward=0))
+            return whole.training, whole.hardware
+        if not encoder.checkpoint_activations:
+            return full.flops // self.config.micro_batch, full.hardware_flops // self.config.micro_batch
+        lean = self._record(replace(self.config, model=replace(encoder, checkpoint_activations=False)))
         return lean.flops // self.config.micro_batch, full.hardware_flops // self.config.micro_batch
 
     def _record(self, config: PretrainConfig) -> Any:

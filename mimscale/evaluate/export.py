@@ -4,6 +4,7 @@ STORE VOLUME out.nii.gz [overlay=NAME]     a volume, or its labels, on the grid 
 STORE part-00042 out_dir                   a pack, unzipped: a Zarr v3 group that any Zarr reader opens
 RUN_DIR out_dir [checkpoint=NAME]          weights.safetensors, contract.json and a model card
 RUN_DIR out_dir --to-monai                 the encoder of a run, for MONAI's ViT and UNETR
+RUN_DIR out_dir --to-nnunet                a residual-encoder U-Net of a run, for nnU-Net's
 --from-monai FILE out_dir heads=12 crop_voxels=[96,96,96] patch_voxels=[16,16,16]
                                            a MONAI ViT's weights, for init_from of `mimscale finetune`
 """
@@ -46,18 +47,16 @@ def main(argv: list[str]) -> int:
     parser = verb_parser("export", "A volume as NIfTI, a pack unzipped, or a run's weights.")
     parser.add_argument("--json", action="store_true", help="print the written paths as JSON")
     parser.add_argument("--to-monai", action="store_true", help="a run's encoder under the names of MONAI's ViT")
+    parser.add_argument("--to-nnunet", action="store_true", help="a run's U-Net under the names of nnU-Net's ResEnc")
     parser.add_argument("--from-monai", action="store_true", help="weights of a MONAI ViT under our names")
     arguments = parser.parse_args(argv)
     words, overrides = split_arguments(arguments.words)
     config = load_config(ExportConfig, None, overrides)
-    if (arguments.to_monai or arguments.from_monai) and (
-        len(words) != 2 or (arguments.to_monai and arguments.from_monai)
-    ):
-        raise ConfigError(f"{USAGE}, got {words}")
+    names = [name for name in ("to_monai", "to_nnunet", "from_monai") if getattr(arguments, name)]
+    if names and (len(words) != 2 or len(names) > 1):
+        raise ConfigError(f"{USAGE}, got {words} and {', '.join(names)}")
     if len(words) == 2:
-        written = _export_weights(
-            config, *map(Path, words), to_monai=arguments.to_monai, from_monai=arguments.from_monai
-        )
+        written = _export_weights(config, Path(words[0]), Path(words[1]), *names)
     elif len(words) == 3 and words[1].startswith("part-"):
         written = export_pack(Path(words[0]), words[1], Path(words[2]))
     elif len(words) == 3:
@@ -73,12 +72,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _export_weights(config: ExportConfig, given: Path, out: Path, *, to_monai: bool, from_monai: bool) -> list[Path]:
-    from mimscale.evaluate.export_weights import export_to_monai, export_weights, import_from_monai
+def _export_weights(config: ExportConfig, given: Path, out: Path, names: str = "ours") -> list[Path]:
+    from mimscale.evaluate.export_weights import export_to_monai, export_to_nnunet, export_weights, import_from_monai
 
-    if to_monai:
+    if names == "to_monai":
         return export_to_monai(given, out, config.checkpoint, axes=config.axes)
-    if not from_monai:
+    if names == "to_nnunet":
+        return export_to_nnunet(given, out, config.checkpoint)
+    if names == "ours":
         return export_weights(given, out, config.checkpoint)
     if config.heads is None or config.crop_voxels is None or config.patch_voxels is None:
         raise ConfigError(

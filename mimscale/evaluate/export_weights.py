@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WAY_OUT = "free some space, or choose another folder"
 CARD_FILE = "README.md"
 MONAI_LAYOUT = "monai.networks.nets.ViT"
+NNUNET_LAYOUT = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 # Under these keys training programs keep the state dict in a larger file.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 OWN_LOADING = (
@@ -88,6 +89,39 @@ def export_to_monai(run_dir: Path, out: Path, checkpoint: str = "newest", *, axe
     save_weights(out, theirs, contract)
     with durable.explained(CheckpointError, out, WAY_OUT):
         durable.write_text(out / CARD_FILE, model_card(contract, _scores(run, tag), _monai_loading(contract, axes)))
+    return [out / name for name in (WEIGHTS_FILE, CONTRACT_FILE, CARD_FILE)]
+
+
+def export_to_nnunet(run_dir: Path, out: Path, checkpoint: str = "newest") -> list[Path]:
+    """Write a run's residual encoder, and its decoder, as the state dict of nnU-Net's network, its outputs left out.
+
+    nnU-Net holds volumes as Z, Y, X too, so nothing is turned.
+
+    Raises:
+        ConfigError: no run directory.
+        CheckpointError: no usable checkpoint, another encoder, or a folder that cannot be written.
+    """
+    from mimscale.models.nnunet_names import to_nnunet
+    from mimscale.models.transfer import load_weights, save_weights
+
+    run = RunDir(run_dir)
+    run.read_config_tree()
+    tensors, contract = load_weights(find_checkpoint(run, checkpoint))
+    theirs = to_nnunet(tensors, contract)
+    contract = shareable_contract(contract, run, _environment(run)) | {"layout": NNUNET_LAYOUT}
+    save_weights(out, theirs, contract)
+    loading = [
+        "Into nnU-Net's residual-encoder U-Net of the same stages; its outputs, `decoder.seg_layers`, stay its own:",
+        "",
+        "```python",
+        "from safetensors.torch import load_file",
+        "",
+        'missing, unexpected = network.load_state_dict(load_file("weights.safetensors"), strict=False)',
+        'assert not unexpected and all(name.startswith("decoder.seg_layers.") for name in missing)',
+        "```",
+    ]
+    with durable.explained(CheckpointError, out, WAY_OUT):
+        durable.write_text(out / CARD_FILE, model_card(contract, None, loading))
     return [out / name for name in (WEIGHTS_FILE, CONTRACT_FILE, CARD_FILE)]
 
 

@@ -3,19 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mimscale.train.method import title_of
 from mimscale.train.run_dir import RunDir
 
 # Of a recipe: where things lay on the machine that trained, which is nobody else's affair.
 PLACES = ("store", "run_dir", "init_from")
-# By method of pretraining or head of fine-tuning, as the contract calls them.
-NAMES = {
-    "mae": "masked autoencoder",
-    "simmim": "encoder pretrained with SimMIM",
-    "simclr": "encoder pretrained with SimCLR",
-    "unetr": "UNETR for segmentation",
-    "linear": "linear probe for segmentation",
-    "vit": "vision transformer",
-}
 PURPOSES = {
     "pretrain": "starting points of fine-tuning, and features",
     "finetune": "research on segmentation of the classes above",
@@ -57,8 +49,7 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None, loading:
         loading: lines of the section on how to load them.
     """
     kind = str(contract.get("kind"))
-    key = {"pretrain": contract.get("method", "mae"), "finetune": contract.get("head", "unetr")}.get(kind, "vit")
-    what, purpose = NAMES.get(key, key), PURPOSES.get(kind, "research")
+    what, purpose = _what(kind, contract), PURPOSES.get(kind, "research")
     lines = [
         f"# 3D {what}",
         "",
@@ -85,10 +76,18 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None, loading:
     return "\n".join(lines)
 
 
+def _what(kind: str, contract: dict[str, Any]) -> str:
+    if kind == "pretrain":
+        return title_of("method", str(contract.get("method", "mae")))
+    return title_of("head", str(contract.get("head", "unetr"))) if kind == "finetune" else "vision transformer"
+
+
 def _architecture(contract: dict[str, Any]) -> dict[str, Any]:
     model, intensity = contract.get("model") or {}, contract.get("intensity") or {}
     crop, patch = (" x ".join(map(str, contract.get(key) or ["?"])) for key in ("crop_voxels", "patch_voxels"))
-    names = ("dim", "depth", "heads", "mlp_ratio", "positions")
+    names = [name for name in model if name not in ("drop_path", "checkpoint_activations")]
+    if "positions" in model:  # a ViT, whose other keys say little
+        names = ["dim", "depth", "heads", "mlp_ratio", "positions"]
     rows = {
         "encoder": ", ".join(f"{name} {model[name]}" for name in names if name in model),
         "input": f"{contract.get('channels', '?')} channel(s), {crop} voxels (Z, Y, X), patch {patch}",

@@ -17,10 +17,9 @@ from mimscale.console import track
 from mimscale.errors import CheckpointError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.models.config import TargetConfig
-from mimscale.models.mae import MaskedAutoencoder
 from mimscale.models.masking import draw_masks
 from mimscale.models.patches import patchify, unpatchify
-from mimscale.models.simmim import Simmim
+from mimscale.models.reconstruction import Reconstructor
 from mimscale.models.trivial import mean_voxel
 from mimscale.store.manifest import Manifest
 from mimscale.stream.config import StreamConfig
@@ -38,7 +37,7 @@ ERROR_NAMES = {"l1": "mean absolute error", "l2": "mean squared error"}
 def evaluate_reconstruction(
     config: EvaluateConfig,
     run_config: PretrainConfig,
-    model: MaskedAutoencoder | Simmim,
+    model: Reconstructor,
     device: torch.device,
     store: Path,
     manifest: Manifest,
@@ -119,7 +118,7 @@ def evaluate_reconstruction(
 
 
 def _reconstruct(
-    batch: Batch, run_config: PretrainConfig, target: TargetConfig, model: MaskedAutoencoder | Simmim
+    batch: Batch, run_config: PretrainConfig, target: TargetConfig, model: Reconstructor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image, prediction, simplest guess: [B, C, Z, Y, X]; hidden, valid: bool [B, 1, Z, Y, X]. All on the CPU."""
     image, valid = normalise(batch)

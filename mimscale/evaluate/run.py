@@ -56,8 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.evaluate.reconstruction import evaluate_reconstruction
     from mimscale.evaluate.segmentation import best_column, cases_csv, evaluate_segmentation
     from mimscale.evaluate.weights import check_contract, choose_device, cpu_threads, load_model
-    from mimscale.models.mae import MaskedAutoencoder
-    from mimscale.models.simmim import Simmim
+    from mimscale.models.reconstruction import Reconstructor
     from mimscale.store.layout import read_info
     from mimscale.store.manifest import load_manifest
     from mimscale.stream.select import parse_filter
@@ -119,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 scores["best"] = best_column(best, again)
             durable.write_text(run.evaluation / "cases.csv", cases_csv(scores))
         else:
-            assert isinstance(model, MaskedAutoencoder | Simmim)
+            assert isinstance(model, Reconstructor)
             scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
         tree = {
             "kind": run_config.kind,

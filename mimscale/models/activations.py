@@ -27,6 +27,10 @@ class Activations:
         0  # held by one checkpointed block while the backward pass recomputes it; little else is left then
     )
 
+    def times(self, count: int) -> "Activations":
+        """Of several masks or views of a sample."""
+        return Activations(kept=count * self.kept, transient=count * self.transient, recomputed=count * self.recomputed)
+
 
 def block_bytes(tokens: int, dim: int, heads: int, hidden_dim: int, width: int, *, extra_numbers: int = 0) -> int:
     """A transformer block: inputs and outputs of two norms, queries, keys, values, mixed values, both sides of GELU.
@@ -58,7 +62,7 @@ def encoder_activations(vit: VitConfig, *, numbers_a_patch: int, tokens: int, wi
     extra = 2 * vit.dim if vit.layer_scale is not None else 0
     extra += 2 * vit.mlp_dim if vit.mlp == "swiglu" else 0  # the gate, before and after its own bend
     # Turned queries and keys, and the sines and cosines of both.
-    extra += 2 * vit.dim + 2 * (vit.dim // vit.heads) if vit.positions == "rope" else 0
+    extra += 2 * vit.dim + 2 * (vit.dim // vit.heads) if vit.rotates else 0
     block = block_bytes(tokens, vit.dim, vit.heads, vit.mlp_dim, width, extra_numbers=extra)
     ends = tokens * (numbers_a_patch + 2 * vit.dim) * width
     if not vit.checkpoint_activations:

@@ -1,5 +1,6 @@
 """What a model is made of, as frozen dataclasses without torch, and the rules between crop, patch and mask."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,24 @@ Zyx = tuple[int, int, int]  # one number for each of Z, Y, X
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitConfig:
+class EncoderConfig:
+    """What every encoder has: the class of `model` in a recipe is that of the method's encoder."""
+
+    drop_path: float = 0.0  # chance that a sample skips the last block while training; earlier blocks less, linearly
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: about 1.3 x time, far less memory
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path={self.drop_path}: must be at least 0 and below 1")
+
+    @property
+    def layers(self) -> int:
+        """Blocks between the embedding and the end, their weights being encoder.blocks.N; what layer decay counts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig(EncoderConfig):
     """The encoder: a plain 3D vision transformer, pre-norm, without class token."""
 
     dim: int = 768  # embedding, numbers a token
@@ -18,32 +36,152 @@ class VitConfig:
     heads: int = 12  # attention heads; dim is a multiple of it
     mlp_ratio: float = 4.0  # width of a block's MLP / dim
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: gated (arXiv:2002.05202), 2/3 as wide, so as many weights
-    positions: Literal["sincos", "learned", "rope"] = (
-        "sincos"  # fixed table, trained table, or rotated queries and keys
-    )
-    drop_path: float = 0.0  # chance that a sample skips the last block while training; earlier blocks less, linearly
+    # fixed table, trained table, rotated queries and keys, or both of these
+    positions: Literal["sincos", "learned", "rope", "rope_learned"] = "sincos"
     layer_scale: float | None = (
         None  # start value of a factor for each channel of each branch (1e-5 is usual); null: none
     )
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: about 1.3 x time, far less memory
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive("model", dim=self.dim, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio)
         _check_heads("model.dim", self.dim, "model.heads", self.heads)
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path={self.drop_path}: must be at least 0 and below 1")
         if self.layer_scale is not None:
             require_positive("model", layer_scale=self.layer_scale)
-        if self.positions == "rope" and self.dim // self.heads < 6:
+        if self.rotates and self.dim // self.heads < 6:
             raise ValueError(
-                f"model.positions=rope rotates 3 pairs of each head, but model.dim={self.dim} / "
+                f"model.positions={self.positions} rotates 3 pairs of each head, but model.dim={self.dim} / "
                 f"model.heads={self.heads} leaves fewer than 6 numbers; use fewer heads"
             )
+
+    @property
+    def layers(self) -> int:
+        """The blocks."""
+        return self.depth
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether there is a trained table of positions."""
+        return self.positions in ("learned", "rope_learned")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.positions in ("rope", "rope_learned")
 
     @property
     def mlp_dim(self) -> int:
         """Hidden width of a block's MLP; of a gated one, the width of each of its two halves."""
         return int(self.dim * self.mlp_ratio * (2 / 3 if self.mlp == "swiglu" else 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResencConfig(EncoderConfig):
+    """A U-Net with a residual encoder, in the manner of nnU-Net's ResEnc: the defaults are those of ResEnc-L."""
+
+    features: tuple[int, ...] = (32, 64, 128, 256, 320, 320)  # channels of each stage; the stem has those of the first
+    blocks: tuple[int, ...] = (1, 3, 4, 6, 6, 6)  # residual blocks of each stage
+    # Z, Y, X factors by which each stage is coarser than the one before; null: 1 for the first, 2 for all others
+    strides: tuple[Zyx, ...] | None = None
+    kernels: tuple[Zyx, ...] | None = None  # Z, Y, X edges of the convolutions of each stage, odd; null: 3
+    decoder_convs: int = 1  # convolutions of each stage of the decoder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_path:
+            raise ValueError(f"model.drop_path={self.drop_path}: a residual encoder leaves no block out; set it to 0")
+        require_positive("model", features=self.features, blocks=self.blocks, decoder_convs=self.decoder_convs)
+        for name in ("blocks", "strides", "kernels"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.features):
+                raise ValueError(
+                    f"model.{name}={values}: must have one entry a stage, and model.features={self.features} "
+                    f"has {len(self.features)}"
+                )
+        if len(self.features) < 2:
+            raise ValueError(f"model.features={self.features}: a U-Net has at least 2 stages")
+        for stride in self.strides or ():
+            require_positive("model", strides=stride)
+        if any(edge < 1 or edge % 2 == 0 for kernel in self.kernels or () for edge in kernel):
+            raise ValueError(f"model.kernels={self.kernels}: each edge must be odd, so that it has a middle")
+
+    @property
+    def layers(self) -> int:
+        """The stages."""
+        return len(self.features)
+
+    @property
+    def stage_strides(self) -> tuple[Zyx, ...]:
+        """Of each stage."""
+        return self.strides or ((1, 1, 1), *(len(self.features) - 1) * ((2, 2, 2),))
+
+    @property
+    def stage_kernels(self) -> tuple[Zyx, ...]:
+        """Of each stage."""
+        return self.kernels or len(self.features) * ((3, 3, 3),)
+
+    def stage_voxels(self, crop_voxels: Sequence[int]) -> list[Zyx]:
+        """Z, Y, X edges of the features of each stage.
+
+        Raises:
+            ValueError: the crop does not divide by the strides, or one voxel is all that is left of it.
+        """
+        edges, sizes = tuple(crop_voxels), []
+        for stride in self.stage_strides:
+            if any(edge % step for edge, step in zip(edges, stride, strict=True)):
+                total = [math.prod(steps) for steps in zip(*self.stage_strides, strict=True)]
+                raise ValueError(
+                    f"crop_voxels={list(crop_voxels)} does not divide by the strides of all stages, {total}; make each "
+                    "edge a multiple, or take fewer stages (model.features, model.blocks)"
+                )
+            z, y, x = (edge // step for edge, step in zip(edges, stride, strict=True))
+            edges = (z, y, x)
+            sizes.append(edges)
+        if math.prod(edges) < 2:
+            raise ValueError(
+                f"crop_voxels={list(crop_voxels)} leaves one voxel to the last stage, which cannot be normalised; take "
+                "a larger crop or fewer stages"
+            )
+        return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig(EncoderConfig):
+    """A 3D Swin transformer: attention inside windows, shifted in every second block; defaults of MONAI's SwinUNETR."""
+
+    dim: int = 48  # embedding; doubles from stage to stage, at half of the resolution
+    depths: tuple[int, ...] = (2, 2, 2, 2)  # blocks of each stage
+    heads: tuple[int, ...] = (3, 6, 12, 24)  # attention heads of each stage
+    window: Zyx = (7, 7, 7)  # Z, Y, X edges of a window, tokens
+    mlp_ratio: float = 4.0  # width of a block's MLP / its embedding
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("model", dim=self.dim, depths=self.depths, heads=self.heads, window=self.window)
+        require_positive("model", mlp_ratio=self.mlp_ratio)
+        if len(self.depths) != len(self.heads):
+            raise ValueError(f"model.heads={self.heads}: must have one entry a stage, as model.depths={self.depths}")
+        for stage, heads in enumerate(self.heads):
+            _check_heads(f"model.dim x {2**stage}", self.dim * 2**stage, f"model.heads[{stage}]", heads)
+
+    @property
+    def layers(self) -> int:
+        """The stages."""
+        return len(self.depths)
+
+    def cell_voxels(self, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> Zyx:
+        """Z, Y, X edges of what one token stands for at the end: a patch, doubled by each stage.
+
+        Raises:
+            ValueError: the crop does not divide into these.
+        """
+        z, y, x = (edge * 2 ** len(self.depths) for edge in patch_voxels)
+        if any(crop % edge for crop, edge in zip(crop_voxels, (z, y, x), strict=True)):
+            raise ValueError(
+                f"crop_voxels={list(crop_voxels)} does not divide by {[z, y, x]}: patch_voxels, doubled by each "
+                f"of {len(self.depths)} stages; make each edge a multiple"
+            )
+        return z, y, x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +276,23 @@ class UnetrConfig:
         require_positive("unetr", feature_size=self.feature_size)
         if self.num_classes < 2:
             raise ValueError(f"unetr.num_classes={self.num_classes}: must be at least 2, background included")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResencHeadConfig:
+    """What the residual-encoder U-Net has besides its outputs."""
+
+    deep_supervision: bool = False  # while training, coarser stages of the decoder give scores as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpernetConfig:
+    """The feature pyramid of UperNet."""
+
+    width: int = 64  # channels of each of its levels
+
+    def __post_init__(self) -> None:
+        require_positive("swin_upernet", width=self.width)
 
 
 def patch_grid(crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> Zyx:

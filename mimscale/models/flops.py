@@ -61,6 +61,13 @@ class Flops:
     backward: int
     recomputed: int = 0
 
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            recomputed=self.recomputed + other.recomputed,
+        )
+
     @property
     def training(self) -> int:
         """What a step needs: the numerator of MFU."""

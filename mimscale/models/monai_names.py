@@ -66,9 +66,11 @@ def to_monai(tensors: dict[str, Tensor], contract: dict[str, Any], axes: Axes = 
         CheckpointError: rotary positions or a gated MLP, or a tensor that is missing.
     """
     config, patch, channels = contract["model"], contract["patch_voxels"], int(contract["channels"])
-    if config["positions"] == "rope":
+    if "positions" not in config:
+        raise CheckpointError(f"model={config}: no ViT, so MONAI's has no place for it")
+    if config["positions"].startswith("rope"):
         raise CheckpointError(
-            "model.positions=rope: MONAI's ViT has no rotary positions; it can take sincos or learned"
+            f"model.positions={config['positions']}: MONAI's ViT has no rotary positions; it can take sincos or learned"
         )
     if config.get("mlp", "gelu") != "gelu":
         raise CheckpointError(f"model.mlp={config['mlp']}: MONAI's ViT has no such MLP; it can take gelu")

@@ -4,15 +4,16 @@ B batch | C channels | Z Y X crop, voxels | L patches a crop | K tokens | M patc
 V voxels a patch | P numbers a patch = V * C, channel fastest | D embedding
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mimscale.models.config import TargetConfig
-from mimscale.models.patches import hidden_voxels, patchify, put, take, unpatchify
+from mimscale.models.config import TargetConfig, patch_grid
+from mimscale.models.patches import chosen_indices, hidden_voxels, patchify, put, take, unpatchify
 
 # Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
 # deviation of 0.01: a hundredth of a CT window, or of the deviation of a z-scored MR.
@@ -44,6 +45,21 @@ class Reconstruction:
     predicted: Tensor  # what the model says everywhere, in the image's units
     combined: Tensor  # visible voxels from the image, hidden ones predicted
     hidden: Tensor  # bool [B, 1, Z, Y, X]: the voxels that were hidden
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """A network that predicts hidden voxels. Called with image, hidden, valid and, where only a part of the hidden
+    patches counts, predicted, it answers with a `ReconstructionOutput`.
+    """
+
+    grid: Sequence[int]  # patches along Z, Y, X of a crop
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The step of training."""
+
+    def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
+        """Pictures of [B, C, Z, Y, X] with the patches `hidden` [B, L] hidden."""
 
 
 def reconstruction_output(
@@ -182,3 +198,63 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     mean = patches.mean(dim=2, keepdim=True)
     variance = patches.var(dim=2, keepdim=True, correction=0)
     return mean, (variance + VARIANCE_FLOOR).sqrt()
+
+
+class MaskedModel(nn.Module):
+    """A network that is shown the whole crop and says what stands in hidden voxels: base of all but MAE's.
+
+    A method gives it an `encoder` and says in `predict` how hidden patches look to it, and what it makes of them.
+    """
+
+    def __init__(self, config: TargetConfig, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> None:
+        """Raises ValueError when the crop does not divide into patches."""
+        super().__init__()
+        self.config = config
+        self.patch_voxels = tuple(patch_voxels)
+        self.grid = patch_grid(crop_voxels, patch_voxels)
+
+    @abstractmethod
+    def predict(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Voxels of all patches, and what the encoder says: [B, L, P] in units of the target, and [B, K, D].
+
+        Args:
+            image: [B, C, Z, Y, X], normalised, in the type of the weights. Hidden voxels are in it: hide them.
+            hidden: bool [B, L].
+        """
+
+    def answer(self, image: Tensor, hidden: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `predict` says of the patches at `places` [B, M], None for all: [B, M, P]; and [B, K, D].
+
+        For networks that can save what the others would cost.
+        """
+        prediction, tokens = self.predict(image, hidden)
+        return take(prediction, places), tokens
+
+    def forward(
+        self, image: Tensor, hidden: Tensor, valid: Tensor | None = None, predicted: Tensor | None = None
+    ) -> ReconstructionOutput:
+        """Predict the hidden patches and measure the error.
+
+        Args:
+            image: [B, C, Z, Y, X], normalised; any float type, the loss is computed in fp32.
+            hidden: bool [B, L], as many True in each row, on the CPU.
+            valid: bool [B, 1, Z, Y, X] or None for all; voxels that are not valid are no target.
+            predicted: bool [B, L] on the CPU, the hidden patches that count; None for all of them.
+        """
+        visible = chosen_indices(~hidden).to(image.device, non_blocking=True)  # [B, K]
+        places = None  # all
+        if self.config.loss_on == "masked" or predicted is not None:
+            counted = chosen_indices(counted_patches(hidden, predicted, self.config))
+            places = counted.to(image.device, non_blocking=True)  # [B, M]
+        answers, tokens = self.answer(self._as_weights(image), hidden.to(image.device, non_blocking=True), places)
+        return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, hidden: Tensor) -> Reconstruction:
+        """Pictures of what was shown and what was predicted, in the image's units."""
+        hidden = hidden.to(image.device)
+        prediction, _ = self.answer(self._as_weights(image), hidden, None)
+        return reconstruction_pictures(prediction, image, hidden, self.config, self.patch_voxels, self.grid)
+
+    def _as_weights(self, image: Tensor) -> Tensor:
+        return image.to(next(self.parameters()).dtype)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -19,13 +18,10 @@ from mimscale import console, durable
 from mimscale.config import config_tree, differing_keys
 from mimscale.errors import CheckpointError
 from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION, WEIGHTS_FILE, read_contract
-from mimscale.models.positions import resize_table
+from mimscale.models.encoder import END, Encoder
 from mimscale.models.tensor_file import write_tensors
-from mimscale.models.vit import Vit
 
-ENCODER = "encoder."  # what every model here calls its Vit
-PROJECTION = "encoder.projection.weight"
-POSITIONS = "encoder.positions"
+ENCODER = "encoder."  # what every model here calls its encoder
 TRAINING_ONLY = ("drop_path", "checkpoint_activations")  # may differ: weights mean the same
 ALWAYS_ALIKE = ("dim", "heads", "mlp_ratio", "mlp")
 
@@ -37,12 +33,14 @@ class TransferReport:
     source: str  # what messages call the weights
     loaded: list[str] = field(default_factory=list)  # copied as they are
     adapted: dict[str, str] = field(default_factory=dict)  # copied after a change, which the value describes
-    missing: dict[str, str] = field(default_factory=dict)  # encoder tensors that keep their start values, and why
-    unused: list[str] = field(default_factory=list)  # source tensors without a place in the encoder (a decoder's)
+    missing: dict[str, str] = field(
+        default_factory=dict
+    )  # tensors that should come and keep their start values, and why
+    unused: list[str] = field(default_factory=list)  # source tensors without a place in the model (a decoder's)
 
     @property
     def is_complete(self) -> bool:
-        """True when every encoder tensor came from the source."""
+        """True when every tensor that should came from the source."""
         return not self.missing
 
     def show(self) -> None:
@@ -63,16 +61,16 @@ def load_encoder(
     strict: bool = True,
     source: str = "the given weights",
 ) -> TransferReport:
-    """Copy the encoder's weights into `model.encoder`, before an engine shards it.
+    """Copy the encoder's weights, and other parts that the model names, into a model before an engine shards it.
 
     A projection of one channel becomes one of N (repeated, divided by N: N equal channels give the same features). A
     learned position table is interpolated to the model's grid. Everything else must fit as it is.
 
     Args:
-        model: has a `Vit` called `encoder`.
+        model: has an `Encoder` called `encoder`; `transferred`, if it has that, names further parts that come over.
         tensors: by name, as in the state dict of any of our models.
         contract: of the source; its `model`, `patch_voxels` and `channels` are compared with the model's.
-        strict: anything less than the whole encoder is an error; otherwise what fits is loaded and the rest reported,
+        strict: anything less than the whole is an error; otherwise what fits is loaded and the rest reported,
             but dim, heads and MLP must agree: without them no weight keeps its meaning.
         source: what messages call the weights.
 
@@ -80,34 +78,49 @@ def load_encoder(
         CheckpointError: another architecture, or, if strict, a tensor that does not fit. The model is untouched then.
     """
     encoder = model.encoder
-    assert isinstance(encoder, Vit), "a model that takes an encoder has a Vit of that name"
+    assert isinstance(encoder, Encoder), "a model that takes an encoder has one of that name"
     _check_architecture(encoder, contract, source, strict=strict)
-    report = TransferReport(source, unused=[name for name in tensors if not name.startswith(ENCODER)])
+    report = TransferReport(source)
     fitting: dict[str, Tensor] = {}
-    targets = {ENCODER + name: value for name, value in encoder.state_dict().items()}
+    parts = transferred_parts(model)
+    targets = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
     for name, target in targets.items():
         found = tensors.get(name)
         if found is None:
             report.missing[name] = "not in the source"
             continue
-        tensor, change = _adapted(name, found, target.shape, encoder, contract)
+        tensor, change = found, ""
+        if found.shape != target.shape and name.startswith(ENCODER):
+            tensor, change = encoder.adapted(name.removeprefix(ENCODER), found, int(contract["channels"]))
         if tensor.shape != target.shape:
             report.missing[name] = f"{list(found.shape)} in the source, {list(target.shape)} in the model{change}"
             continue
-        fitting[name.removeprefix(ENCODER)] = tensor
+        fitting[name] = tensor
         if change:
             report.adapted[name] = change
         else:
             report.loaded.append(name)
-    report.unused.extend(name for name in tensors if name.startswith(ENCODER) and name not in targets)
+    report.unused.extend(name for name in tensors if name not in targets)
     if strict and not report.is_complete:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in report.missing.items())
         raise CheckpointError(
-            f"{source}: {len(report.missing)} of the encoder's {len(targets)} tensors cannot be loaded\n{reasons}\n"
+            f"{source}: {len(report.missing)} of the {' and '.join(part[:-1] for part in parts)}'s {len(targets)} "
+            f"tensors cannot be loaded\n{reasons}\n"
             f"give the model the architecture and the patch of the source: {_summary(contract)}"
         )
-    encoder.load_state_dict(fitting, strict=False)
+    model.load_state_dict(fitting, strict=False)
     return report
+
+
+def transferred_parts(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of weights that come from pretraining: the encoder's, and others that the model names."""
+    return (ENCODER, *getattr(model, "transferred", ()))
+
+
+def start_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights that `load_encoder` would replace, without the encoder's embedding."""
+    beginnings = (*(ENCODER + end for end in END), *transferred_parts(model)[1:])
+    return {name: value.clone() for name, value in model.state_dict().items() if name.startswith(beginnings)}
 
 
 def save_weights(folder: Path, tensors: dict[str, Tensor], contract: dict[str, Any]) -> None:
@@ -143,11 +156,12 @@ def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{weights}: damaged ({error}); export the weights again") from None
 
 
-def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, strict: bool) -> None:
+def _check_architecture(encoder: Encoder, contract: dict[str, Any], source: str, *, strict: bool) -> None:
     missing = [key for key in ("model", "patch_voxels", "channels") if key not in contract]
     if missing:
         raise CheckpointError(f"{source}: its contract lacks {', '.join(missing)}; export the weights again")
-    theirs = _architecture(contract["model"], contract["patch_voxels"], strict=strict)
+    fixed_patch = encoder.patch_voxels is not None
+    theirs = _architecture(contract["model"], contract["patch_voxels"] if fixed_patch else None, strict=strict)
     ours = _architecture(config_tree(encoder.config), encoder.patch_voxels, strict=strict)
     differences = differing_keys(theirs, ours)
     if differences:
@@ -158,33 +172,16 @@ def _check_architecture(encoder: Vit, contract: dict[str, Any], source: str, *, 
         )
 
 
-def _architecture(model: dict[str, Any], patch_voxels: Sequence[int], *, strict: bool) -> dict[str, Any]:
+def _architecture(model: dict[str, Any], patch_voxels: Sequence[int] | None, *, strict: bool) -> dict[str, Any]:
     """What must agree between source and model, under the keys that a user writes."""
-    model = {"mlp": "gelu"} | model  # what encoders were before there was a choice
+    if "heads" in model:
+        model = {"mlp": "gelu"} | model  # what encoders were before there was a choice
     if not strict:
         return {f"model.{key}": model.get(key) for key in ALWAYS_ALIKE}
     tree = {f"model.{key}": value for key, value in model.items() if key not in TRAINING_ONLY}
     # The start value of a layer scale does not matter, the trained ones are loaded; whether there is one does.
     tree["model.layer_scale"] = "none" if model.get("layer_scale") is None else "trained"
-    return {**tree, "patch_voxels": list(patch_voxels)}
-
-
-def _adapted(
-    name: str, tensor: Tensor, shape: Sequence[int], encoder: Vit, contract: dict[str, Any]
-) -> tuple[Tensor, str]:
-    """The tensor as the model needs it, and what was changed; with another shape still when no rule applies."""
-    if tensor.shape == torch.Size(shape):
-        return tensor, ""
-    channels = int(contract["channels"])
-    if name == PROJECTION and channels != encoder.channels:
-        if channels != 1:
-            return tensor, f" ({channels} -> {encoder.channels} channels; only 1 -> N is defined)"
-        # The channel runs fastest in a patch, so each column is repeated in place.
-        return tensor.repeat_interleave(encoder.channels, dim=1) / encoder.channels, f"1 -> {encoder.channels} channels"
-    if name == POSITIONS and tensor.ndim == 4:
-        grids = f"{' x '.join(map(str, tensor.shape[:3]))} -> {' x '.join(map(str, encoder.grid))} patches"
-        return resize_table(tensor, encoder.grid), f"interpolated, {grids}"
-    return tensor, ""
+    return tree if patch_voxels is None else {**tree, "patch_voxels": list(patch_voxels)}
 
 
 def _summary(contract: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mimscale.models.config import VitConfig, patch_grid
+from mimscale.models.encoder import Encoder, spread_channel
 from mimscale.models.patches import patchify, take
-from mimscale.models.positions import add_positions, angles, grid_coordinates, rotate, sincos_table
+from mimscale.models.positions import add_positions, angles, grid_coordinates, resize_table, rotate, sincos_table
 
 
 class PatchProjection(nn.Linear):
@@ -121,9 +122,11 @@ class Block(nn.Module):
         return out
 
 
-class Vit(nn.Module):
-    """The encoder of every model here. Its weights carry the same names whatever stands behind it."""
+class Vit(Encoder):
+    """A plain vision transformer."""
 
+    config: VitConfig
+    patch_voxels: tuple[int, ...]
     coordinates: Tensor
     positions: Tensor | None
 
@@ -131,13 +134,10 @@ class Vit(nn.Module):
         self, config: VitConfig, *, crop_voxels: Sequence[int], patch_voxels: Sequence[int], channels: int
     ) -> None:
         """Raises ValueError when the crop does not divide into patches."""
-        super().__init__()
-        self.config = config
-        self.patch_voxels = tuple(patch_voxels)
+        super().__init__(config, channels, patch_voxels)
         self.grid = patch_grid(crop_voxels, patch_voxels)
-        self.channels = channels
         self.projection = PatchProjection(math.prod(patch_voxels) * channels, config.dim)
-        if config.positions == "learned":
+        if config.learns_positions:
             # The table keeps the shape of its grid, so that it can be resized without being told. Small beside tokens.
             self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(*self.grid, config.dim), std=0.02))
         elif config.positions == "sincos":
@@ -182,6 +182,15 @@ class Vit(nn.Module):
                 kept[number] = tokens
         return self.norm(tokens), [kept[number] for number in keep]
 
+    def adapted(self, name: str, tensor: Tensor, channels: int) -> tuple[Tensor, str]:
+        """A projection of one channel becomes one of N, and a learned table of positions is interpolated."""
+        if name == "projection.weight" and channels != self.channels:
+            return spread_channel(tensor, channels, self.channels)
+        if name == "positions" and tensor.ndim == 4:
+            grids = f"{' x '.join(map(str, tensor.shape[:3]))} -> {' x '.join(map(str, self.grid))} patches"
+            return resize_table(tensor, self.grid), f"interpolated, {grids}"
+        return tensor, ""
+
     def _embed(self, volume: Tensor, visible: Tensor | None, masked: tuple[Tensor, Tensor] | None) -> Tensor:
         patches = patchify(volume, self.patch_voxels)  # [B, L, P]
         if visible is not None:
@@ -194,7 +203,7 @@ class Vit(nn.Module):
         return tokens if self.positions is None else add_positions(tokens, self.positions, visible)
 
     def _turns(self, visible: Tensor | None) -> Tensor | None:
-        if self.config.positions != "rope":
+        if not self.config.rotates:
             return None
         coordinates = self.coordinates[None] if visible is None else self.coordinates[visible]  # [B or 1, K, 3]
         return angles(coordinates, self.config.dim // self.config.heads)
@@ -204,4 +213,5 @@ def init_linear(module: nn.Module) -> None:
     """Xavier weights and zero biases, as in MAE (He et al. 2022, arXiv:2111.06377, appendix A)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

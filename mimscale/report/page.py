@@ -13,6 +13,7 @@ from mimscale.report.charts import dice_chart, loss_chart, throughput_chart, yar
 from mimscale.report.data import StoreFacts
 from mimscale.report.facts import WARM_UP_STEPS, RunFacts
 from mimscale.report.pictures import legend, reconstruction_picture, segmentation_picture
+from mimscale.train.method import predicts_voxels
 
 NOTHING = "n/a"
 
@@ -120,7 +121,7 @@ def _pretrain_view(runs: Sequence[RunFacts], origins: dict[str, str | None], fol
             {
                 "name": run.name,
                 "path": run.run.path,
-                "reconstructs": run.config.get("method", "mae") != "simclr",
+                "reconstructs": predicts_voxels(run.config),
                 "reconstruction": _reconstruction(run.scores) if run.scores else None,
                 "pictures": reconstruction_pictures(run, origins, folder),
             }

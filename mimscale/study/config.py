@@ -2,7 +2,8 @@
 
 A value `@NAME` anywhere in a config stands for the folder of the data called NAME, `@NAME/dataset.json` for a file
 in it. Keys of `settings`, `config` and `may_differ` are written with dots: `pretrain.mask.ratio`, `finetune.optim.lr`,
-`evaluate.overlap`; `both.patch_voxels` means pretraining and fine-tuning.
+`evaluate.overlap`; `both.patch_voxels` means pretraining and fine-tuning, `finetune.recipe` puts another recipe below
+all of them.
 """
 
 import copy

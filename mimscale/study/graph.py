@@ -14,6 +14,7 @@ from mimscale.config import parse_yaml, recipe_text, tree_hash
 from mimscale.errors import ConfigError
 from mimscale.study.config import ArmConfig, ExperimentConfig, StudyConfig, merged
 from mimscale.study.matched import is_matched, steps_in_time_of
+from mimscale.train.method import predicts_voxels
 
 Verb = Literal["cohort", "ingest", "pretrain", "finetune", "evaluate"]
 
@@ -162,7 +163,7 @@ def expand(config: StudyConfig) -> Graph:
     pictures = []
     for node_id in pictured.values() if config.reconstructions else ():
         node = builder.nodes[node_id]
-        if node.config.get("method", "mae") != "simclr":  # which reconstructs nothing
+        if predicts_voxels(node.config):
             label = node.label.replace("pretrain", "reconstruct", 1)
             pictures.append(builder.add("evaluate", label, {"crops": 1, "pictures": 2}, (node_id,)))
     return Graph(nodes=builder.nodes, trials=tuple(trials), data=dict(builder.data), reconstructions=tuple(pictures))
@@ -199,12 +200,14 @@ def _stage_tree(
 ) -> dict[str, Any]:
     base = config.pretrain if stage == "pretrain" else config.finetune
     own = arm.pretrain if stage == "pretrain" else arm.finetune
-    tree = merged(_recipe(base.recipe), base.config, own or {})
+    tree = merged(base.config, own or {})
     for key, value in keys.items():
         which, _, rest = key.partition(".")
         if which in (stage, "both"):
             tree = merged(tree, _nested(rest, value))
-    return {**tree, "seed": seed}
+    # Another encoder has other keys in `model`: then not only keys but the recipe below them is another one.
+    recipe = tree.pop("recipe", base.recipe)
+    return {**merged(_recipe(recipe), tree), "seed": seed}
 
 
 def _evaluation(config: StudyConfig, keys: dict[str, Any]) -> dict[str, Any]:

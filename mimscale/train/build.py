@@ -4,39 +4,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mimscale.config import config_tree, tree_hash
-from mimscale.models.mae import MaskedAutoencoder
-from mimscale.models.simclr import Simclr
-from mimscale.models.simmim import Simmim
 from mimscale.store.layout import StoreInfo
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 
 if TYPE_CHECKING:
-    from mimscale.models.probe import LinearProbe
-    from mimscale.models.unetr import Unetr
+    from torch import nn
 
 
-def build_pretrain(config: PretrainConfig, channels: int) -> MaskedAutoencoder | Simmim | Simclr:
+def build_pretrain(config: PretrainConfig, channels: int) -> "nn.Module":
     """The network of a pretraining run: an encoder, and what its method needs around it."""
-    crop, patch = config.crop_voxels, config.patch_voxels
-    match config.method:
-        case "mae":
-            return MaskedAutoencoder(config.model, config.mae, crop_voxels=crop, patch_voxels=patch, channels=channels)
-        case "simmim":
-            return Simmim(config.model, config.simmim, crop_voxels=crop, patch_voxels=patch, channels=channels)
-        case "simclr":
-            return Simclr(config.model, config.simclr, crop_voxels=crop, patch_voxels=patch, channels=channels)
+    return config.network.build(config, channels)
 
 
-def build_segmenter(config: FinetuneConfig, channels: int) -> "Unetr | LinearProbe":
+def build_segmenter(config: FinetuneConfig, channels: int) -> "nn.Module":
     """The network of a fine-tuning run."""
-    # They bring MONAI, which takes half of all imports, and pretraining needs none.
-    from mimscale.models.probe import LinearProbe
-    from mimscale.models.unetr import Unetr
-
-    kind = Unetr if config.head == "unetr" else LinearProbe
-    model = kind(
-        config.model, config.unetr, crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels
-    )
+    model = config.network.build(config, channels)
     # So its backward pass is not computed at all, and it has no optimizer state.
     model.encoder.requires_grad_(config.optim.schedule != "frozen")
     return model
@@ -59,11 +41,8 @@ def weights_contract(
     resampled to.
     """
     tree = config_tree(config)
-    parts = (
-        ("model", "method", tree["method"])
-        if isinstance(config, PretrainConfig)
-        else ("model", "head", "unetr", "regions")
-    )
+    wanted = ["model", *(("method",) if isinstance(config, PretrainConfig) else ("head", "unetr", "regions"))]
+    parts = dict.fromkeys([*wanted, *((config.network.name,) if config.network.settings is not None else ())])
     labelled = isinstance(config, FinetuneConfig) and overlay is not None
     return {
         "contract_version": 1,

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimscale.config import build_config, require_positive
 from mimscale.errors import ConfigError
 from mimscale.models.config import (
+    EncoderConfig,
     MaeConfig,
     MaskConfig,
     SimclrConfig,
@@ -16,8 +17,14 @@ from mimscale.models.config import (
     VitConfig,
 )
 from mimscale.stream.config import AugmentConfig, StreamConfig
+from mimscale.train.method import Head, Method, Network, find_head, find_method, with_keys_of
 from mimscale.train.retention import higher_is_better
 from mimscale.train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    Encoder = EncoderConfig
+else:
+    Encoder = VitConfig  # what `model` is parsed as; `variant` puts the class of another encoder in its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +194,7 @@ class RunConfig:
     seed: int = 0  # of weights, order, crops and masks
     modality: str | None = None  # only volumes of this modality
     stop_after_min: float | None = None  # save and leave after this long (before a time limit), as if signalled
-    model: VitConfig = field(default_factory=VitConfig)
+    model: Encoder = field(default_factory=VitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -221,13 +228,18 @@ class RunConfig:
                 f"validation.every_steps={every_steps}"
             )
 
+    @property
+    def network(self) -> Network[Any]:
+        """What the run trains."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """`mimscale pretrain`."""
 
-    method: Literal["mae", "simmim", "simclr"] = "mae"  # the block of that name holds its settings
-    mask: MaskConfig = field(default_factory=MaskConfig)  # of mae and simmim
+    method: str = "mae"  # mae, simmim, simclr ... or module:OBJECT; the block of its name holds its settings
+    mask: MaskConfig = field(default_factory=MaskConfig)  # of methods that hide voxels
     mae: MaeConfig = field(default_factory=MaeConfig)
     simmim: SimmimConfig = field(default_factory=SimmimConfig)
     simclr: SimclrConfig = field(default_factory=SimclrConfig)
@@ -235,10 +247,25 @@ class PretrainConfig(RunConfig):
 
     kind: Literal["pretrain"] = "pretrain"
 
+    @classmethod
+    def variant(cls, tree: dict[str, Any]) -> "type[PretrainConfig]":
+        """The class with the keys that the tree's method has.
+
+        Raises:
+            ConfigError: there is no such method.
+        """
+        return with_keys_of(cls, find_method(str(tree.get("method", "mae"))))
+
+    @property
+    def network(self) -> Method:
+        """The method."""
+        return find_method(self.method)
+
     @property
     def target(self) -> TargetConfig | None:
         """What voxels are predicted; None where the method predicts none."""
-        return {"mae": self.mae, "simmim": self.simmim}.get(self.method)
+        settings = getattr(self, self.network.name, None)
+        return settings if isinstance(settings, TargetConfig) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +279,24 @@ class FinetuneConfig(RunConfig):
     init_from: Path | None = None  # a pretraining run, or a folder that `mimscale export` made; null: from scratch
     # random: a control arm. Of `init_from` only the embedding stays, all blocks start as from scratch
     init_blocks: Literal["pretrained", "random"] = "pretrained"
-    head: Literal["unetr", "linear"] = "unetr"  # linear: one layer on each token and interpolation, a probe
+    head: str = "unetr"  # unetr, linear (a probe) ... or module:OBJECT
     unetr: UnetrConfig
 
     kind: Literal["finetune"] = "finetune"
+
+    @classmethod
+    def variant(cls, tree: dict[str, Any]) -> "type[FinetuneConfig]":
+        """The class with the keys that the tree's head has.
+
+        Raises:
+            ConfigError: there is no such head.
+        """
+        return with_keys_of(cls, find_head(str(tree.get("head", "unetr"))))
+
+    @property
+    def network(self) -> Head:
+        """The head, with its encoder."""
+        return find_head(self.head)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,7 +351,7 @@ def accumulation(config: RunConfig, world_size: int) -> int:
 
     Raises:
         ConfigError: the global batch does not divide among the ranks; the legal rank counts are listed. Or the crops
-            that SimCLR computes at once are not those that it is to tell apart.
+            that are computed at once are not those that the method needs at once.
     """
     if config.global_batch % (config.micro_batch * world_size):
         micro_batches = config.global_batch // config.micro_batch
@@ -319,14 +360,10 @@ def accumulation(config: RunConfig, world_size: int) -> int:
             f"global_batch={config.global_batch} with micro_batch={config.micro_batch} does not divide among "
             f"{world_size} ranks; legal rank counts are {', '.join(map(str, legal))}"
         )
-    if isinstance(config, PretrainConfig) and config.method == "simclr":
-        pool_crops, at_once = config.simclr.pool_crops or config.global_batch, config.micro_batch * world_size
-        if at_once != pool_crops:
-            raise ConfigError(
-                f"simclr.pool_crops={config.simclr.pool_crops}: {pool_crops} crops are to be told apart, but "
-                f"micro_batch={config.micro_batch} on {world_size} rank(s) computes {at_once} at once; set "
-                f"micro_batch={pool_crops / world_size:g}, or simclr.pool_crops={at_once} (another loss)"
-            )
+    if isinstance(config, PretrainConfig):
+        problem = config.network.problem_of_ranks(config, world_size)
+        if problem is not None:
+            raise ConfigError(problem)
     return config.global_batch // (config.micro_batch * world_size)
 
 

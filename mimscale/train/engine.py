@@ -4,6 +4,7 @@ An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward`
 """
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_fp32_param
@@ -113,6 +115,21 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(dynamic=False)
 
 
+def import_muon_without_compiler() -> None:
+    """Import what DeepSpeed looks into at each start, its Muon optimizer, without torch's compiler.
+
+    A decorator there would have the whole compiler imported, which takes longer than torch, DeepSpeed and mimscale
+    together. Nobody here uses Muon, and it works without being compiled.
+    """
+    original = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # another DeepSpeed may have it elsewhere
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = original
+
+
 def leave_ranks() -> None:
     """Leave the process group."""
     if distributed.is_initialized():
@@ -151,7 +168,7 @@ class Engine:
             torch.use_deterministic_algorithms(True)
         if config.engine.compile_blocks:
             compile_blocks(model)
-        optimizer = adamw(model, config.optim, config.model.depth)
+        optimizer = adamw(model, config.optim, config.model.layers)
         self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
         if self.zero_stage == 0 and self._leaves_out:
             optimizer.register_step_pre_hook(self._leave_out_stage_0)
@@ -163,6 +180,7 @@ class Engine:
             world_size=ranks.world.size,
             leave_out_bad_updates=self._leaves_out,
         )
+        import_muon_without_compiler()
         with contextlib.redirect_stdout(sys.stderr):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=tree, dist_init_required=False

@@ -1,4 +1,4 @@
-"""`mimscale finetune`: a UNETR learns to segment, from a pretrained encoder or from scratch, by the same plan."""
+"""`mimscale finetune`: a network learns to segment, from a pretrained encoder or from scratch, by the same plan."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from mimscale.console import say
 from mimscale.errors import DataError
 from mimscale.models.prior import set_class_prior, set_region_prior
-from mimscale.models.probe import LinearProbe
-from mimscale.models.transfer import load_encoder, load_weights
-from mimscale.models.unetr import Unetr
+from mimscale.models.transfer import load_encoder, load_weights, start_weights
 from mimscale.store.layout import read_info
 from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
@@ -22,7 +20,13 @@ from mimscale.stream.device import labels, normalise
 from mimscale.train.build import build_segmenter
 from mimscale.train.committed import newest
 from mimscale.train.config import FinetuneConfig
-from mimscale.train.losses import dice_binary_cross_entropy, dice_cross_entropy, overlap_counts, region_overlap_counts
+from mimscale.train.losses import (
+    deeply_supervised,
+    dice_binary_cross_entropy,
+    dice_cross_entropy,
+    overlap_counts,
+    region_overlap_counts,
+)
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
 from mimscale.train.training_data import TrainingData
@@ -46,7 +50,6 @@ class Segmentation:
             CheckpointError: `init_from` has no usable checkpoint, or less than the whole encoder would load.
             DataError: a label that the model has no class for.
         """
-        assert isinstance(model, Unetr | LinearProbe)
         self._set_prior(model, data)
         source = self._config.init_from
         if source is None:
@@ -56,24 +59,25 @@ class Segmentation:
         # Rank 0 chooses: while the source still trains, another rank might find a newer checkpoint.
         folder = ranks.first_does(lambda: _weights_folder(source))
         tensors, contract = load_weights(folder)
-        blocks = nn.ModuleList([model.encoder.blocks, model.encoder.norm])
-        random = {name: value.clone() for name, value in blocks.state_dict().items()}
+        random = start_weights(model)
         report = load_encoder(model, tensors, contract, source=str(source))
         if self._config.init_blocks == "random":
-            blocks.load_state_dict(random)
+            model.load_state_dict(random, strict=False)
         if ranks.is_first:
             report.show()
             if self._config.init_blocks == "random":
                 say("init_blocks=random: only the embedding was kept, all blocks start from random weights")
 
-    def _set_prior(self, model: Unetr | LinearProbe, data: TrainingData) -> None:
+    def _set_prior(self, model: nn.Module, data: TrainingData) -> None:
+        bias = model.output_bias
+        assert isinstance(bias, Tensor), "a network that segments says where its prior goes"
         names, voxels = self._class_voxels(data)
         if self._config.regions is None:
-            set_class_prior(model.output_bias, voxels)
+            set_class_prior(bias, voxels)
             return
         shares = torch.tensor(voxels) / max(sum(voxels), 1)
         members = classes_of_region(self._config.regions, names)[:, : len(names)]
-        set_region_prior(model.output_bias, (members.float() @ shares).tolist())
+        set_region_prior(bias, (members.float() @ shares).tolist())
 
     def _class_voxels(self, data: TrainingData) -> tuple[list[str], list[float]]:
         """Names of the overlay's classes, and how many training voxels each has."""
@@ -100,7 +104,10 @@ class Segmentation:
         """[] Dice and cross-entropy, of classes or of regions."""
         image, label, _ = augment_batch(batch, labels(batch), *normalise(batch), self._config.augment)
         assert label is not None
-        return self._criterion(forward(image), label)
+        scores = forward(image)
+        if isinstance(scores, Tensor):
+            return self._criterion(scores, label)
+        return deeply_supervised(self._criterion, scores, label)
 
     def _criterion(self, logits: Tensor, label: Tensor) -> Tensor:
         if self._members is None:

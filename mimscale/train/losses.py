@@ -3,6 +3,8 @@
 B batch | K classes, background included | Z Y X volume, voxels
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +63,24 @@ def dice_binary_cross_entropy(logits: Tensor, label: Tensor, classes_of_region: 
     voxel_loss = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * counted
     cross_entropy = voxel_loss.sum(voxels) / counted.sum(voxels).clamp(min=1)
     return dice.mean() + cross_entropy.mean()
+
+
+def deeply_supervised(criterion: Callable[[Tensor, Tensor], Tensor], scores: Sequence[Tensor], label: Tensor) -> Tensor:
+    """The loss of scores at several resolutions, each counting half of the one before, as in nnU-Net.
+
+    Args:
+        criterion: of scores [B, K, ...] and a label [B, ...] of their resolution.
+        scores: [B, K, Z, Y, X], then coarser ones.
+        label: [B, Z, Y, X]; the coarser ones are met by its nearest voxels, so that classes stay what they are.
+    """
+    shares = [0.5**place for place in range(len(scores))]
+    total = torch.zeros((), device=label.device)
+    for share, one in zip(shares, scores, strict=True):
+        coarse = label
+        if one.shape[2:] != label.shape[1:]:
+            coarse = F.interpolate(label[:, None].float(), size=one.shape[2:], mode="nearest")[:, 0].to(label.dtype)
+        total = total + share / sum(shares) * criterion(one, coarse)
+    return total
 
 
 def region_target(label: Tensor, classes_of_region: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,21 +4,12 @@ Follows what DeepSpeed 0.19.8 allocates, which is more than the 16 bytes a param
 (arXiv:1910.02054, sec. 3.1): buckets, flattened copies, and weights that stage 3 has gathered.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from mimscale.models.activations import (
-    Activations,
-    encoder_activations,
-    mae_activations,
-    simmim_activations,
-    unetr_activations,
-)
-from mimscale.models.config import patch_grid
-from mimscale.models.flops import answered_patches
-from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+from mimscale.models.activations import Activations
+from mimscale.train.config import FinetuneConfig, RunConfig
 from mimscale.train.deepspeed_config import LIVE_PARAMETERS, PERSISTENT_BELOW_ELEMENTS, copies_no_gradients
-from mimscale.train.size import BYTES_OF_ADAM, BYTES_OF_MASTER, parameter_sizes, visible_and_decoded
+from mimscale.train.size import BYTES_OF_ADAM, BYTES_OF_MASTER, parameter_sizes
 
 _FP32 = 4
 _ALL_REDUCE_ELEMENTS = 500_000_000  # stage 0 flattens gradients in pieces of this
@@ -114,41 +105,7 @@ def estimate_memory(
 
 def run_activations(config: RunConfig, width: int, channels: int = 1) -> Activations:
     """What one sample keeps for the backward pass."""
-    crop, patch = config.crop_voxels, config.patch_voxels
-    L, P = math.prod(patch_grid(crop, patch)), math.prod(patch) * channels
-    whole = encoder_activations(config.model, numbers_a_patch=P, tokens=L, width=width)
-    if isinstance(config, FinetuneConfig):
-        if config.head == "linear":
-            voxels = math.prod(crop) * config.unetr.num_classes * _FP32
-            return replace(whole, kept=whole.kept + 4 * voxels, transient=2 * voxels)
-        return unetr_activations(
-            config.model, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels, width=width
-        )
-    assert isinstance(config, PretrainConfig)
-    ratio = (config.mask.ratio_range or (config.mask.ratio,))[0]
-    match config.method:
-        case "mae":
-            visible, decoded = visible_and_decoded(config, ratio)
-            one = mae_activations(
-                config.model,
-                config.mae,
-                numbers_a_patch=P,
-                visible_patches=visible,
-                decoded_patches=decoded,
-                width=width,
-            )
-            return _times(one, config.mask.repeats)
-        case "simmim":
-            answered = answered_patches(config.simmim, *visible_and_decoded(config, ratio))
-            one = simmim_activations(config.model, numbers_a_patch=P, patches=L, answered_patches=answered, width=width)
-            return _times(one, config.mask.repeats)
-        case "simclr":
-            return _times(whole, 2)
-
-
-def _times(one: Activations, times: int) -> Activations:
-    """Of several masks or views of a sample."""
-    return Activations(kept=times * one.kept, transient=times * one.transient, recomputed=times * one.recomputed)
+    return config.network.activations(config, width, channels)
 
 
 def batch_bytes(config: RunConfig, channels: int = 1) -> int:

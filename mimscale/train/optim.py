@@ -108,7 +108,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, depth: int) -> list[
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_decayed = parameter.ndim > 1 and not name.endswith(("token", "positions"))
+        is_decayed = parameter.ndim > 1 and not name.endswith(("token", "positions", "position_bias_table"))
         # Only a schedule tells encoder and head apart: one that does not leaves them in one group.
         is_encoder = config.schedule == "sawtooth" and name.startswith("encoder.")
         grouped[lr_scale(name, config, depth), is_encoder, is_decayed].append(parameter)

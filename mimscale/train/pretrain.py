@@ -1,4 +1,4 @@
-"""`mimscale pretrain` with MAE or SimMIM: predict hidden patches of unlabelled volumes."""
+"""`mimscale pretrain` with a method that hides voxels: predict them, on unlabelled volumes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,6 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import labels, normalise, without_excluded
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
-from mimscale.train.contrast import Contrast
 from mimscale.train.ranks import Ranks
 from mimscale.train.session import Objective
 from mimscale.train.training_data import TrainingData
@@ -24,11 +23,11 @@ from mimscale.train.yardsticks import yardstick_metrics, yardstick_sums
 
 def pretrain_objective(config: PretrainConfig) -> Objective:
     """The objective of a method."""
-    return Contrast(config) if config.method == "simclr" else MaskedReconstruction(config)
+    return config.network.objective(config)
 
 
 class MaskedReconstruction:
-    """Objective of MAE and SimMIM: predict the voxels of hidden patches."""
+    """Objective of MAE, SimMIM and the like: predict the voxels of hidden patches."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self._config = config

@@ -1,25 +1,15 @@
-"""How large a run is: weights, products, a checkpoint. Estimates for login nodes, without torch.
+"""How large a run is: weights, FLOPs, a checkpoint. Estimates for login nodes, without torch.
 
-D embedding | E embedding of the decoder | L patches a crop | F feature_size
+D embedding | L patches a crop
 """
 
 import math
 from dataclasses import replace
 
-from mimscale.models.config import VitConfig, mask_grid, patch_grid, unetr_halvings, upsampling_strides
-from mimscale.models.flops import (
-    CropShape,
-    Product,
-    answered_patches,
-    mae_products,
-    probe_products,
-    repeated,
-    simclr_products,
-    simmim_products,
-    unetr_products,
-)
+from mimscale.models.config import mask_grid, patch_grid
+from mimscale.models.flops import CropShape, Flops
 from mimscale.models.masking import hidden_units
-from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+from mimscale.train.config import PretrainConfig, RunConfig
 
 BYTES_OF_ADAM = 8  # two moments in fp32
 BYTES_OF_MASTER = 4  # ZeRO's own fp32 copy of the weights
@@ -34,14 +24,17 @@ def count_parameters(config: RunConfig, channels: int = 1) -> int:
 
 def parameter_sizes(config: RunConfig, channels: int = 1) -> list[int]:
     """Numbers in each weight of the model that a run trains, in no particular order."""
-    sizes = _vit(config, channels)
-    numbers_a_patch = math.prod(config.patch_voxels) * channels
-    if isinstance(config, PretrainConfig):
-        sizes += _pretraining_head(config, numbers_a_patch)
-    if isinstance(config, FinetuneConfig):
-        linear = config.head == "linear"
-        sizes += _linear(config.model.dim, config.unetr.num_classes) if linear else _unetr_head(config, channels)
-    return sizes
+    return config.network.parameter_sizes(config, channels)
+
+
+def run_flops(config: RunConfig, channels: int = 1) -> dict[str, Flops]:
+    """Of one sample, by part of the network; with a range of mask ratios, at its middle."""
+    return config.network.flops(config, channels)
+
+
+def crop_shape(config: RunConfig, channels: int) -> CropShape:
+    """What the network is fed."""
+    return CropShape(crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels)
 
 
 def visible_patches(config: PretrainConfig, ratio: float) -> int:
@@ -57,29 +50,6 @@ def visible_and_decoded(config: PretrainConfig, ratio: float) -> tuple[int, int]
     visible = visible_patches(config, ratio)
     hidden = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) - visible
     return visible, visible + max(1, round(config.mask.predicted_share * hidden))
-
-
-def run_products(config: RunConfig, channels: int = 1) -> list[Product]:
-    """The matrix products of one sample; with a range of mask ratios, at its middle."""
-    shape = CropShape(crop_voxels=config.crop_voxels, patch_voxels=config.patch_voxels, channels=channels)
-    if isinstance(config, FinetuneConfig):
-        if config.head == "linear":
-            return probe_products(config.model, config.unetr, shape)
-        return unetr_products(config.model, config.unetr, shape)
-    assert isinstance(config, PretrainConfig)
-    ratios = config.mask.ratio_range or (config.mask.ratio,)
-    ratio = sum(ratios) / len(ratios)
-    match config.method:
-        case "mae":
-            visible, decoded = visible_and_decoded(config, ratio)
-            products = mae_products(config.model, config.mae, shape, visible_patches=visible, decoded_patches=decoded)
-            return repeated(products, config.mask.repeats)
-        case "simmim":
-            answered = answered_patches(config.simmim, *visible_and_decoded(config, ratio))
-            products = simmim_products(config.model, config.simmim, shape, answered_patches=answered)
-            return repeated(products, config.mask.repeats)
-        case "simclr":
-            return repeated(simclr_products(config.model, config.simclr, shape), 2)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -99,59 +69,3 @@ def _weight_file_bytes(config: RunConfig) -> int:
 
 def _state_bytes(config: RunConfig) -> int:
     return count_parameters(config) * (BYTES_OF_ADAM + BYTES_OF_MASTER)
-
-
-def _linear(inputs: int, outputs: int) -> list[int]:
-    return [inputs * outputs, outputs]
-
-
-def _block(vit: VitConfig) -> list[int]:
-    dim, rise = vit.dim, vit.mlp_dim * (2 if vit.mlp == "swiglu" else 1)
-    attention, mlp = _linear(dim, 3 * dim) + _linear(dim, dim), _linear(dim, rise) + _linear(vit.mlp_dim, dim)
-    return [*4 * [dim], *attention, *mlp, *(2 * [dim] if vit.layer_scale is not None else [])]
-
-
-def _pretraining_head(config: PretrainConfig, numbers_a_patch: int) -> list[int]:
-    """Everything but the encoder."""
-    D = config.model.dim
-    match config.method:
-        case "mae":
-            E, depth = config.mae.decoder_dim, config.mae.decoder_depth
-            blocks = depth * _block(VitConfig(dim=E, heads=config.mae.decoder_heads)) + (2 * [E] if depth else [])
-            return [*_linear(D, E), E, *blocks, *_linear(E, numbers_a_patch)]
-        case "simmim":
-            middle = _linear(D, D) if config.simmim.head == "mlp" else []
-            return [D, *middle, *_linear(D, numbers_a_patch)]
-        case "simclr":
-            width = config.simclr.hidden_dim
-            return _linear(D, width) + _linear(width, config.simclr.projection_dim)
-
-
-def _vit(config: RunConfig, channels: int) -> list[int]:
-    vit: VitConfig = config.model
-    table = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) * vit.dim
-    projection = _linear(math.prod(config.patch_voxels) * channels, vit.dim)
-    return [*projection, *([table] if vit.positions == "learned" else []), *vit.depth * _block(vit), vit.dim, vit.dim]
-
-
-def _residual(inputs: int, outputs: int) -> list[int]:
-    shortcut = [inputs * outputs] if inputs != outputs else []
-    return [27 * inputs * outputs, 27 * outputs * outputs, *shortcut]
-
-
-def _unetr_head(config: FinetuneConfig, channels: int) -> list[int]:
-    strides = upsampling_strides(unetr_halvings(config.patch_voxels))
-    levels = len(strides)
-    F, D = config.unetr.feature_size, config.model.dim
-    widths = [F * 2**level for level in range(levels)] + [D]
-    sizes = [*_residual(channels, F), *_linear(F, config.unetr.num_classes)]
-    for level in range(1, levels):
-        coarsest, *others = strides[level:][::-1]
-        width = widths[level]
-        sizes.append(D * width * math.prod(coarsest))
-        for stride in others:
-            sizes += [width * width * math.prod(stride), *_residual(width, width)]
-    for level in range(levels):
-        sizes.append(widths[level + 1] * widths[level] * math.prod(strides[level]))
-        sizes += _residual(2 * widths[level], widths[level])
-    return sizes

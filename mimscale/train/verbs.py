@@ -5,8 +5,7 @@ import sys
 
 from mimscale.config import config_yaml, load_verb_config, verb_parser
 from mimscale.errors import ConfigError
-from mimscale.models.config import mask_grid, patch_grid, unetr_halvings
-from mimscale.stream.config import AugmentConfig
+from mimscale.models.config import patch_grid
 from mimscale.stream.select import parse_attribute, parse_filter
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 
@@ -14,7 +13,7 @@ from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
 def pretrain_main(argv: list[str]) -> int:
     """`mimscale pretrain RECIPE store=STORE run_dir=DIR [key=value ...]`."""
     parser = verb_parser(
-        "pretrain", "Train an encoder without labels: MAE, SimMIM or SimCLR. An existing run_dir continues."
+        "pretrain", "Train an encoder without labels, by the recipe's method. An existing run_dir continues."
     )
     _add_flags(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -23,12 +22,11 @@ def pretrain_main(argv: list[str]) -> int:
     if arguments.check:
         sys.stdout.write(config_yaml(config))
         return 0
-    from mimscale.train.pretrain import pretrain_objective
     from mimscale.train.session import session_main
 
     return session_main(
         config,
-        pretrain_objective(config),
+        config.network.objective(config),
         fresh=arguments.fresh,
         fresh_data=arguments.fresh_data,
         as_json=arguments.json,
@@ -45,12 +43,11 @@ def finetune_main(argv: list[str]) -> int:
     if arguments.check:
         sys.stdout.write(config_yaml(config))
         return 0
-    from mimscale.train.finetune import Segmentation
     from mimscale.train.session import session_main
 
     return session_main(
         config,
-        Segmentation(config),
+        config.network.objective(config),
         fresh=arguments.fresh,
         fresh_data=arguments.fresh_data,
         as_json=arguments.json,
@@ -61,7 +58,7 @@ def check_run(config: RunConfig) -> None:
     """The rules between the parts of a config, all of them before anything is started.
 
     Raises:
-        ConfigError: crop, patch and mask do not fit each other, or the head cannot be built for the patch.
+        ConfigError: crop, patch and mask do not fit each other, or the method or head cannot be built for them.
     """
     problems = []
     try:
@@ -69,35 +66,11 @@ def check_run(config: RunConfig) -> None:
     except ValueError as error:
         problems.append(str(error))
     problems += _stream_problems(config)
-    if isinstance(config, PretrainConfig):
-        problems += _method_problems(config)
-        if config.optim.schedule != "full":
-            problems.append(
-                f"optim.schedule={config.optim.schedule}: is for fine-tuning; pretraining trains all weights"
-            )
-    try:
-        if isinstance(config, PretrainConfig):
-            mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
-        elif isinstance(config, FinetuneConfig) and config.head == "unetr":
-            unetr_halvings(config.patch_voxels)
-    except ValueError as error:
-        problems.append(str(error))
+    if isinstance(config, PretrainConfig) and config.optim.schedule != "full":
+        problems.append(f"optim.schedule={config.optim.schedule}: is for fine-tuning; pretraining trains all weights")
+    problems += config.network.problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _method_problems(config: PretrainConfig) -> list[str]:
-    if config.method != "simclr":
-        return []
-    problems = []
-    if config.augment == AugmentConfig():
-        problems.append(
-            "method=simclr: nothing is augmented, so the two views of a crop would be the same; set augment.*, as "
-            "recipe pretrain_simclr_vit_b does"
-        )
-    if config.exclude_overlay is not None:
-        problems.append(f"exclude_overlay={config.exclude_overlay}: method=simclr predicts no voxels; leave it out")
-    return problems
 
 
 def _stream_problems(config: RunConfig) -> list[str]:

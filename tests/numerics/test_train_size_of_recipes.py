@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.config import load_config
-from mimscale.models import mae, simmim
+from mimscale.models import mae, reconstruction
 from mimscale.models.config import patch_grid
-from mimscale.models.flops import count_flops
+from mimscale.models.flops import Flops
 from mimscale.train.build import build_pretrain, build_segmenter
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.losses import dice_cross_entropy
 from mimscale.train.memory import run_activations
-from mimscale.train.size import count_parameters, run_products, visible_patches
+from mimscale.train.size import count_parameters, run_flops, visible_patches
 
 RECIPES = {
     "ViT-B/16": (PretrainConfig, "pretrain_mae_vit_b", []),
@@ -52,7 +52,7 @@ def loss_of(model, config, monkeypatch):
     monkeypatch.setattr(mae, "visible_indices", lambda hidden: torch.zeros(CROPS, visible, dtype=torch.int64))
     monkeypatch.setattr(mae, "chosen_indices", lambda hidden: torch.zeros(CROPS, L - visible, dtype=torch.int64))
     counts = iter((visible, L - visible))  # SimMIM asks for the visible ones first
-    monkeypatch.setattr(simmim, "chosen_indices", lambda _: torch.zeros(CROPS, next(counts), dtype=torch.int64))
+    monkeypatch.setattr(reconstruction, "chosen_indices", lambda _: torch.zeros(CROPS, next(counts), dtype=torch.int64))
     hidden = torch.zeros(CROPS, L, dtype=torch.bool)
     return model(image, hidden, torch.ones(CROPS, 1, *config.crop_voxels, dtype=torch.bool)).loss
 
@@ -64,7 +64,7 @@ def test_weights_and_products_are_those_of_the_model(config, monkeypatch):
         with counter:
             loss_of(model, config, monkeypatch).backward()
     assert count_parameters(config) == sum(weight.numel() for weight in model.parameters())
-    flops = count_flops(run_products(config))
+    flops = sum(run_flops(config).values(), start=Flops(forward=0, backward=0))
     # Attention that runs as products keeps its scores: they are the difference to what the fused kernel does.
     expected = flops.hardware if config.model.checkpoint_activations else flops.training
     assert expected * CROPS == pytest.approx(counter.get_total_flops(), rel=0.02)

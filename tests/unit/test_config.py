@@ -56,7 +56,7 @@ def test_an_unknown_key_comes_with_the_one_that_was_meant_or_with_those_that_the
     message = str(caught.value)
     assert "optim.warm_up_steps: no such key, got 3; did you mean optim.warmup_steps?" in message
     assert "model.colour: no such key, got 'red'\n" in message
-    assert "\n  keys of model: dim, depth, heads" in message
+    assert "\n  keys of model: drop_path, checkpoint_activations, dim, depth, heads" in message
     assert "\n  keys at the top: store, run_dir" in message
 
 

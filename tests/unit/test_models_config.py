@@ -32,7 +32,11 @@ def test_a_config_survives_its_own_yaml_tree(config):
         (VitConfig, {"drop_path": 1.0}, "model.drop_path=1.0: must be at least 0 and below 1"),
         (VitConfig, {"layer_scale": 0.0}, "model.layer_scale=0.0: must be above 0"),
         (VitConfig, {"positions": "rope", "dim": 16, "heads": 4}, "use fewer heads"),
-        (VitConfig, {"positions": "sine"}, "positions: Input should be 'sincos', 'learned' or 'rope', got 'sine'"),
+        (
+            VitConfig,
+            {"positions": "sine"},
+            "positions: Input should be 'sincos', 'learned', 'rope' or 'rope_learned', got 'sine'",
+        ),
         (MaskConfig, {"ratio": 1.0}, "mask.ratio=1.0: must be above 0 and below 1"),
         (MaskConfig, {"ratio_range": [0.9, 0.6]}, r"mask.ratio_range=[0.9, 0.6]: the first number"),
         (MaskConfig, {"unit_voxels": [8, 0, 8]}, "mask.unit_voxels=(8, 0, 8): must be above 0"),

@@ -46,7 +46,7 @@ def transfer(giver, target, **options):
     return load_encoder(target, giver.state_dict(), contract_of(giver), **options)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope", "rope_learned"])
 def test_the_encoder_has_the_same_features_behind_both_models(positions):
     vit = dataclasses.replace(VIT, positions=positions, layer_scale=0.1)
     source, target = pretrained(vit), segmenter(vit)

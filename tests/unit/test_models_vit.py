@@ -14,7 +14,7 @@ def small_vit(**changes):
     return Vit(config, crop_voxels=CROP, patch_voxels=PATCH, channels=2)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope", "rope_learned"])
 @pytest.mark.parametrize("layer_scale", [None, 0.1])
 def test_every_parameter_gets_a_gradient(positions, layer_scale):
     vit = small_vit(positions=positions, layer_scale=layer_scale)
@@ -24,7 +24,7 @@ def test_every_parameter_gets_a_gradient(positions, layer_scale):
     assert without == []
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope", "rope_learned"])
 def test_showing_all_patches_by_index_is_showing_the_volume(positions):
     vit, volume = small_vit(positions=positions), torch.randn(2, 2, *CROP)
     whole, _ = vit(volume)
@@ -32,7 +32,7 @@ def test_showing_all_patches_by_index_is_showing_the_volume(positions):
     assert torch.allclose(whole, indexed, atol=1e-6)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope", "rope_learned"])
 def test_hidden_patches_have_no_influence(positions):
     vit, volume = small_vit(positions=positions), torch.randn(1, 2, *CROP)
     visible = torch.tensor([[0, 5, 6, 15]])
@@ -44,7 +44,7 @@ def test_hidden_patches_have_no_influence(positions):
     assert not torch.allclose(vit(changed, visible)[0], before, atol=1e-3)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope", "rope_learned"])
 def test_the_same_patches_at_other_places_give_other_tokens(positions):
     vit, volume = small_vit(positions=positions), torch.ones(1, 2, *CROP)
     volume[..., 8:] = 2.0  # two kinds of patches
@@ -74,7 +74,7 @@ def test_recomputing_activations_changes_neither_output_nor_gradients():
 
 
 def test_weights_cast_to_bf16_take_an_fp32_volume():
-    for positions in ("sincos", "learned", "rope"):
+    for positions in ("sincos", "learned", "rope", "rope_learned"):
         vit = small_vit(positions=positions)
         volume = torch.randn(1, 2, *CROP)
         exact, _ = vit(volume)

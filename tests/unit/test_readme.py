@@ -45,6 +45,14 @@ def test_the_tree_names_every_part_of_the_package():
     assert parts <= set(tree_paths())
 
 
+def test_the_method_of_ones_own_is_the_one_that_is_tested_and_takes_30_lines():
+    file = (ROOT / "tests" / "fill_method.py").read_text().splitlines()
+    lines = [line for line in file[1:] if line.strip()]
+    block = README.split("### A method of your own")[1].split("```python\n")[1].split("```")[0]
+    assert [line for line in block.splitlines() if line.strip()] == lines
+    assert len(lines) <= 30
+
+
 def test_every_verb_is_described_and_every_command_has_a_verb():
     described = README.split("## Verbs")[1].split("## ")[0]
     assert all(re.search(rf"\b{verb}\b", described) for verb in VERBS)

@@ -70,12 +70,12 @@ def test_only_the_lock_of_a_build_that_was_killed_is_removed(tmp_path, capsys):
 
 def test_memory_that_a_step_frees_is_not_given_back_to_the_kernel():
     program = """
-import resource, numpy
+import resource
 from mimscale.train.environment import keep_freed_memory
 def faults_of_two_steps():
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        block = numpy.ones(2**23)  # 64 MiB: 16 384 pages
+        block = bytearray(b'1') * 2**26  # 16 384 pages, or 32 huge ones
         del block
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults_of_two_steps(), keep_freed_memory(), faults_of_two_steps())
@@ -83,4 +83,4 @@ print(faults_of_two_steps(), keep_freed_memory(), faults_of_two_steps())
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     before, is_kept, after = ended.stdout.split()
     assert is_kept == "True"
-    assert int(after) < 100 < int(before)
+    assert 4 * int(after) < int(before)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_injector import run_program
 
 from mimscale.errors import LaunchError
 from mimscale.train import startup
@@ -119,6 +120,20 @@ def test_a_start_is_split_and_its_parts_add_up(tmp_path: Path, monkeypatch: pyte
         "first_step_s": 0.5,
     }
     assert total == pytest.approx(sum(spans.values()))
+
+
+LOOK_FOR_MUON = """
+from mimscale.train.engine import import_muon_without_compiler
+
+import_muon_without_compiler()
+import deepspeed.runtime.zero.muon.muon_optimizer
+print("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+def test_an_engine_starts_without_importing_torchs_compiler() -> None:
+    ended = run_program(LOOK_FOR_MUON)
+    assert (ended.returncode, ended.stdout.splitlines()[-1:]) == (0, ["False"]), ended.stderr
 
 
 def test_a_start_without_a_launcher_begins_with_the_process() -> None:

@@ -192,6 +192,7 @@ CHOICES = [
     ("mae", "mae.loss_on=all"),
     ("mae", "model.positions=learned"),
     ("mae", "model.positions=rope"),
+    ("mae", "model.positions=rope_learned"),
     ("mae", "model.mlp=swiglu"),
     ("mae", "model.layer_scale=0.1"),
     ("simmim", "mask.style=block"),

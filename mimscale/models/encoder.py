@@ -1,0 +1,52 @@
+"""What every encoder is to those who train, transfer and export it.
+
+Its weights carry the same names whatever stands behind it: `encoder.blocks.N` for what layer decay counts, and
+`encoder.norm` for the end; everything else is the embedding.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mimscale.models.config import EncoderConfig
+
+END = ("blocks.", "norm.")  # of the encoder's names: all but the embedding
+
+
+class Encoder(nn.Module):
+    """Base of all encoders."""
+
+    config: EncoderConfig
+
+    def __init__(self, config: EncoderConfig, channels: int, patch_voxels: Sequence[int] | None = None) -> None:
+        """`channels` are those of the image, `patch_voxels` edges of a token; None where weights fit any patch."""
+        super().__init__()
+        self.config = config
+        self.channels = channels
+        self.patch_voxels = None if patch_voxels is None else tuple(patch_voxels)
+
+    def adapted(self, name: str, tensor: Tensor, channels: int) -> tuple[Tensor, str]:
+        """A tensor of another encoder as this one needs it, and what was changed.
+
+        Args:
+            name: of the tensor, without `encoder.`; its shape is not the one here.
+            tensor: from an encoder of the same architecture.
+            channels: of the image that it was trained on.
+
+        Returns:
+            The tensor as it came, and a reason or nothing, where no rule applies.
+        """
+        return tensor, ""
+
+
+def spread_channel(tensor: Tensor, theirs: int, ours: int) -> tuple[Tensor, str]:
+    """Weights on one channel as weights on several that give the same sum when all channels are equal.
+
+    Args:
+        tensor: weights, [outputs, numbers of the image, ...]; the channel runs fastest among these numbers.
+        theirs: channels of the tensor.
+        ours: channels that are wanted.
+    """
+    if theirs != 1:
+        return tensor, f" ({theirs} -> {ours} channels; only 1 -> N is defined)"
+    return tensor.repeat_interleave(ours, dim=1) / ours, f"1 -> {ours} channels"

@@ -1,0 +1,32 @@
+"""Light transposed-convolution head on a ViT: `mimscale.models.primus`."""
+
+from typing import TYPE_CHECKING
+
+from mimscale.models.config import VitConfig, unetr_halvings
+from mimscale.train.config import FinetuneConfig
+from mimscale.train.method import Head, model_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _Primus(Head):
+    name = "primus"
+    title = "vision transformer with a light head for segmentation"
+
+    def build(self, config: FinetuneConfig, channels: int) -> "nn.Module":
+        from mimscale.models.primus import Primus
+
+        vit, crop, patch = model_of(config, VitConfig), config.crop_voxels, config.patch_voxels
+        return Primus(vit, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels)
+
+    def problems(self, config: FinetuneConfig) -> list[str]:
+        """A patch whose resolution cannot be doubled up to that of voxels."""
+        try:
+            unetr_halvings(config.patch_voxels)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+
+HEAD = _Primus()

@@ -1,0 +1,33 @@
+"""UNETR-like decoder on a 3D Swin transformer: `mimscale.models.swin`."""
+
+from typing import TYPE_CHECKING
+
+from mimscale.models.config import SwinConfig
+from mimscale.train.config import FinetuneConfig
+from mimscale.train.method import Head, model_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _SwinUnetr(Head):
+    name = "swin_unetr"
+    title = "Swin UNETR for segmentation"
+    model = SwinConfig
+
+    def build(self, config: FinetuneConfig, channels: int) -> "nn.Module":
+        from mimscale.models.swin import SwinUnetr
+
+        swin, crop, patch = model_of(config, SwinConfig), config.crop_voxels, config.patch_voxels
+        return SwinUnetr(swin, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels)
+
+    def problems(self, config: FinetuneConfig) -> list[str]:
+        """Stages that do not fit the crop."""
+        try:
+            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+
+HEAD = _SwinUnetr()

@@ -1,0 +1,36 @@
+"""UperNet on a 3D Swin transformer: `mimscale.models.upernet`."""
+
+from typing import TYPE_CHECKING
+
+from mimscale.models.config import SwinConfig, UpernetConfig
+from mimscale.train.config import FinetuneConfig
+from mimscale.train.method import Head, model_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _SwinUpernet(Head):
+    name = "swin_upernet"
+    title = "UperNet on a Swin transformer for segmentation"
+    model = SwinConfig
+    settings = UpernetConfig
+
+    def build(self, config: FinetuneConfig, channels: int) -> "nn.Module":
+        from mimscale.models.upernet import Upernet
+
+        swin, crop, patch = model_of(config, SwinConfig), config.crop_voxels, config.patch_voxels
+        # The run's config is the variant that has this head's block.
+        own: UpernetConfig = getattr(config, self.name)
+        return Upernet(swin, config.unetr, own, crop_voxels=crop, patch_voxels=patch, channels=channels)
+
+    def problems(self, config: FinetuneConfig) -> list[str]:
+        """Stages that do not fit the crop."""
+        try:
+            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+
+HEAD = _SwinUpernet()

@@ -1,0 +1,220 @@
+"""What a run trains, as one object: a `method` of pretraining, or the `head` of a network that is fine-tuned.
+
+`method: NAME` is the METHOD of mimscale/train/methods/NAME.py, `head: NAME` the HEAD of mimscale/train/heads/NAME.py;
+any other that Python can import is written `module:OBJECT`. Nothing else in the package knows their names: verbs, loop,
+plan, report and study ask the object. No torch here, so that a login node can ask: what a description needs of it, it
+imports inside its functions.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import field, fields, make_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from mimscale.errors import ConfigError
+from mimscale.models.activations import Activations
+from mimscale.models.config import EncoderConfig, TargetConfig, VitConfig, mask_grid
+from mimscale.models.flops import Flops
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
+    from mimscale.train.session import Objective
+
+C = TypeVar("C", bound="RunConfig")
+R = TypeVar("R", bound="RunConfig")
+E = TypeVar("E", bound=EncoderConfig)
+
+
+class Network(ABC, Generic[C]):
+    """How a run's network is built, trained and planned. `config` is the run's, `channels` those of the store.
+
+    By default sizes and FLOPs are counted, on a network without numbers, which imports torch; a packaged one says them
+    by formula where the formula is short.
+    """
+
+    name: ClassVar[str]  # also of the block of a recipe that holds `settings`
+    title: ClassVar[str]  # for people; a model card is headed "3D " + title
+    model: ClassVar[type[EncoderConfig]] = VitConfig  # class of `model` in a recipe
+    settings: ClassVar[type[Any] | None] = None  # dataclass of the block `name`; None: there is no such block
+
+    @abstractmethod
+    def build(self, config: C, channels: int) -> "nn.Module":
+        """The network, its weights drawn from torch's generator; its `encoder` is a `models.encoder.Encoder`."""
+
+    @abstractmethod
+    def objective(self, config: C) -> "Objective":
+        """How it is trained and validated."""
+
+    def problems(self, config: C) -> list[str]:
+        """Rules between keys that the config breaks, in words, before anything starts."""
+        return []
+
+    def parameter_sizes(self, config: C, channels: int) -> list[int]:
+        """Numbers in each weight."""
+        from mimscale.train.counted import counted
+
+        return counted(config, channels).parameter_sizes
+
+    def flops(self, config: C, channels: int) -> dict[str, Flops]:
+        """Of one sample, by part of the network."""
+        from mimscale.train.counted import counted
+
+        return {"network": counted(config, channels).flops}
+
+    def activations(self, config: C, width: int, channels: int) -> Activations:
+        """Bytes that one sample keeps for the backward pass, numbers being `width` bytes."""
+        from mimscale.train.counted import counted
+
+        return counted(config, channels).activations(width)
+
+
+class Method(Network["PretrainConfig"]):
+    """A method of pretraining.
+
+    With `settings` that are a `TargetConfig` it predicts voxels that a mask hides, and its network is a
+    `mimscale.models.reconstruction.Reconstructor`: that is what evaluate scores and a report shows.
+    """
+
+    @property
+    def predicts_voxels(self) -> bool:
+        """Whether there is anything to reconstruct."""
+        return self.settings is not None and issubclass(self.settings, TargetConfig)
+
+    def objective(self, config: "PretrainConfig") -> "Objective":
+        """The prediction of hidden voxels."""
+        from mimscale.train.pretrain import MaskedReconstruction
+
+        return MaskedReconstruction(config)
+
+    def problems(self, config: "PretrainConfig") -> list[str]:
+        """A mask that does not fit the crop, where voxels are hidden."""
+        if not self.predicts_voxels:
+            return []
+        try:
+            mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def problem_of_ranks(self, config: "PretrainConfig", world_size: int) -> str | None:
+        """Why it cannot be computed on so many ranks; None where it can."""
+        return None
+
+
+class Head(Network["FinetuneConfig"]):
+    """A network that is fine-tuned: an encoder, and what turns its features into `unetr.num_classes` outputs."""
+
+    def objective(self, config: "FinetuneConfig") -> "Objective":
+        """Segmentation, by Dice and cross-entropy."""
+        from mimscale.train.finetune import Segmentation
+
+        return Segmentation(config)
+
+
+def model_of(config: "RunConfig", kind: type[E]) -> E:
+    """`model` of a run whose method or head says that it is of this class."""
+    assert isinstance(config.model, kind), f"{type(config.network).__name__} says that `model` is a {kind.__name__}"
+    return config.model
+
+
+def find_method(name: str) -> Method:
+    """The method that a recipe calls `name`.
+
+    Raises:
+        ConfigError: there is none; the packaged ones are listed.
+    """
+    method = _find("method", name, Method)
+    assert isinstance(method, Method)
+    return method
+
+
+def find_head(name: str) -> Head:
+    """The head that a recipe calls `name`.
+
+    Raises:
+        ConfigError: there is none; the packaged ones are listed.
+    """
+    head = _find("head", name, Head)
+    assert isinstance(head, Head)
+    return head
+
+
+def with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
+    """The config with the encoder and the block of settings that a network has; `cls` itself where it has them."""
+    kind: Any = cls  # hashable as every class is, which a type checker does not see in a class of its kind
+    made: type[R] = _with_keys_of(kind, network)
+    return made
+
+
+@cache
+def _with_keys_of(cls: Any, network: Network[Any]) -> Any:
+    made_by: dict[str, Any] = {one.name: one.default_factory for one in fields(cls)}
+    added: list[tuple[str, type, Any]] = []
+    if made_by["model"] is not network.model:
+        added.append(("model", network.model, field(default_factory=network.model)))
+    if network.settings is not None:
+        if network.name not in made_by:
+            added.append((network.name, network.settings, field(default_factory=network.settings)))
+        elif made_by[network.name] is not network.settings:
+            raise ConfigError(f"{network.name}: is a key of every run, so no method or head can be called that")
+    if not added:
+        return cls
+    name = f"{cls.__name__}_{network.name}"
+    return make_dataclass(name, added, bases=(cls,), frozen=True, kw_only=True)
+
+
+def title_of(key: str, name: str) -> str:
+    """What people call a method or a head (`key`); the name itself where this machine does not have it."""
+    try:
+        return find_method(name).title if key == "method" else find_head(name).title
+    except ConfigError:
+        return name
+
+
+def predicts_voxels(tree: dict[str, Any]) -> bool:
+    """Whether a pretraining run of this config tree has reconstructions; no, where this machine has no such method."""
+    try:
+        return find_method(str(tree.get("method", "mae"))).predicts_voxels
+    except ConfigError:
+        return False
+
+
+@cache
+def packaged(key: str) -> list[str]:
+    """Names of the packaged ones; `key` is method or head."""
+    return sorted(module.name for module in pkgutil.iter_modules(_folder(key).__path__))
+
+
+def _folder(key: str) -> Any:
+    return importlib.import_module(f"mimscale.train.{key}s")
+
+
+@cache
+def _find(key: str, name: str, kind: type[Method] | type[Head]) -> Network[Any]:
+    place, colon, found_as = name.partition(":")
+    if not colon:
+        known = packaged(key)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"{key}={name}: no such {key}{meant}; packaged are {', '.join(known)}, and module:OBJECT names any "
+                "other that Python can import"
+            )
+        place, found_as = f"{_folder(key).__name__}.{name}", key.upper()
+    try:
+        found = getattr(importlib.import_module(place), found_as, None)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}={name}: {place} cannot be imported ({error}); install it, or add its folder to PYTHONPATH"
+        ) from None
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f"{key}={name}: {place} has no {kind.__name__} called {found_as}; see mimscale.train.method.{kind.__name__}"
+        )
+    return found
