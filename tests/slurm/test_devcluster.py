@@ -1,5 +1,6 @@
 """`slurm/devcluster/up` and `down`: they can be repeated, say what is wrong, and leave nothing behind."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -32,7 +33,14 @@ def test_up_again_changes_nothing_starts_what_has_died_and_refuses_another_setup
     assert pids() == before
 
     cluster.kill("node1")
-    assert "started again: node1" in cluster.up().stderr
+    read_end, write_end = os.pipe()
+    up = [UP, "--dir", str(cluster.folder), *cluster.setup.words()]
+    again = subprocess.run(up, capture_output=True, text=True, check=True, pass_fds=[write_end], timeout=60)
+    assert "started again: node1" in again.stderr
+    os.close(write_end)
+    os.set_blocking(read_end, False)
+    assert os.read(read_end, 1) == b"", "a daemon keeps open what the caller of `up` had open"
+    os.close(read_end)
     assert {name for name, text in pids().items() if text != before[name]} == {"node1"}
 
     other = subprocess.run(
