@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimscale.bench.products import Attention, Replay, record
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
+from mimscale.errors import ConfigError
 from mimscale.train.pretrain import MaskedReconstruction
 
 CPU = torch.device("cpu")
@@ -81,3 +82,9 @@ def test_products_alone_are_as_many_and_of_the_same_shapes_as_in_the_step():
         (product.left.size[0], product.right.size[1]) for product in products
     ]
     assert math.isfinite(recorded.flops)
+
+
+def test_a_step_with_convolutions_is_refused_with_what_measures_it():
+    convolution, image = torch.nn.Conv3d(1, 2, 3), torch.randn(1, 1, 4, 4, 4)
+    with pytest.raises(ConfigError, match="mimscale bench train` measures any network"):
+        record(lambda: convolution(image))
