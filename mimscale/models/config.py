@@ -269,7 +269,7 @@ class SimclrConfig:
 class UnetrConfig:
     """The segmentation head: convolutions that bring tokens back to voxels, with skips from inside the encoder."""
 
-    num_classes: int  # outputs: classes, background included, or `regions`; a linear head takes it from here too
+    num_classes: int  # outputs: classes, background included, or `regions`; every other head takes it from here too
     feature_size: int = 16  # channels at full resolution; doubles at each coarser level
 
     def __post_init__(self) -> None:

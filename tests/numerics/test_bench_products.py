@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimscale.bench.products import Attention, Replay, record
 from mimscale.bench.synthetic import synthetic_batch
+from mimscale.bench.training import Bench
 from mimscale.bench.verbs import bench_config
+from mimscale.errors import ConfigError
 from mimscale.train.pretrain import MaskedReconstruction
+from mimscale.train.size import run_flops
 
 CPU = torch.device("cpu")
 WORDS = ["demo/pretrain", "crop_voxels=[32,32,32]", "model={dim: 48, depth: 2, heads: 4}", "mae={decoder_dim: 24, "]
@@ -82,3 +85,18 @@ def test_products_alone_are_as_many_and_of_the_same_shapes_as_in_the_step():
         (product.left.size[0], product.right.size[1]) for product in products
     ]
     assert math.isfinite(recorded.flops)
+
+
+def test_a_step_with_convolutions_is_refused_with_what_measures_it():
+    convolution, image = torch.nn.Conv3d(1, 2, 3), torch.randn(1, 1, 4, 4, 4)
+    with pytest.raises(ConfigError, match="mimscale bench train` measures any network"):
+        record(lambda: convolution(image))
+
+
+def test_the_flops_of_a_network_with_convolutions_are_counted_all_the_same():
+    words = ["demo/pretrain", "method=resenc_mae", "model={features: [4, 8], blocks: [1, 1]}", "crop_voxels=[16,16,16]"]
+    bench = object.__new__(Bench)  # without an engine, which counting does not need
+    bench.config, bench.channels = bench_config(words, needs_store=False), 1
+    whole = run_flops(bench.config)["network"]
+    assert bench.flops() == (whole.training, whole.training)
+    assert whole.training > 2 * 16**3 * 27 * 4 * 3

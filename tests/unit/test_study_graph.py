@@ -154,3 +154,21 @@ def test_scoring_the_best_checkpoint_needs_runs_that_keep_it(tmp_path):
     tree["config"]["checkpoint"] = {"every_steps": 2, "keep_best": "val_dice"}
     graph = graph_of(tmp_path, evaluate={"best": True}, finetune=tree)
     assert resolve(graph, tmp_path, graph.nodes[graph.trials[0].evaluate]).best
+
+
+def test_a_setting_can_put_another_recipe_below_all_keys():
+    graph = expand(load_study(["studies/e10_encoder", "run_dir=none"]))
+    methods = {}
+    for trial in graph.trials:
+        if trial.experiment == "other_encoders":
+            pretrain = {} if trial.pretrain is None else graph.nodes[trial.pretrain].config
+            finetune = graph.nodes[trial.finetune].config
+            assert "recipe" not in {**pretrain, **finetune}
+
+            assert finetune["steps"] == 20000  # the study's, over the recipe's own
+            methods.setdefault(trial.setting, set()).add((pretrain.get("method"), finetune["head"]))
+    assert methods == {
+        "Primus-M": {("mae", "primus"), (None, "primus")},
+        "residual-encoder U-Net": {("resenc_mae", "resenc"), (None, "resenc")},
+        "Swin, SimMIM": {("swin_simmim", "swin_unetr"), (None, "swin_unetr")},
+    }
