@@ -32,7 +32,7 @@ class VitConfig(EncoderConfig):
     """The encoder: a plain 3D vision transformer, pre-norm, without class token."""
 
     dim: int = 768  # embedding, numbers a token
-    depth: int = 12  # transformer blocks
+    depth: int = 12  # transformer blocks; 0 leaves the embedding of patches alone, for a control without a transformer
     heads: int = 12  # attention heads; dim is a multiple of it
     mlp_ratio: float = 4.0  # width of a block's MLP / dim
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: gated (arXiv:2002.05202), 2/3 as wide, so as many weights
@@ -44,7 +44,9 @@ class VitConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("model", dim=self.dim, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio)
+        require_positive("model", dim=self.dim, heads=self.heads, mlp_ratio=self.mlp_ratio)
+        if self.depth < 0:
+            raise ValueError(f"model.depth={self.depth}: must be 0 (no transformer) or above")
         _check_heads("model.dim", self.dim, "model.heads", self.heads)
         if self.layer_scale is not None:
             require_positive("model", layer_scale=self.layer_scale)

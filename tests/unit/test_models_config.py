@@ -28,7 +28,7 @@ def test_a_config_survives_its_own_yaml_tree(config):
     ("kind", "tree", "message"),
     [
         (VitConfig, {"dim": 100, "heads": 12}, "model.dim=100 must be a multiple of model.heads=12"),
-        (VitConfig, {"depth": 0}, "model.depth=0: must be above 0"),
+        (VitConfig, {"depth": -1}, "model.depth=-1: must be 0 (no transformer) or above"),
         (VitConfig, {"drop_path": 1.0}, "model.drop_path=1.0: must be at least 0 and below 1"),
         (VitConfig, {"layer_scale": 0.0}, "model.layer_scale=0.0: must be above 0"),
         (VitConfig, {"positions": "rope", "dim": 16, "heads": 4}, "use fewer heads"),

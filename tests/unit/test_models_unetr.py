@@ -41,7 +41,15 @@ def test_logits_have_the_shape_of_the_crop(crop, patch):
 
 @pytest.mark.parametrize(
     ("depth", "states"),
-    [(1, [1, 1, 1]), (2, [1, 1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3]), (12, [3, 6, 9]), (24, [6, 12, 18])],
+    [
+        (0, [0, 0, 0]),
+        (1, [1, 1, 1]),
+        (2, [1, 1, 2]),
+        (3, [1, 2, 3]),
+        (4, [1, 2, 3]),
+        (12, [3, 6, 9]),
+        (24, [6, 12, 18]),
+    ],
 )
 def test_skips_leave_the_encoder_at_the_quarters_of_its_depth(depth, states):
     model = small_unetr((16, 16, 16), (16, 16, 16), depth=depth)
