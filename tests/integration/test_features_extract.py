@@ -14,7 +14,7 @@ from small_segmentation import make_finetune_run, make_pretrain_run
 
 from mimscale.cli import main
 from mimscale.errors import ConfigError, DataError
-from mimscale.evaluate.volumes import read_normalised
+from mimscale.evaluate.planes import Normalised
 from mimscale.evaluate.weights import load_model
 from mimscale.features.config import ExtractConfig
 from mimscale.features.layout import read_features
@@ -22,6 +22,7 @@ from mimscale.features.plan import read_plan
 from mimscale.features.run import extract
 from mimscale.features.tokens import read_tokens
 from mimscale.features.windows import covered_box, sliding_origins
+from mimscale.store.intensity import normalisation
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.store.reader import ShardReader
@@ -68,7 +69,8 @@ def test_features_are_the_mean_tokens_of_windows_over_the_foreground(store, run,
     start, stop = covered_box(row.foreground_box, row.shape[1:], (16, 16, 16))
     assert [tuple(one["origin_zyx"]) for one in mine] == sliding_origins(start, stop, (16, 16, 16), 0.0)
     assert len(mine) > 1
-    image, _ = read_normalised(ShardReader(store, manifest), row, read_info(store).intensity, (16, 16, 16))
+    raw, numbers = ShardReader(store, manifest).read_volume(row), normalisation(read_info(store).intensity, row.stats)
+    image = Normalised(raw, row.fill_value, numbers, (16, 16, 16)).planes(0, max(16, row.shape[1])).numpy()
     with torch.inference_mode():
         for one in mine:
             z, y, x = one["origin_zyx"]
