@@ -135,7 +135,7 @@ def test_a_killed_rank_ends_the_job_the_same_command_continues_it_and_one_signal
     reached = max(_steps(run))
 
     job = submit(*command, folder=tmp_path)
-    wait_until(lambda: max(_steps(run)) > reached + 5, timeout_s=100)
+    wait_until(lambda: max(_steps(run), default=0) > reached + 5, timeout_s=100)
     os.kill(run.living_ranks()[1], signal.SIGUSR2)  # one rank is enough
     _, shown = job.communicate(timeout=30)
     assert job.returncode == 75, shown
