@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.folder import job_folders
 
 pytestmark = pytest.mark.timeout(900)
+STATE_SAVED_S = 6  # slurmctld writes what has changed within five
 CONTROLLER_AWAY_S = 20.0
 
 
@@ -29,6 +30,7 @@ def test_a_run_is_seen_and_steered_without_accounts_and_while_the_controller_is_
     assert (status["state"], status["job_id"], status["nodes"]) == ("running", job_id, "node[1-2]")
     assert "step" in logs(cluster, site)
 
+    time.sleep(STATE_SAVED_S)  # or it comes back without having heard that the job has started
     cluster.kill("slurmctld")
     gone_s = time.monotonic()
     (status,) = site.status()
