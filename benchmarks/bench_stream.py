@@ -259,13 +259,15 @@ def _as_markdown(tree: dict[str, Any], main_crop: int) -> str:
 
 
 def _draw(tree: dict[str, Any], crop: int, path: Path) -> None:
-    """Bars of the warm tables of the main crop."""
+    """Bars of the main crop's tables, of the warm ones or of the first condition that there is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tables = [table for table in tree["tables"] if table["condition"] == "warm" and table["crop_voxels"][0] == crop]
+    first = tree["tables"][0]["condition"]
+    condition = "warm" if "warm" in tree["config"]["conditions"] else first
+    tables = [table for table in tree["tables"] if table["condition"] == condition and table["crop_voxels"][0] == crop]
     figure, axes = pyplot.subplots(1, len(tables), figsize=(8 * len(tables), 8), layout="constrained", squeeze=False)
     for axis, table in zip(axes[0], tables, strict=True):
         rows = sorted(table["contenders"], key=lambda row: row["crops_per_s"])
@@ -276,7 +278,7 @@ def _draw(tree: dict[str, Any], crop: int, path: Path) -> None:
         axis.bar_label(bars, [f"{row['crops_per_s']:.0f}" for row in rows], padding=3)
         axis.set_xscale("log")
         axis.set_xlabel("crops a second on one core (log)")
-        axis.set_title(f"{table['volumes']} {tree['volumes'][table['volumes']]['dtype']}, {crop}^3 crops, warm")
+        axis.set_title(f"{table['volumes']} {tree['volumes'][table['volumes']]['dtype']}, {crop}^3 crops, {condition}")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
