@@ -8,6 +8,7 @@ and ZeRO keeps its own copy of the weights beside them: 20.
 import argparse
 import gc
 import os
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
 
+# A thread of gloo keeps the tensors of a collective for a moment after everybody has its result.
+_LETS_GO_S = 0.5
 OPTIMIZER_BYTES = 12  # a parameter: weights in fp32 and two moments
 
 
@@ -77,6 +80,7 @@ def states_of(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
         loss = objective.loss(engine, batch)
         engine.backward(loss)
     del loss
+    time.sleep(_LETS_GO_S)
     gc.collect()
     own = live_tensor_bytes(ranks.device) - before - tables - held
     bf16 = engine.precision == "bf16"
