@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -25,7 +24,7 @@ from launch.slurm_commands import without_allocation
 from mimscale import cli
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
 from mimscale.train.startup import MARKS as STARTUP_MARKS
-from mimscale.world import World
+from mimscale.world import World, leave_at_once
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 # All that a supervisor and a waiting `submit` listen to. Blocked while a job is being started: one that comes then
@@ -53,9 +52,8 @@ class RunVerb:
         """Run the verb as one rank.
 
         Returns:
-            0, or any exit code under the debug executor. Elsewhere a process that failed ends here with its exit code:
-            Submitit turns a returned code into 0, and a clean shutdown may wait for ever for ranks that are gone. Under
-            Slurm every process ends here.
+            The exit code, under the debug executor. Elsewhere every process ends here: Submitit turns a returned code
+            into 0, and a clean shutdown may wait for ever for ranks that are gone.
         """
         place = submitit.JobEnvironment()
         local_size = place.num_tasks // place.num_nodes
@@ -89,16 +87,9 @@ class RunVerb:
             code = 1
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
-        if place.cluster == "slurm":
-            # srun would kill the ranks that still close their files when one leaves with 75; outcome.json has the
-            # truth. And the interpreter takes seconds to end torch, out of those that a preemption leaves for a save.
-            together = code == INTERRUPTED_EXIT_CODE and world.size > 1
-            _leave_at_once(0 if together else code)
-        if code not in (0, INTERRUPTED_EXIT_CODE):
-            _leave_at_once(code)
-        if code:
-            sys.exit(code)
-        return 0
+        # srun would kill the ranks that still close their files when one leaves with 75; outcome.json has the truth.
+        together = place.cluster == "slurm" and code == INTERRUPTED_EXIT_CODE and world.size > 1
+        return leave_at_once(0 if together else code)
 
 
 def _prepare_process() -> None:
@@ -120,14 +111,6 @@ def _remove_stale_result(pickle: Path) -> None:
 def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
     # Training puts its own handler here before its first step. Until then everything that matters is on disk.
     sys.exit(INTERRUPTED_EXIT_CODE)
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    for child in active_children():
-        child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def job_environment(

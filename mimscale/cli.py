@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from mimscale.errors import MimscaleError
 
@@ -69,5 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
+def run() -> NoReturn:
+    """What the console script calls: `main`, and then the end of this process."""
+    code = main()
+    if "mimscale.train.engine" in sys.modules:  # this process may have been a rank
+        from mimscale.world import leave_at_once
+
+        leave_at_once(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -25,7 +24,7 @@ from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, acc
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.losses import dice_cross_entropy
 from mimscale.train.ranks import Ranks
-from mimscale.world import World
+from mimscale.world import World, leave_at_once
 
 STEPS = 3
 
@@ -41,7 +40,7 @@ def train_and_leave(trees: Sequence[dict[str, Any]], rank: int) -> NoReturn:
     if ranks.is_first:
         print(json.dumps(measured))
     leave_ranks()
-    sys.exit(0)
+    leave_at_once(0)
 
 
 def measure(config: RunConfig, ranks: Ranks) -> dict[str, int]:

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -63,3 +65,22 @@ def test_a_limit_of_time_asks_for_a_stop_by_its_name_and_a_signal_comes_first():
         assert stop.reason == "SIGUSR2"
     finally:
         stop.hand_back()
+
+
+@pytest.mark.parametrize("was_a_rank", [True, False])
+def test_a_rank_leaves_without_taking_the_interpreter_down(was_a_rank):
+    """Else a thread of gloo that lets go of a tensor meanwhile ends a run that is done with SIGABRT."""
+    program = f"""
+import atexit, sys, types
+from mimscale import cli
+atexit.register(print, "the interpreter goes down")
+sys.modules["verb"] = types.SimpleNamespace(main=lambda words: print(*words) or 75)
+cli.VERBS["train"] = ("verb:main", "")
+sys.argv[1:] = ["train", "done"]
+if {was_a_rank}:
+    sys.modules["mimscale.train.engine"] = None
+cli.run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.splitlines() == (["done"] if was_a_rank else ["done", "the interpreter goes down"])
