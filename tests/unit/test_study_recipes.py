@@ -12,6 +12,7 @@ from mimscale.store.layout import OverlayInfo, read_info, write_info
 from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.study.checks import store_problems
 from mimscale.study.config import load_study
+from mimscale.study.graph import expand
 
 STUDIES = [
     name
@@ -35,6 +36,7 @@ def test_there_is_a_study_for_each_experiment_of_the_paper():
         "small_quick",
         "small_lr_grid",
         "small_monai",
+        "small_encoders",
         "paper_btcv",
         "paper_brats",
     }
@@ -140,3 +142,29 @@ def test_btcv_is_scored_in_five_folds_and_simclr_gets_the_time_of_mae_too():
     assert study.arms["simclr, same time"].same_time_as == "mae"
     assert study.arms["simclr, same time"].pretrain == study.arms["simclr"].pretrain
     assert study.pretrain_on_validation is None
+
+
+def test_other_encoders_are_each_compared_with_their_own_scratch_on_the_data_of_the_small_study():
+    study = load_study(["studies/small_encoders", "run_dir=x"])
+    graph = expand(study)
+    assert graph.data == expand(load_study(["studies/small", "run_dir=x"])).data
+    found = set()
+    for trial in graph.trials:
+        run = graph.nodes[trial.finetune].config
+        if trial.pretrain is not None:
+            pretrained = graph.nodes[trial.pretrain].config
+            assert pretrained["model"] == run["model"]
+            assert pretrained["patch_voxels"] == run["patch_voxels"]
+            assert trial.arm in ("pretrained", "pretrained, random blocks")
+            found.add((trial.setting, pretrained["method"], run["head"]))
+        frozen = trial.experiment == "frozen_encoders"
+        assert (run["optim"].get("schedule") == "frozen") == frozen
+        assert (run.get("init_blocks") == "random") == ("random blocks" in trial.arm)
+        assert (run["model"].get("depth") == 0) == (trial.setting == "Primus without blocks")
+    assert found == {
+        ("Primus", "mae", "primus"),
+        ("residual-encoder U-Net", "resenc_mae", "resenc"),
+        ("Swin", "swin_simmim", "swin_unetr"),
+    }
+    arms = {(trial.setting, trial.arm) for trial in graph.trials if trial.experiment == "encoders"}
+    assert len(arms) == 3 * len(study.experiments["encoders"].arms)
