@@ -79,7 +79,7 @@ def looks_of_a_commit(tmp_path, calls, size):
 
 
 def test_a_commit_looks_at_no_more_files_with_more_ranks(tmp_path, calls):
-    assert looks_of_a_commit(tmp_path, calls, 8) == looks_of_a_commit(tmp_path, calls, 128)
+    assert looks_of_a_commit(tmp_path, calls, 8) == looks_of_a_commit(tmp_path, calls, 48)
 
 
 def test_ranks_share_the_look_at_the_checkpoints_of_an_earlier_process(tmp_path, calls):
