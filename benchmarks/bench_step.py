@@ -4,11 +4,13 @@ Every contender has the same architecture, batch, loss, optimizer and threads.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import step_peers
 
 from mimscale.bench import measure
+from mimscale.bench.charts import Bars, draw_bars
 from mimscale.bench.step import CEILING, ENGINE, PLAIN, Setting, as_markdown, measure_setting, own_contenders
 from mimscale.bench.verbs import bench_config
 from mimscale.train.engine import join_ranks, leave_ranks
@@ -131,26 +133,13 @@ def _as_markdown(tree: dict[str, Any]) -> str:
     return text
 
 
-def _draw(tables: list[dict[str, Any]], path: Any) -> None:
+def _draw(tables: list[dict[str, Any]], path: Path) -> None:
     """Bars of all contenders, one panel a setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(tables), 1, figsize=(9, 3 * len(tables)), layout="constrained", squeeze=False)
-    for axis, table in zip(axes[:, 0], tables, strict=True):
-        rows = sorted(table["contenders"], key=lambda row: row["samples_per_s"])
-        colours = ["#e0c068" if row["name"] == CEILING else "#bbbbbb" for row in rows]
-        colours = ["#1b6ca8" if row["name"].startswith("mimscale") else c for row, c in zip(rows, colours, strict=True)]
-        bars = axis.barh([row["name"] for row in rows], [row["samples_per_s"] for row in rows], color=colours)
-        axis.bar_label(bars, [f"{row['samples_per_s']:.1f}" for row in rows], padding=3)
-        axis.set_xlabel("samples a second")
-        axis.set_title(table["setting"])
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    panels = []
+    for table in tables:
+        rows = [(row["name"], row["samples_per_s"]) for row in table["contenders"]]
+        panels.append(Bars(title=table["setting"], unit="samples a second", rows=rows))
+    draw_bars(panels, path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ingest_volumes import Kind, synthetic_ct, write_files
 from mimscale.bench import measure, scaling, training
 from mimscale.bench.results import RESULT_FILE
 from mimscale.bench.verbs import bench_config
-from mimscale.config import build_config
+from mimscale.config import build_config, config_tree
 from mimscale.ingest.config import IngestConfig
 from mimscale.ingest.run import ingest
 
@@ -50,7 +50,8 @@ def main() -> int:
         config = bench_config(words)
         tables = {
             "surroundings": surroundings,
-            "config": {"words": words[:-2], **{key: value for key, value in vars(arguments).items() if key != "out"}},
+            "config": {**config_tree(config), "store": "synthetic", "run_dir": "none"},
+            "settings": {key: value for key, value in vars(arguments).items() if key != "out"},
             "threads": arguments.threads,
             "scaling": scaling.measure_scaling(
                 config,
@@ -72,13 +73,11 @@ def main() -> int:
             arguments.out, benchmark, arguments.hardware, tree, f"# {benchmark.capitalize()} {head}{text}"
         )
         print(path.read_text())
-    _draw(tables, path.with_suffix(".png"))
+    scaling.draw(tables, path.with_suffix(".png"))
     return 0
 
 
 def _tree(words: list[str], run_dir: Path) -> dict[str, Any]:
-    from mimscale.config import config_tree
-
     return {**config_tree(bench_config(words)), "run_dir": str(run_dir)}
 
 
@@ -92,38 +91,6 @@ def _store(folder: Path, edge: int) -> Path:
     summary = ingest(build_config(IngestConfig, {**tree, "val_fraction": 0.0, "parts": 1}, "benchmark"))
     assert summary["stored"] == VOLUMES, summary
     return folder / "store"
-
-
-def _draw(tree: dict[str, Any], path: Path) -> None:
-    """Efficiency by ranks, and bytes a parameter by ZeRO stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for kind, rows in tree["scaling"].items():
-        for mode in rows[0]["modes"]:
-            left.plot(
-                [row["ranks"] for row in rows],
-                [100 * row["modes"][mode]["efficiency"] for row in rows],
-                "o-",
-                label=f"{kind}, {mode.replace('_', ' ')}",
-            )
-    left.set(xlabel="ranks", ylabel="efficiency, %", ylim=(0, None), title="Scaling on one machine")
-    left.legend()
-    for stage in scaling.STAGES:
-        rows = [row for row in tree["memory"] if row["zero_stage"] == stage]
-        ranks = [row["ranks"] for row in rows]
-        (line,) = right.plot(
-            ranks, [max(row["bytes_of_rank"]) / row["parameters"] for row in rows], "o-", label=f"ZeRO-{stage}"
-        )
-        theory = [row["theory_bytes"] / row["parameters"] for row in rows]
-        right.plot(ranks, theory, "--", color=line.get_color())
-    right.set(xlabel="ranks", ylabel="bytes a parameter", ylim=(0, None), title="Memory of a rank; dashed: theory")
-    right.legend()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Any
 
 from mimscale.bench import checkpoint, measure, simulate
 
-# kind -> its table, and the exit codes with which it has a result (1: a target was missed)
-KINDS: dict[str, tuple[Callable[[dict[str, Any]], str], tuple[int, ...]]] = {
-    "checkpoint": (checkpoint.as_text, (0, 1)),
-    "simulate": (simulate.as_markdown, (0,)),
+# kind -> its table and chart, and the exit codes with which it has a result (1: a target was missed)
+KINDS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None], tuple[int, ...]]] = {
+    "checkpoint": (checkpoint.as_text, checkpoint.draw, (0, 1)),
+    "simulate": (simulate.as_markdown, simulate.draw, (0,)),
 }
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("words", nargs=argparse.REMAINDER, help="of the verb")
     arguments = parser.parse_args()
     words = arguments.words
-    as_text, codes = KINDS[arguments.kind]
+    as_text, draw, codes = KINDS[arguments.kind]
     command = [sys.executable, "-m", "mimscale.cli", "bench", arguments.kind, *words, "--json"]
     print(*command[2:], file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -41,6 +41,7 @@ def main() -> int:
         f"# bench {' '.join([arguments.kind, *words])}: {where['cpu']}, {where['time'][:10]}, commit {where['commit']}"
     )
     path = measure.write_result(arguments.out, arguments.kind, arguments.hardware, own, f"{head}\n\n{as_text(tree)}")
+    draw(tree, path.with_suffix(".png"))
     print(path.read_text())
     return 0
 

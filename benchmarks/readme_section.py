@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.bench.measure import table
+from mimscale.bench.results import shown_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
@@ -50,28 +51,51 @@ def _step(tree: dict[str, Any]) -> str:
             rows.append(
                 [
                     measured["setting"],
-                    row["name"],
+                    shown_name(row),
                     f"{row['samples_per_s']:.2f}",
                     f"{row['spread_percent']:.0f} %",
                     "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
-                    "" if row["times"] is None else f"{row['times']:.2f}x",
+                    "" if row["times"] is None else f"{row['times']:.2f}",
                 ]
             )
     first = tree["tables"][0]
     head = (
-        f"**The training step**, {first['dtype']}, {first['threads']} threads, {first['device']}. The last column: how "
+        f"**The training step** on one batch that stays on the device ({first['device']}, {first['threads']} threads, "
+        f"{first['dtype']}). A size is the edge of a crop and of a patch; `mimscale` is our model in plain torch, the "
+        "ceiling the step's matrix products with nothing between them.\n\n"
     )
-    columns = ["setting", "contender", "samples/s", "spread", "of ceiling", "mimscale is"]
-    return head + "many times as fast mimscale in plain torch is.\n\n" + table(columns, rows)
+    columns = ["size", "what runs the step", "samples/s", "spread", "of ceiling", "time, mimscale = 1"]
+    return head + table(columns, rows) + "\n" + _utilisation(tree["tables"])
+
+
+def _utilisation(tables: list[dict[str, Any]]) -> str:
+    """MFU and HFU of each size, with what they are a part of."""
+    parts = []
+    for measured in tables:
+        use = measured["utilisation"]
+        kind = "of_measured" if use["mfu"] is None else ""
+        mfu, hfu = (100 * use["_".join(filter(None, (name, kind)))] for name in ("mfu", "hfu"))
+        peak = use["measured_flops_per_s" if kind else "peak_flops_per_s"] / 1e9
+        parts.append(f"{measured['setting']} {mfu:.0f} and {hfu:.0f} % of {peak:.0f} GFLOP/s")
+    source = "a large product measured in the same run" if kind else "the data sheet"
+    return f"MFU and HFU of `mimscale` (peak: {source}): {'; '.join(parts)}.\n"
 
 
 def _train(tree: dict[str, Any]) -> str:
     rows = [
-        [name.replace("_", " "), f"{mode['samples_per_s']:.2f}", f"{mode['spread_percent']:.0f} %"]
+        [
+            name.replace("_", " "),
+            f"{mode['samples_per_s']:.2f}",
+            f"{mode['spread_percent']:.0f} %",
+            f"{max(mode['data_wait_percent']):.1f} %" if "data_wait_percent" in mode else "",
+        ]
         for name, mode in tree["modes"].items()
     ]
-    head = f"**Training**, {tree['ranks']} rank(s): {tree['verdict']}.\n\n"
-    return head + table(["mode", "samples/s", "spread"], rows)
+    head = (
+        f"**Training** in three modes, {tree['ranks']} rank(s): the step on a batch that stays on the device "
+        f"(synthetic), the loader with nobody who computes, and both (end to end). Here: {tree['verdict']}.\n\n"
+    )
+    return head + table(["mode", "samples/s", "spread", "waits for data"], rows)
 
 
 def _scaling(tree: dict[str, Any]) -> str:
@@ -90,9 +114,10 @@ def _scaling(tree: dict[str, Any]) -> str:
         for row in of_kind
     ]
     modes = [mode.replace("_", " ") for mode in next(iter(tree["scaling"].values()))[0]["modes"]]
-    text = "**Scaling** on one machine, samples/s and efficiency.\n\n" + table(
-        ["kind", "ranks", "global batch", *modes], rows
-    )
+    text = (
+        "**Scaling** over ranks of one machine, which share its memory: samples/s, in brackets the efficiency. Weak: "
+        "the batch of a rank stays; strong: the global batch stays.\n\n"
+    ) + table(["kind", "ranks", "global batch", *modes], rows)
     if tree["memory"]:
         cells = [
             [
@@ -104,7 +129,12 @@ def _scaling(tree: dict[str, Any]) -> str:
             ]
             for row in tree["memory"]
         ]
-        text += "\nWeights, gradients and optimizer of a rank:\n\n"
+        millions = tree["memory"][0]["parameters"] / 1e6
+        text += (
+            f"\nMemory of a rank between backward pass and optimizer, {millions:.1f} M parameters. Theory: 16 bytes a "
+            "parameter, less what the stage shards. Above it at stage 3 is a buffer of `engine.bucket_elements` (50 "
+            "million floats), which does not grow with the model:\n\n"
+        )
         text += table(["ZeRO stage", "ranks", "precision", "bytes a parameter", "of theory"], cells)
     return text
 

@@ -14,28 +14,47 @@ WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzer
 
 
 class SyncWatch(TorchDispatchMode):
-    """Lists `file:function` of every operation inside the block that makes the host wait."""
+    """Lists `file:function` of every operation inside the block that makes the host wait.
 
-    def __init__(self):
+    `copies` are those who copy from the host to a device and do not wait, if the memory is page-locked.
+
+    Args:
+        host_works: operations on the CPU are the host's own, and nobody waits for them; else it stands for the device.
+    """
+
+    def __init__(self, *, host_works=False):
         super().__init__()
-        self.places = []
+        self.host_works, self.places, self.copies = host_works, [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in WAITING or _comes_back(name, args, kwargs):
+        if (name in WAITING and not (self.host_works and _on_host(args))) or _blocks(name, args, kwargs):
             self.places.append((name, _caller()))
+        elif _goes_over(name, args, kwargs):
+            self.copies.add(_caller())
         return func(*args, **kwargs)
 
 
-def _comes_back(name, args, kwargs):
-    """A copy from a device to the host that is waited for."""
-    source = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
-    if name == "_to_copy" and source is not None and source.device.type != "cpu":
-        return torch.device(kwargs.get("device") or source.device).type == "cpu"
-    if name == "copy_" and args[0].device.type == "cpu" and args[1].device.type != "cpu":
+def _on_host(args):
+    return all(arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor))
+
+
+def _blocks(name, args, kwargs):
+    """A copy between host and device that is waited for."""
+    if name == "_to_copy":
+        source = args[0].device
+        target, goes_on = torch.device(kwargs.get("device") or source), kwargs.get("non_blocking", False)
+        return source.type != target.type and (target.type == "cpu" or not goes_on)
+    if name == "copy_" and args[1].device.type != args[0].device.type:
         return not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     return False
+
+
+def _goes_over(name, args, kwargs):
+    """A copy from the host to a device."""
+    target = kwargs.get("device") if name == "_to_copy" else None
+    return target is not None and args[0].device.type == "cpu" and torch.device(target).type != "cpu"
 
 
 def _caller():

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mimscale import console
-from mimscale.bench import measure
+from mimscale.bench import measure, results
+from mimscale.bench.charts import Bars, draw_bars
 from mimscale.config import load_verb_config, verb_parser
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
@@ -40,13 +40,15 @@ def main(argv: list[str]) -> int:
     parser = verb_parser("bench", "How long training stands still for a checkpoint, and how long loading one takes.")
     parser.add_argument("--repeats", type=int, default=3, help="saves in each mode, after one warm-up each")
     parser.add_argument("--folder", type=Path, help="where to write: on the file system to measure (default: TMPDIR)")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     words = arguments.words[1:] if arguments.words[:1] == ["checkpoint"] else arguments.words
     world = World.from_environment(os.environ)
     # The saved state depends on neither; one crop a rank is the fastest step.
     words = [*words, "store=none", "run_dir=none", f"global_batch={world.size}", "micro_batch=1"]
     config = load_verb_config(PretrainConfig, words, needs_recipe=True)
+    if world.is_first:
+        results.make_folder(arguments.out)
     ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
     try:
         parent = ranks.first_does(lambda: tempfile.mkdtemp(prefix="mimscale_bench_", dir=arguments.folder))
@@ -57,10 +59,7 @@ def main(argv: list[str]) -> int:
     finally:
         leave_ranks()
     if ranks.is_first:
-        if arguments.json:
-            console.print_json(result)
-        else:
-            print(as_text(result))
+        results.tell(result, as_text, draw, as_json=arguments.json, folder=arguments.out)
     return 0 if result["stall_percent"] <= MOST_STALL_PERCENT else 1
 
 
@@ -162,6 +161,15 @@ def _turns_per_s(done: Callable[[], bool]) -> float:
 def _alone() -> float:
     end_s = time.perf_counter() + 1.0
     return _turns_per_s(lambda: time.perf_counter() > end_s)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of seconds."""
+    medians = {f"training stands still, {mode}": seconds for mode, seconds in result["stall_median_s"].items()}
+    for name, key in (("written in the background", "write_s"), ("verify", "verify_s"), ("load", "load_s")):
+        medians[name] = statistics.median(result[key])
+    title = f"A checkpoint of {result['checkpoint_bytes'] / 1e9:.2f} GB, {result['ranks']} rank(s)"
+    draw_bars([Bars(title=title, unit="seconds", rows=list(medians.items()))], path)
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mimscale import console
-from mimscale.bench import measure
+from mimscale.bench import measure, results
+from mimscale.bench.charts import Bars, draw_bars
 from mimscale.config import config_tree, load_verb_config, verb_parser
 from mimscale.errors import ConfigError, DataError
 from mimscale.ingest.config import IngestConfig
@@ -70,16 +70,27 @@ def main(argv: list[str]) -> int:
         "bench ingest", "How fast a recipe's sources become a store on one core; the store is thrown away."
     )
     parser.add_argument("--repeats", type=int, default=3, help="whole ingests, of which the median counts")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats}: at least 1")
     config = load_verb_config(IngestConfig, [*arguments.words, "out=none"], needs_recipe=True)
+    if results.is_for_another_rank("ingest"):
+        return 0
+    results.make_folder(arguments.out)
     result = bench_ingest(config, arguments.repeats)
-    if arguments.json:
-        console.print_json(result)
-    else:
-        columns = ["volumes", "raw MB", "stored MB", "MB/s", "spread", "MB/s of processor time", "volumes/s"]
-        names = ["volumes", "raw_mb", "stored_mb", "mb_per_s", "spread_percent", "mb_per_cpu_s", "volumes_per_s"]
-        print(measure.table(columns, [[result[name] for name in names]]))
+    results.tell(result, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
     return 0
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """One row."""
+    columns = ["volumes", "raw MB", "stored MB", "MB/s", "spread, %", "MB/s of processor time", "volumes/s"]
+    names = ["volumes", "raw_mb", "stored_mb", "mb_per_s", "spread_percent", "mb_per_cpu_s", "volumes_per_s"]
+    return measure.table(columns, [[result[name] for name in names]])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars by the clock and by processor time."""
+    rows = [("mimscale, by the clock", result["mb_per_s"]), ("mimscale, by processor time", result["mb_per_cpu_s"])]
+    draw_bars([Bars(title=f"{result['volumes']} volume(s) on one core", unit="MB of voxels a second", rows=rows)], path)

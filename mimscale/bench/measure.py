@@ -97,6 +97,7 @@ def surroundings() -> dict[str, Any]:
     cpu = re.search(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     packages = ("numpy", "numcodecs", "crc32c", "imagecodecs", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
+    packages += ("torch", "deepspeed", "monai")
     return {
         "cpu": cpu[1] if cpu else "unknown",
         "cores_used": sorted(os.sched_getaffinity(0)),

@@ -15,6 +15,7 @@ from mimscale.bench.contender import Job, Runner
 from mimscale.bench.estimate import Assumptions, Cluster, Reading, estimate, uses_bf16
 from mimscale.bench.gpus import GPUS, find_gpu
 from mimscale.bench.network import ScalingFit, fit_scaling, traffic, weak_steps
+from mimscale.bench.verbs import bench_config
 from mimscale.config import build_config, load_config, parse_yaml, recipe_text, split_arguments, verb_parser
 from mimscale.errors import ConfigError, DataError
 from mimscale.store.manifest import Manifest, load_manifest
@@ -160,9 +161,13 @@ def recorded_reading(path: Path, config: RunConfig) -> Reading:
 def _fit(path: Path, config: RunConfig) -> ScalingFit:
     result = _read_json(path, "scaling")
     steps, nodes = weak_steps(result, path)
-    measured = config
-    if "config" in result:  # the recipe that was measured may have other gradients than this one
-        measured = build_config(PretrainConfig, result["config"], str(path))
+    measured, tree = config, result.get("config")
+    if tree is not None:  # the recipe that was measured may have other gradients than this one
+        measured = (
+            bench_config(tree["words"], needs_store=False)  # as benchmarks/ has told it
+            if "words" in tree
+            else build_config(PretrainConfig, tree, str(path))
+        )
     ranks = min(count for count, _ in steps)
     micro_batches = max(1, measured.global_batch // (measured.micro_batch * ranks))
     sent = traffic(measured, count_parameters(measured), micro_batches, bf16=uses_bf16(measured))

@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from mimscale import console
-from mimscale.bench import measure
+from mimscale.bench import measure, results
+from mimscale.bench.charts import Lines, draw_lines
 from mimscale.bench.results import RESULT_FILE, read_result
 from mimscale.bench.verbs import bench_config
 from mimscale.config import config_yaml, verb_parser
 from mimscale.errors import ConfigError, LaunchError
 from mimscale.train.config import PretrainConfig
+from mimscale.world import World
 
 STAGES = (0, 1, 2, 3)
 
@@ -191,23 +193,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--from", dest="run_dirs", type=Path, nargs="+", help="run directories of `submit bench`; nothing is run"
     )
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     tree: dict[str, Any] = {
         "schema_version": measure.SCHEMA_VERSION,
         "benchmark": "scaling",
         "surroundings": measure.surroundings(),
     }
+    if (world := World.from_environment(os.environ)).size > 1:
+        raise ConfigError(
+            f"bench scaling starts its ranks itself, and is one of {world.size} here; give it alone, or `mimscale "
+            "bench train` on each number of ranks and then `mimscale bench scaling --from`"
+        )
     if arguments.run_dirs:
         if arguments.words:
             raise ConfigError(f"--from reads results; it takes no recipe, got {arguments.words}")
-        results = [read_result(run_dir) for run_dir in arguments.run_dirs]
-        kind = kind_of(results)
-        tree |= {"scaling": {kind: efficiency_table(results, kind=kind)}, "memory": []}
+        measured = [read_result(run_dir) for run_dir in arguments.run_dirs]
+        results.make_folder(arguments.out)
+        kind = kind_of(measured)
+        tree |= {"scaling": {kind: efficiency_table(measured, kind=kind)}, "memory": []}
+        first = min(measured, key=lambda result: int(result["ranks"]))
+        tree |= {"config": {**first["config"], "run_dir": "none"}}
     else:
         if min(arguments.ranks) < 1 or len(set(arguments.ranks)) < 2:
             raise ConfigError(f"--ranks {arguments.ranks}: two or more different numbers, each at least 1")
         config = bench_config(arguments.words, needs_store=False)
+        results.make_folder(arguments.out)
         counts = sorted(set(arguments.ranks))
         threads = arguments.threads
         tree |= {
@@ -218,5 +229,25 @@ def main(argv: list[str]) -> int:
             ),
             "memory": measure_memory(config, arguments.memory_ranks, threads=threads),
         }
-    console.print_json(tree) if arguments.json else print(as_markdown(tree))
+    results.tell(tree, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Efficiency by ranks, and where memory was measured, bytes a parameter by ZeRO stage beside theory (dashed)."""
+    efficiency = {
+        f"{kind}, {mode.replace('_', ' ')}": [(row["ranks"], 100 * row["modes"][mode]["efficiency"]) for row in rows]
+        for kind, rows in result["scaling"].items()
+        for mode in rows[0]["modes"]
+    }
+    panels = [Lines(title="Scaling", x="ranks", y="efficiency, %", lines=efficiency)]
+    if result["memory"]:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        theory: dict[str, list[tuple[float, float]]] = {}
+        for row in result["memory"]:
+            name, parameters = f"ZeRO-{row['zero_stage']}", row["parameters"]
+            lines.setdefault(name, []).append((row["ranks"], max(row["bytes_of_rank"]) / parameters))
+            theory.setdefault(name, []).append((row["ranks"], row["theory_bytes"] / parameters))
+        title = "Memory of a rank; dashed: theory"
+        panels.append(Lines(title=title, x="ranks", y="bytes a parameter", lines=lines, dashed=theory))
+    draw_lines([panels], path)

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mimscale import console
-from mimscale.bench import measure
+from mimscale.bench import measure, results
+from mimscale.bench.charts import Lines, draw_lines
 from mimscale.errors import ConfigError
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.crops import Volumes
@@ -151,19 +151,17 @@ def worse_than_linear(growth: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`mimscale bench simulate [--nodes 512] [--volumes 400000] [--chart FILE.png] [--json]`."""
+    """`mimscale bench simulate [--nodes 512] [--volumes 400000] [--json] [--out FOLDER]`."""
     parser = argparse.ArgumentParser(
         prog="mimscale bench simulate", description="What grows with ranks and volumes, in one process, up to a size."
     )
     parser.add_argument("--nodes", type=int, default=512, help=f"of {GPUS_A_NODE} GPUs; the largest size")
     parser.add_argument("--volumes", type=int, default=400_000, help="the largest number of volumes")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw seconds by ranks and by volumes")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_args(argv)
+    results.make_folder(arguments.out)
     result = simulated(arguments.nodes, arguments.volumes)
-    if arguments.chart:
-        draw(result, arguments.chart)
-    console.print_json(result) if arguments.json else print(as_markdown(result))
+    results.tell(result, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
     return 0
 
 
@@ -213,20 +211,14 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Seconds of each part by ranks and by volumes, both axes logarithmic."""
-    import matplotlib
+    """Seconds and bytes of each part by ranks and by volumes, both axes logarithmic."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
-    for axis, by in zip(axes, ("ranks", "volumes"), strict=True):
+    def panel(by: str, key: str, unit: str, factor: float) -> Lines:
+        lines = {}
         for part in dict.fromkeys(row["part"] for row in result["by_ranks"]):
-            rows = [row for row in result[f"by_{by}"] if row["part"] == part]
-            axis.loglog([row[by] for row in rows], [row["seconds"] for row in rows], "o-", label=part)
-        axis.set_xlabel(by)
-        axis.grid(visible=True, which="major", alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+            own = [row for row in result[f"by_{by}"] if row["part"] == part]
+            lines[part] = [(row[by], max(row[key] * factor, 1e-6)) for row in own]
+        return Lines(title=f"{unit} by {by}", x=by, y=unit, lines=lines, logarithmic=True)
+
+    kinds = (("seconds", "processor seconds", 1.0), ("peak_bytes", "peak MB", 1e-6))
+    draw_lines([[panel(by, *kind) for by in ("ranks", "volumes")] for kind in kinds], path)

@@ -28,6 +28,7 @@ from mimscale.world import World
 
 RECIPE = "pretrain_mae_vit_b"
 STAGES = (1, 3)  # one range a rank, or one range a rank of every parameter
+PART_BYTES = 1  # of each rank's file
 _POSITION = {"samples_done": 0}
 
 
@@ -107,7 +108,7 @@ class _Part:
     """What rank 0 would write; the ranks' own work is none of the commit's."""
 
     full_weights: Mapping[str, Any]
-    file_bytes = 1
+    file_bytes = PART_BYTES
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Nothing."""
@@ -119,7 +120,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Engine:
+class FakeEngine:
     """See `mimscale.train.checkpoint.Saveable`."""
 
     zero_stage: int
@@ -142,7 +143,7 @@ def committed(run: RunDir, ranks: int, stage: int, step: int = 1) -> Path:
     """Commit a checkpoint of so many ranks in a run directory; returns its folder."""
     many = ManyRanks(World(rank=0, size=ranks, local_rank=0, local_size=min(8, ranks), node="simulated"), stage)
     config = CheckpointConfig(mode="sync", every_steps=1)
-    Checkpoints(run, config, _Engine(stage), many, lambda *_: []).save(step, _POSITION)  # type: ignore[arg-type]
+    Checkpoints(run, config, FakeEngine(stage), many, lambda *_: []).save(step, _POSITION)  # type: ignore[arg-type]
     return tags(run)[0]
 
 

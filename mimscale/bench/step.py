@@ -6,21 +6,27 @@ the peers.
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimscale import console
-from mimscale.bench import hardware, measure
+from mimscale.bench import hardware, measure, results
+from mimscale.bench.charts import Bars, draw_bars
+from mimscale.bench.compiled import Fallbacks, fallbacks
 from mimscale.bench.products import Recorded, Replay, record
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
 from mimscale.config import config_tree, verb_parser
+from mimscale.errors import ConfigError
 from mimscale.stream.batch import Batch
 from mimscale.train.config import PretrainConfig
 from mimscale.train.engine import Engine, compile_blocks, join_ranks, leave_ranks
@@ -119,7 +125,7 @@ def own_contenders(zero_stage: int) -> dict[str, Build]:
 def measure_steps(
     setting: Setting, contenders: dict[str, Build], *, repeats: int, round_s: float
 ) -> tuple[list[dict[str, Any]], Recorded]:
-    """Time all contenders in turn, and the products of the first of them alone.
+    """Time all contenders in turn, and the products of the first of them alone. A collective.
 
     All are alive at once and work in turn, so that what else the machine does hits every one of them.
 
@@ -130,38 +136,70 @@ def measure_steps(
         round_s: how long a round should be; at least one step.
 
     Returns:
-        for each: name, step_s (median of the rounds), max_s, cpu_s (of all threads; a busy machine disturbs it least),
-        spread_percent, samples_per_s and the loss of the first step; and the products of a step.
+        for each: name, step_s (median of the rounds, each as long as its slowest rank took), max_s, cpu_s (of all
+        threads of this rank; a busy machine disturbs it least), spread_percent, samples_per_s (of all ranks),
+        energy_j_per_sample (None without NVML), the loss of the first step, and what of it torch could not compile; and
+        the products of a step of one rank.
     """
-    steps = {name: build(setting) for name, build in contenders.items()}
+    steps: dict[str, Step] = {}
     losses: dict[str, float | None] = {}
+    compiler: Fallbacks | None = None
     recorded = None
-    for name, step in steps.items():
-        console.say(f"first step of {name} ...")
-        losses[name] = float(step())
+    for name, build in contenders.items():
+        _say(setting, f"first step of {name} ...")
+        with fallbacks() if name == COMPILED else nullcontext(None) as found:
+            steps[name] = build(setting)
+            losses[name] = float(steps[name]())
+        if found is not None:
+            compiler = found
+            if found.count:
+                _say(setting, f"{name}: {found.count} function(s) run as they are: {found.reason}")
         if recorded is None:
-            recorded = record(step)
-        if name == COMPILED and (plain := plain_functions()):
-            console.say(f"{name}: {plain} functions could not be compiled here and run as they are")
+            recorded = record(steps[name])
     assert recorded is not None
     calls: dict[str, Callable[[], object]] = {**steps, CEILING: Replay(recorded, setting.device)}
     gc.collect()
-    rounds: dict[str, list[measure.Run]] = {name: [] for name in calls}
+    rounds: dict[str, list[_Round]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
-            once_s = hardware.seconds_of(call, setting.device)
-            count = max(1, round(round_s / once_s))
-            busy_s = time.process_time()
-            mean_s = hardware.seconds_of(lambda call=call, count=count: _repeat(call, count), setting.device) / count  # type: ignore[misc]
+            done = _round(call, setting, round_s)
             if number:
-                rounds[name].append(measure.Run(wall_s=mean_s, cpu_s=(time.process_time() - busy_s) / count))
-    return [_row(name, runs, losses.get(name), setting) for name, runs in rounds.items()], recorded
+                rounds[name].append(done)
+    rows = [_row(name, runs, losses.get(name), setting) for name, runs in rounds.items()]
+    for row in rows:
+        if compiler is not None and row["name"] == COMPILED:
+            row |= {"plain_functions": compiler.count, "plain_reason": compiler.reason}
+    return rows, recorded
 
 
-def plain_functions() -> int:
-    """How many functions torch should have compiled in this process and could not."""
-    frames = torch._dynamo.utils.counters["frames"]
-    return int(frames["total"] - frames["ok"])
+def _say(setting: Setting, text: str) -> None:
+    if setting.ranks.is_first:
+        console.say(text)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The mean step of one round."""
+
+    wall_s: float  # of the slowest rank
+    cpu_s: float
+    energy_j: float | None  # of all ranks
+
+
+def _round(call: Callable[[], object], setting: Setting, round_s: float) -> _Round:
+    ranks = setting.ranks
+    once_s = max(ranks.gather(hardware.seconds_of(call, setting.device)))  # as many steps on every rank
+    count = max(1, round(round_s / once_s))
+    joules, busy_s = hardware.energy_j(setting.device), time.process_time()
+    wall_s = hardware.seconds_of(lambda: _repeat(call, count), setting.device) / count
+    busy_s, after = time.process_time() - busy_s, hardware.energy_j(setting.device)
+    of_ranks = ranks.gather((wall_s, None if joules is None or after is None else (after - joules) / count))
+    energies = [energy for _, energy in of_ranks if energy is not None]
+    return _Round(
+        wall_s=max(seconds for seconds, _ in of_ranks),
+        cpu_s=busy_s / count,
+        energy_j=sum(energies) if len(energies) == len(of_ranks) else None,
+    )
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:
@@ -169,18 +207,19 @@ def _repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-def _row(name: str, runs: Sequence[measure.Run], loss: float | None, setting: Setting) -> dict[str, Any]:
+def _row(name: str, runs: Sequence[_Round], loss: float | None, setting: Setting) -> dict[str, Any]:
     seconds = [run.wall_s for run in runs]
-    median = statistics.median(seconds)
+    median, samples = statistics.median(seconds), setting.config.micro_batch * setting.ranks.world.size
+    joules = [run.energy_j for run in runs if run.energy_j is not None]
     return {
         "name": name,
         "step_s": round(median, 5),
         "max_s": round(max(seconds), 5),
         "cpu_s": round(statistics.median(run.cpu_s for run in runs), 5),
         "spread_percent": round(100 * (max(seconds) - min(seconds)) / median, 1),
-        "samples_per_s": round(setting.config.micro_batch / median, 3),
+        "samples_per_s": round(samples / median, 3),
+        "energy_j_per_sample": round(statistics.median(joules) / samples, 3) if joules else None,
         "loss": loss,
-        "plain_functions": plain_functions() if name == COMPILED else None,
     }
 
 
@@ -204,6 +243,7 @@ def measure_setting(setting: Setting, contenders: dict[str, Build], *, repeats: 
         "device": hardware.device_name(setting.device),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "ranks": setting.ranks.world.size,
         "gflops_a_sample": round(recorded.flops / setting.config.micro_batch / 1e9, 3),
         "products": len(recorded.products),
         "contenders": rows,
@@ -224,29 +264,36 @@ def as_markdown(result: dict[str, Any]) -> str:
     rows = sorted(result["contenders"], key=lambda row: row["step_s"])
     cells = [
         [
-            row["name"] + (" (fell back to plain)" if row["plain_functions"] else ""),
+            results.shown_name(row),
             f"{1e3 * row['step_s']:.0f}" if row["step_s"] >= 0.1 else f"{1e3 * row['step_s']:.2f}",
             f"{row['spread_percent']:.0f} %",
             f"{1e3 * row['cpu_s']:.0f}",
             f"{row['samples_per_s']:.2f}",
             "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
-            "" if row["times"] is None else f"{row['times']:.2f}x",
+            "" if row["times"] is None else f"{row['times']:.2f}",
         ]
         for row in rows
     ]
-    columns = ["contender", "ms a step", "spread", "CPU ms", "samples/s", "of ceiling", "mimscale is"]
+    columns = ["contender", "ms a step", "spread", "CPU ms", "samples/s", "of ceiling", "time, mimscale = 1"]
     use = result["utilisation"]
-    mfu = use["mfu"] if use["mfu"] is not None else use["mfu_of_measured"]
+    mfu, hfu = (use[key] if use[key] is not None else use[f"{key}_of_measured"] for key in ("mfu", "hfu"))
     peak = "data sheet" if use["mfu"] is not None else "a large product measured here"
     return (
         measure.table(columns, cells)
-        + f"\n{result['gflops_a_sample']:.1f} GFLOP a sample in {result['dtype']}; {PLAIN}: MFU {100 * mfu:.0f} % of "
+        + f"\n{result['gflops_a_sample']:.1f} GFLOP a sample in {result['dtype']}; {PLAIN}: MFU {100 * mfu:.0f} %, HFU "
+        f"{100 * hfu:.0f} % of "
         f"{(use['peak_flops_per_s'] or use['measured_flops_per_s']) / 1e9:.0f} GFLOP/s ({peak}).\n"
     )
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of all contenders."""
+    rows = [(row["name"], row["samples_per_s"]) for row in result["contenders"]]
+    draw_bars([Bars(title=f"The training step on {result['device']}", unit="samples a second", rows=rows)], path)
+
+
 def main(argv: list[str]) -> int:
-    """`mimscale bench step RECIPE [key=value ...] [--json]`."""
+    """`mimscale bench step RECIPE [key=value ...] [--json] [--out FOLDER]`, alone, under torchrun or in a job."""
     parser = verb_parser(
         "bench step", "The training step alone, against the time of the matrix products that it needs."
     )
@@ -254,21 +301,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round, at least one step")
     parser.add_argument("--channels", type=int, default=1, help="of the images")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contender that compiles its blocks")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.repeats < 1 or not arguments.seconds > 0:
+        raise ConfigError(f"--repeats {arguments.repeats} --seconds {arguments.seconds}: 1 or more, and above 0")
     config = bench_config(arguments.words, needs_store=False)
-    result = bench_recipe(config, arguments)
-    if arguments.json:
-        console.print_json(result)
-    else:
-        print(as_markdown(result))
+    world = World.from_environment(os.environ)
+    if world.is_first:
+        results.make_folder(arguments.out)
+    result = bench_recipe(config, arguments, world)
+    if world.is_first:
+        results.tell(result, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
     return 0
 
 
-def bench_recipe(config: PretrainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_recipe(config: PretrainConfig, arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     """All that the verb measures, as its JSON tells it."""
-    config = replace(config, global_batch=config.micro_batch)  # the engine then takes an optimizer step each time
-    ranks = join_ranks(World())
+    # The engine then takes an optimizer step each time.
+    config = replace(config, global_batch=config.micro_batch * world.size)
+    ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
     try:
         contenders = own_contenders(config.engine.zero_stage)
         if arguments.no_compile:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mimscale import console
-from mimscale.bench import measure
+from mimscale.bench import measure, results
+from mimscale.bench.charts import Bars, draw_bars
 from mimscale.bench.contender import Crops, Job, Round, Runner
 from mimscale.bench.crops import MODES, randomness
 from mimscale.bench.readers import unzip_volumes
@@ -249,7 +250,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each contender")
     parser.add_argument("--seconds", type=float, default=0.5, help="of a round; six of them for the loader")
     parser.add_argument("--cold", action="store_true", help="empty the page cache of the store before each round")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.words or arguments.words[0] != "stream":
         raise ConfigError(f"expected `mimscale bench stream RECIPE store=STORE`, got {arguments.words}")
@@ -257,12 +258,20 @@ def main(argv: list[str]) -> int:
     if not any(word.startswith("run_dir=") for word in words):
         words.append("run_dir=none")  # a recipe of training needs one; nothing is written to it
     config = load_verb_config(PretrainConfig, words, needs_recipe=True)
+    if results.is_for_another_rank("stream"):
+        return 0
+    results.make_folder(arguments.out)
     result = bench_store(config, arguments)
-    if arguments.json:
-        console.print_json(result)
-    else:
-        print(_text(result))
+    results.tell(result, _text, draw, as_json=arguments.json, folder=arguments.out)
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of all contenders on one core, and of the loader by its workers."""
+    readers = [(f"{row['name']}, {row['mode']}", row["crops_per_s"]) for row in result["contenders"]]
+    loader = [(f"mimscale, {row['workers']} worker(s)", row["crops_per_s"]) for row in result["loader"]]
+    panels = {"One core": readers, "The whole loader": loader}
+    draw_bars([Bars(title=title, unit="crops a second", rows=rows) for title, rows in panels.items()], path)
 
 
 def bench_store(config: PretrainConfig, arguments: argparse.Namespace) -> dict[str, Any]:

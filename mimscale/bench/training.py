@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale import console, durable
 from mimscale.bench import hardware, measure
+from mimscale.bench.charts import Bars, draw_bars
 from mimscale.bench.products import ConvolutionError, record
-from mimscale.bench.results import RESULT_FILE, Windows
+from mimscale.bench.results import Windows, make_folder, tell
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.config import config_tree, tree_hash
 from mimscale.models.flops import Flops
@@ -324,18 +324,24 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
-def run_training(config: PretrainConfig, windows: Windows, *, channels: int, as_json: bool) -> int:
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of the three modes."""
+    rows = [(name.replace("_", " "), mode["samples_per_s"]) for name, mode in result["modes"].items()]
+    title = f"{result['ranks']} rank(s) on {result['device']}"
+    draw_bars([Bars(title=title, unit="samples a second", rows=rows)], path)
+
+
+def run_training(config: PretrainConfig, windows: Windows, *, channels: int, as_json: bool, folder: Path | None) -> int:
     """The verb's body: measure as one rank, and let rank 0 tell; returns the exit code."""
     world = World.from_environment(os.environ)
     accumulation(config, world.size)
+    if world.is_first:
+        make_folder(folder)
     ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
     try:
         result = bench_training(config, ranks, windows, with_store=config.store != Path("none"), channels=channels)
     finally:
         leave_ranks()
     if world.is_first:
-        if config.run_dir != Path("none"):
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            durable.write_json(config.run_dir / RESULT_FILE, result)
-        console.print_json(result) if as_json else print(as_markdown(result), flush=True)
+        tell(result, as_markdown, draw, as_json=as_json, folder=folder)
     return 0

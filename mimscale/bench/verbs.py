@@ -3,8 +3,9 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from mimscale.bench.results import Windows
+from mimscale.bench.results import Windows, add_outputs
 from mimscale.config import config_yaml, load_verb_config, parse_yaml, recipe_text, split_arguments, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.train.config import PretrainConfig
@@ -28,7 +29,7 @@ def usage() -> str:
     width = max(map(len, KINDS))
     lines = [f"  {kind:<{width}}  {line}" for kind, (_, line) in KINDS.items()]
     return (
-        "usage: mimscale bench KIND [RECIPE] [key=value ...] [--json] [--help]\n"
+        "usage: mimscale bench KIND [RECIPE] [key=value ...] [--json] [--out FOLDER] [--help]\n"
         "       mimscale bench compare A.json B.json\n\nkinds:\n" + "\n".join(lines) + "\n"
     )
 
@@ -48,9 +49,9 @@ def main(argv: list[str]) -> int:
 
 
 def train_main(argv: list[str]) -> int:
-    """`mimscale bench train RECIPE [store=STORE] [key=value ...] [--json]`, alone, under torchrun or in a job.
+    """`mimscale bench train RECIPE [store=STORE] [key=value ...]`, alone, under torchrun or in a job.
 
-    Torch comes in behind `--check`, with which a login node looks at a job.
+    With a run directory the result lies there. Torch comes in behind `--check`, with which a login node looks at a job.
     """
     parser = verb_parser("bench train", "Training in three modes: a batch on the device, the loader alone, and both.")
     parser.add_argument("--steps", type=int, default=20, help="of a window")
@@ -58,7 +59,7 @@ def train_main(argv: list[str]) -> int:
     parser.add_argument("--windows", type=int, default=3, help="of which median and spread are told")
     parser.add_argument("--channels", type=int, default=1, help="of the images, where no store tells it")
     parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     config = bench_config(arguments.words, needs_store=False)
     windows = Windows(arguments.warmup, arguments.steps, arguments.windows)
@@ -67,7 +68,8 @@ def train_main(argv: list[str]) -> int:
         return 0
     from mimscale.bench.training import run_training
 
-    return run_training(config, windows, channels=arguments.channels, as_json=arguments.json)
+    folder = arguments.out or (None if config.run_dir == Path("none") else config.run_dir)
+    return run_training(config, windows, channels=arguments.channels, as_json=arguments.json, folder=folder)
 
 
 def bench_config(words: Sequence[str], *, needs_store: bool = True) -> PretrainConfig:

@@ -5,6 +5,7 @@ Its weights carry the same names whatever stands behind it: `encoder.blocks.N` f
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ END = ("blocks.", "norm.")  # of the encoder's names: all but the embedding
 class Encoder(nn.Module):
     """Base of all encoders."""
 
+    repeated: ClassVar[tuple[type[nn.Module], ...]] = ()  # what torch.compile takes one by one, in decoders too
     config: EncoderConfig
 
     def __init__(self, config: EncoderConfig, channels: int, patch_voxels: Sequence[int] | None = None) -> None:

@@ -23,6 +23,7 @@ from mimscale.models.reconstruction import (
     reconstruction_pictures,
 )
 from mimscale.models.vit import Block, Vit, init_linear
+from mimscale.stream.device import to_device
 
 
 class MaskedAutoencoder(nn.Module):
@@ -77,18 +78,18 @@ class MaskedAutoencoder(nn.Module):
             ValueError: rows of `hidden` with different counts, or none hidden, or all hidden.
         """
         device = image.device
-        visible = visible_indices(hidden).to(device, non_blocking=True)  # [B, K]
+        visible = to_device(visible_indices(hidden), device)  # [B, K]
         decoded = places = rows = None  # all of them
         if self.config.loss_on == "masked":
             answered = counted_patches(hidden, predicted, self.config)  # bool [B, L]
-            places = rows = chosen_indices(answered).to(device, non_blocking=True)  # [B, M]
+            places = rows = to_device(chosen_indices(answered), device)  # [B, M]
         if predicted is not None:
             among = chosen_indices(~hidden | predicted)  # [B, N]
-            decoded = among.to(device, non_blocking=True)
+            decoded = to_device(among, device)
             if rows is None:
                 places = decoded
             else:
-                rows = chosen_indices(answered.gather(1, among)).to(device, non_blocking=True)
+                rows = to_device(chosen_indices(answered.gather(1, among)), device)
         answers, tokens = self._predict(image, visible, decoded, rows)
         return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mimscale.models.config import TargetConfig, patch_grid
 from mimscale.models.patches import chosen_indices, hidden_voxels, patchify, put, take, unpatchify
+from mimscale.stream.device import to_device
 
 # Patches of air have almost no variance: without a floor their noise would become as large as anatomy. This one is a
 # deviation of 0.01: a hundredth of a CT window, or of the deviation of a z-scored MR.
@@ -241,12 +242,12 @@ class MaskedModel(nn.Module):
             valid: bool [B, 1, Z, Y, X] or None for all; voxels that are not valid are no target.
             predicted: bool [B, L] on the CPU, the hidden patches that count; None for all of them.
         """
-        visible = chosen_indices(~hidden).to(image.device, non_blocking=True)  # [B, K]
+        visible = to_device(chosen_indices(~hidden), image.device)  # [B, K]
         places = None  # all
         if self.config.loss_on == "masked" or predicted is not None:
             counted = chosen_indices(counted_patches(hidden, predicted, self.config))
-            places = counted.to(image.device, non_blocking=True)  # [B, M]
-        answers, tokens = self.answer(self._as_weights(image), hidden.to(image.device, non_blocking=True), places)
+            places = to_device(counted, image.device)  # [B, M]
+        answers, tokens = self.answer(self._as_weights(image), to_device(hidden, image.device), places)
         return reconstruction_output(answers, places, visible, tokens, image, valid, self.config, self.patch_voxels)
 
     @torch.no_grad()

@@ -61,6 +61,7 @@ class ResidualEncoder(Encoder):
     """Stem and stages of residual blocks; a stage is what the others call a block."""
 
     config: ResencConfig
+    repeated = (ConvNorm, ResidualBlock)
 
     def __init__(self, config: ResencConfig, *, channels: int) -> None:
         super().__init__(config, channels)

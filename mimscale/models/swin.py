@@ -10,7 +10,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.patchembedding import PatchEmbed
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
-from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging, WindowAttention
+from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +30,7 @@ class Swin(Encoder):
 
     config: SwinConfig
     patch_voxels: tuple[int, ...]
+    repeated = (SwinTransformerBlock,)
 
     def __init__(
         self, config: SwinConfig, *, crop_voxels: Sequence[int], patch_voxels: Sequence[int], channels: int

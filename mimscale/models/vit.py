@@ -85,17 +85,22 @@ class GatedMlp(nn.Module):
 class Branch(nn.Module):
     """How a block adds a branch to its input: scaled by channel if asked, left out for some samples if asked."""
 
+    keep_bits: Tensor
+
     def __init__(self, dim: int, layer_scale: float | None, drop_path: float) -> None:
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path, self.drops = drop_path, drop_path > 0
+        # A tensor, so that blocks that differ in their chance alone share compiled code; and its bits as an integer,
+        # because casting a model to bf16 casts its float buffers too.
+        self.register_buffer("keep_bits", torch.tensor(1 - drop_path).view(torch.int32), persistent=False)
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:
         """[B, K, D] + [B, K, D]."""
         if self.scale is not None:
             branch = branch * self.scale
-        if self.training and self.drop_path > 0:
-            keep = 1 - self.drop_path
+        if self.training and self.drops:
+            keep = self.keep_bits.view(torch.float32)
             kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
             branch = branch * (kept / keep).to(branch.dtype)  # divided, so that the expectation stays the same
         return tokens + branch
@@ -125,6 +130,7 @@ class Block(nn.Module):
 class Vit(Encoder):
     """A plain vision transformer."""
 
+    repeated = (Block,)
     config: VitConfig
     patch_voxels: tuple[int, ...]
     coordinates: Tensor

@@ -19,6 +19,7 @@ from mimscale.store.layout import IGNORE_VALUE
 from mimscale.stream import order
 from mimscale.stream.batch import Batch
 from mimscale.stream.config import AugmentConfig
+from mimscale.stream.device import to_device
 
 # Which words of a sample's seed decide what. Never renumber: the same seed would give other samples.
 _FLIP, _ROT90, _AFFINE, _ROTATE, _ZOOM, _TRANSLATE, _SCALE, _SHIFT, _GAMMA, _NOISE, _NOISE_SEED = range(11)
@@ -154,7 +155,7 @@ def _warped(
         spacing = spacing_mm[chosen]
         matrix = matrix * spacing[:, None, :] / spacing[:, :, None]
     grid = _grid(matrix, draws.offset[chosen], image)  # [n, Z, Y, X, 3]
-    index = torch.from_numpy(chosen).to(image.device)
+    index = to_device(torch.from_numpy(chosen), image.device)
     inside = (grid.abs() <= 1).all(dim=-1)  # [n, Z, Y, X]: 1 is the outer face of the last voxel
 
     def sampled(array: Tensor, mode: str) -> Tensor:
@@ -176,8 +177,10 @@ def _grid(matrix: NDArray[np.float64], offset: NDArray[np.float64], image: Tenso
     # Along each axis, the middles of the voxels. Sums of products, not a matrix product: that may compute in TF32, a
     # twentieth of a voxel off, and in another way for another number of samples.
     z, y, x = ((torch.arange(edge, device=image.device, dtype=image.dtype) + 0.5) * (2 / edge) - 1 for edge in size)
-    terms = torch.from_numpy(matrix * half / half[:, None]).to(image)[:, None, None, None]  # [n, 1, 1, 1, 3, 3]
-    start = torch.from_numpy(offset / half).to(image)[:, None, None, None]  # [n, 1, 1, 1, 3]
+    terms, start = (
+        to_device(torch.from_numpy(numbers).to(image.dtype), image.device)[:, None, None, None]
+        for numbers in (matrix * half / half[:, None], offset / half)
+    )  # [n, 1, 1, 1, 3, 3] and [n, 1, 1, 1, 3]
     along = [
         terms[..., axis, 0] * z[:, None, None]
         + terms[..., axis, 1] * y[:, None]

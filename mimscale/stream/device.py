@@ -41,6 +41,16 @@ class OnDevice:
         return moved
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """What the host has just made (indices, masks, matrices) on the training device, without waiting for it.
+
+    From page-locked memory: a copy from any other may make the host wait for all that the device was given before.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
     """Normalise a batch on the device where it is: image [B, C, Z, Y, X] float32 and valid [B, 1, Z, Y, X] bool.
 

@@ -25,16 +25,15 @@ from mimscale.errors import CheckpointError
 from mimscale.train.committed import (
     MANIFEST,
     MANIFEST_VERSION,
-    checkpoints_kept,
     first_good,
     read_manifest,
     refuse_former_version,
-    step_of,
     tag_name,
     tags,
     why_not_loadable,
 )
 from mimscale.train.config import CheckpointConfig
+from mimscale.train.older import OlderCheckpoints
 from mimscale.train.run_dir import RunDir
 from mimscale.train.watchdog import Writing
 from mimscale.world import World
@@ -147,6 +146,7 @@ class Checkpoints:
         self._engine = engine
         self._ranks = ranks
         self._write_weights = write_weights
+        self._older = OlderCheckpoints(run, config)
         self._newest_step: int | None = None
         self._writing: _Writing | None = None
         self._failure: CheckpointError | None = None
@@ -174,6 +174,7 @@ class Checkpoints:
             say(f"checkpoint passed over: {line}")
         if tag is None:
             return Restored(step=0, position=None)
+        self._look_at_older(tag, candidates)
         manifest = read_manifest(tag)
         refuse_former_version(tag, manifest)
         if world.is_first:
@@ -181,6 +182,16 @@ class Checkpoints:
         self._engine.load(tag, manifest["files"])
         self._newest_step = manifest["step"]
         return Restored(step=manifest["step"], position=manifest["position"])
+
+    def _look_at_older(self, tag: Path, candidates: list[Path]) -> None:
+        """Share the look at the files of those that may stay: rank 0 alone would take long at its first commit."""
+        world, older = self._ranks.world, candidates[candidates.index(tag) + 1 :]
+        own = [why_not_loadable(one, hashes=False, share=(world.rank, world.size)) for one in older]
+        of_ranks = self._ranks.gather(own)
+        if world.is_first:
+            self._older.found(tag, whole=True)
+            for one, reasons in zip(older, zip(*of_ranks, strict=True), strict=True):
+                self._older.found(one, whole=not any(reasons))
 
     def _find(self) -> list[str]:
         for litter in self._run.checkpoints.glob(f"{durable.TEMPORARY_PREFIX}*"):  # of a save that was killed
@@ -220,7 +231,7 @@ class Checkpoints:
         # The parts of all ranks are about equal; rank 0 writes the weights besides.
         needed_bytes = part.file_bytes * self._ranks.world.size + _weights_bytes(part)
         try:
-            self._ranks.first_does(lambda: _make_room(temporary, needed_bytes))
+            self._ranks.first_does(lambda: self._make_room(temporary, needed_bytes))
         except CheckpointError as error:
             self._fails(error)
             return before
@@ -240,7 +251,11 @@ class Checkpoints:
             began_s=time.monotonic(),
             thread=writer.ident,
         )
-        return self.commit() if self._config.mode == "sync" else before
+        if self._config.mode == "background":
+            return before
+        saved = self.commit()
+        self._older.wait()
+        return saved
 
     def is_written(self) -> bool:
         """True when this rank has written its part of a save that is not yet committed."""
@@ -283,6 +298,7 @@ class Checkpoints:
                 for it.
         """
         saved = self.commit()
+        self._older.wait()
         if self._failure is not None:
             raise self._failure
         return saved
@@ -347,18 +363,22 @@ class Checkpoints:
         durable.rename_folder(temporary, final)
         try:  # it is committed: what follows may fail, but is no reason to stop a run
             durable.write_text(self._run.checkpoints / "newest", final.name + "\n")
-            self._prune(final)
+            self._older.saved(final, files)
+            self._older.prune(final)
         except OSError as error:
             say(f"{final}: committed, but clearing up older checkpoints failed ({error}); the next save tries again")
         return sum(entry["bytes"] for entry in files.values())
 
-    def _prune(self, newest_good: Path) -> None:
-        kept = checkpoints_kept(self._run, self._config, newest_good)
-        for tag in reversed(tags(self._run)):
-            if step_of(tag) not in kept:
-                doomed = tag.with_name(f"{durable.TEMPORARY_PREFIX}doomed-{tag.name}")
-                durable.rename_folder(tag, doomed)  # deletion is atomic too: half a checkpoint never has a final name
-                shutil.rmtree(doomed)
+    def _make_room(self, temporary: Path, needed_bytes: int) -> None:
+        """Make an empty folder, unless the disk is plainly too small: that would harm everything else in the run."""
+        self._older.wait()  # its space counts
+        shutil.rmtree(temporary, ignore_errors=True)
+        with durable.explained(CheckpointError, temporary, "free space or check the permissions of run_dir"):
+            temporary.mkdir(parents=True)
+            free_bytes = shutil.disk_usage(temporary).free
+        if needed_bytes > free_bytes:
+            temporary.rmdir()
+            raise _not_saved(temporary, needed_bytes, [])
 
 
 def _answer(future: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]) -> None:
@@ -366,17 +386,6 @@ def _answer(future: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]
         future.set_result(work())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _make_room(temporary: Path, needed_bytes: int) -> None:
-    """Make an empty folder, unless the disk is plainly too small: to fill it would harm everything else in the run."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    with durable.explained(CheckpointError, temporary, "free space or check the permissions of run_dir"):
-        temporary.mkdir(parents=True)
-        free_bytes = shutil.disk_usage(temporary).free
-    if needed_bytes > free_bytes:
-        temporary.rmdir()
-        raise _not_saved(temporary, needed_bytes, [])
 
 
 def _not_saved(temporary: Path, needed_bytes: int, problems: list[str]) -> CheckpointError:

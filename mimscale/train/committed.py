@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
 # Version 1 held DeepSpeed's own files. Its weights can still be read, its training state cannot.
 READABLE_VERSIONS = (1, 2)
+PART_PREFIX = "state-rank"  # of the files that each rank writes
 
 
 def tag_name(step: int) -> str:
@@ -36,9 +37,16 @@ def tags(run: RunDir) -> list[Path]:
     return sorted((tag for tag in run.checkpoints.glob("step_*") if tag.name[5:].isdigit()), key=step_of, reverse=True)
 
 
-def checkpoints_kept(run: RunDir, config: CheckpointConfig, newest_good: Path) -> dict[int, list[str]]:
+def has_its_files(tag: Path) -> bool:
+    """True when every file of a checkpoint is there with the size of its manifest."""
+    return why_not_loadable(tag, hashes=False) is None
+
+
+def checkpoints_kept(
+    run: RunDir, config: CheckpointConfig, newest_good: Path, *, is_whole: Callable[[Path], bool] = has_its_files
+) -> dict[int, list[str]]:
     """Step -> why its checkpoint stays, for those that do; see `why_kept`. One that is not whole takes no place."""
-    whole = [tag for tag in tags(run) if tag == newest_good or why_not_loadable(tag, hashes=False) is None]
+    whole = [tag for tag in tags(run) if tag == newest_good or is_whole(tag)]
     return why_kept(
         [step_of(tag) for tag in whole],
         newest_good=step_of(newest_good),
@@ -87,7 +95,7 @@ def why_not_loadable(tag: Path, *, hashes: bool = True, share: tuple[int, int] =
         return f"no readable {MANIFEST} (its files are no table of bytes and sha256)"
     for name, entry in sorted(files.items())[share[0] :: share[1]]:
         try:
-            reason = _why_not_as_saved(tag, name, entry, hashes=hashes)
+            reason = why_not_as_saved(tag, name, entry, hashes=hashes)
         except ValueError as error:  # a name with a zero byte
             reason = f"{name!r} is no name of a file ({error})"
         if reason is not None:
@@ -95,7 +103,8 @@ def why_not_loadable(tag: Path, *, hashes: bool = True, share: tuple[int, int] =
     return None
 
 
-def _why_not_as_saved(tag: Path, name: str, entry: dict[str, Any], *, hashes: bool) -> str | None:
+def why_not_as_saved(tag: Path, name: str, entry: dict[str, Any], *, hashes: bool) -> str | None:
+    """None when one file of a checkpoint is there with the size, and if asked the sha256, of the manifest's entry."""
     # By name and by lstat, without resolving: thousands of files on a parallel file system are looked at.
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from mimscale.models.simclr import contrastive_loss
 from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
-from mimscale.stream.device import normalise
+from mimscale.stream.device import normalise, to_device
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
 from mimscale.train.ranks import Ranks
@@ -82,7 +82,7 @@ def pool_loss(anchors: Tensor, subjects: Tensor, temperature: float) -> Tensor:
     """
     crops = len(subjects)
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    of_anchor = subjects.to(anchors.device, non_blocking=True).repeat(2)
+    of_anchor = to_device(subjects, anchors.device).repeat(2)
     own = rank * 2 * crops + torch.arange(2 * crops, device=anchors.device)  # rows of the gathered keys
     return contrastive_loss(
         anchors,

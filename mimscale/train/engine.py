@@ -24,9 +24,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
-from mimscale.errors import LaunchError
+from mimscale.errors import ConfigError, LaunchError
 from mimscale.models.contract import WEIGHTS_FILE
-from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
@@ -42,6 +41,10 @@ from mimscale.train.zero import (
     spread_weights,
 )
 from mimscale.world import World
+
+# Shapes that blocks of one class may be compiled for. Beyond torch's own 8 the next ones would run as they are; those
+# of a U-Net differ at every stage, in training and in validation.
+MOST_SHAPES = 64
 
 
 def ignore_known_warnings() -> None:
@@ -101,18 +104,30 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block in its place: the names of its weights stay.
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile each block (`repeated` of its encoder) in its place: the names of its weights stay.
 
     Blocks of one shape share their code, so it is built once. What cannot be compiled here (no compiler, an operation
     that it does not know) runs as it is, and torch says so in a warning.
+
+    Raises:
+        ConfigError: the encoder has no such blocks.
     """
+    kinds = getattr(model.encoder, "repeated", ())
+    if not kinds:
+        raise ConfigError(
+            f"engine.compile_blocks=true: {type(model.encoder).__name__} does not say which of its modules are "
+            "compiled one by one; give it `repeated`, a tuple of their classes, or leave the key out"
+        )
     torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     # Else the backward pass is compiled when it first runs, and what fails there ends the run.
     torch._functorch.config.force_non_lazy_backward_lowering = True
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
+    inside: set[nn.Module] = set()  # of a block that is compiled as a whole
+    for module in model.modules():  # a module comes before what is inside of it
+        if isinstance(module, kinds) and module not in inside:
+            module.compile(dynamic=False, backend=backend)
+            inside.update(module.modules())
 
 
 def import_muon_without_compiler() -> None:

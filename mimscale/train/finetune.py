@@ -16,7 +16,7 @@ from mimscale.models.transfer import load_encoder, load_weights, start_weights
 from mimscale.store.layout import read_info
 from mimscale.stream.augment import augment_batch
 from mimscale.stream.batch import Batch
-from mimscale.stream.device import labels, normalise
+from mimscale.stream.device import labels, normalise, to_device
 from mimscale.train.build import build_segmenter
 from mimscale.train.committed import newest
 from mimscale.train.config import FinetuneConfig
@@ -112,12 +112,12 @@ class Segmentation:
     def _criterion(self, logits: Tensor, label: Tensor) -> Tensor:
         if self._members is None:
             return dice_cross_entropy(logits, label)
-        return dice_binary_cross_entropy(logits, label, self._members.to(label.device, non_blocking=True))
+        return dice_binary_cross_entropy(logits, label, to_device(self._members, label.device))
 
     def _overlaps(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if self._members is None:
             return overlap_counts(logits, label)
-        return region_overlap_counts(logits, label, self._members.to(label.device, non_blocking=True))
+        return region_overlap_counts(logits, label, to_device(self._members, label.device))
 
     @cached_property
     def _members(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from mimscale.errors import MimscaleError
+from mimscale.stream.device import to_device
 from mimscale.world import World
 
 T = TypeVar("T")
@@ -129,9 +130,7 @@ class Ranks:
         known = torch.tensor(
             [0.0 if isinstance(value, Tensor) else value for value in values.values()], dtype=torch.float64
         )
-        if self.device.type == "cuda":
-            known = known.pin_memory()
-        sums = known.to(self.device, non_blocking=True)
+        sums = to_device(known, self.device)
         for place, value in enumerate(values.values()):
             if isinstance(value, Tensor):
                 sums[place] = value.detach()

@@ -22,6 +22,7 @@ from torch import Tensor
 from mimscale import durable
 from mimscale.errors import CheckpointError
 from mimscale.models.tensor_file import header, write_tensors
+from mimscale.train.committed import PART_PREFIX
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 INDEX = "state.json"
@@ -51,7 +52,7 @@ class PartIndex:
 
 def state_file(rank: int) -> str:
     """The name of a rank's file."""
-    return f"state-rank{rank:05d}.safetensors"
+    return f"{PART_PREFIX}{rank:05d}.safetensors"
 
 
 class Snapshot:

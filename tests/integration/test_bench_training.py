@@ -44,6 +44,8 @@ def test_one_and_two_ranks_measure_three_modes_and_make_a_table_of_scaling(store
         result, ended = bench_train(store, tmp_path / str(ranks), ranks)
         assert all("{" not in rank.out for rank in ended[1:])  # rank 0 alone tells
         assert read_result(tmp_path / str(ranks)) == result
+        assert (tmp_path / str(ranks) / "bench.png").stat().st_size > 1000
+        assert "end to end" in (tmp_path / str(ranks) / "bench.md").read_text()
         results[ranks] = result
         assert set(result["modes"]) == {"synthetic", "loader", "end_to_end"}
         for name, mode in result["modes"].items():
@@ -70,6 +72,23 @@ def test_a_job_on_this_machine_leaves_its_result_in_its_run_directory(tmp_path):
     result = read_result(run_dir)
     assert list(result["modes"]) == ["synthetic"]  # no store was given
     assert result["verdict"] == "synthetic only: no store was given"
+
+
+@pytest.mark.two_process
+def test_two_ranks_take_the_same_steps_and_the_slowest_counts(tmp_path):
+    words = ["bench", "step", "demo/pretrain", *SMALL, "--no-compile", "--repeats=2", "--seconds=0.02"]
+    ended = run_ranks([*words, "--json", f"--out={tmp_path}"])
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert ended[1].out == ""
+    result = json.loads(ended[0].out.splitlines()[-1])
+    assert read_result(tmp_path) == result
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert (result["ranks"], result["config"]["global_batch"]) == (2, 4)
+    rows = {row["name"]: row for row in result["contenders"]}
+    own = rows["mimscale"]
+    assert own["samples_per_s"] == pytest.approx(4 / own["step_s"], rel=1e-2)
+    assert own["energy_j_per_sample"] is None  # there is no GPU here
+    assert result["utilisation"]["hfu_of_measured"] > result["utilisation"]["mfu_of_measured"] > 0
 
 
 @pytest.mark.two_process

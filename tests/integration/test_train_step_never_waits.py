@@ -5,14 +5,18 @@ Watched on a CPU, where the operations are the same.
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from rank_pool import run_ranks
-from syncs import SyncWatch
+from syncs import WAITING, SyncWatch
 
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
+from mimscale.config import load_config, split_arguments
+from mimscale.stream.device import to_device
+from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.pretrain import MaskedReconstruction
 from mimscale.world import World
 
@@ -24,6 +28,13 @@ def config_of(*words):
     small = ["crop_voxels=[16,16,16]", "global_batch=2", "model={dim: 48, depth: 2, heads: 4, drop_path: 0.1}"]
     decoder = "mae={decoder_dim: 48, decoder_depth: 1, decoder_heads: 4}"
     return bench_config(["demo/pretrain", "health.max_skipped=0", *small, decoder, *words], needs_store=False)
+
+
+def run_config(words):
+    """Of pretraining or fine-tuning, by its recipe's name."""
+    kind = FinetuneConfig if words[0].startswith("finetune") else PretrainConfig
+    (recipe,), overrides = split_arguments([*words, "store=none", "run_dir=none"])
+    return load_config(kind, recipe, overrides)
 
 
 def watch_steps(_words):
@@ -48,9 +59,12 @@ def watch_steps(_words):
 
         for _ in range(FIRST_STEPS):
             step().wait()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        profiled = sorted({event.name for event in profile.events()} & {f"aten::{name}" for name in WAITING})
         with SyncWatch() as watch:
             sums = step()
-        seen.append((watch.places, sums.wait()["grad_norm"]))
+        seen.append((watch.places, profiled, sums.wait()["grad_norm"]))
     print(json.dumps(seen))
     leave_ranks()
     return 0
@@ -65,22 +79,62 @@ def seen():
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_no_stage_makes_the_host_wait(stage, precision, seen):
-    places, grad_norm = seen[stage, precision]
+    places, profiled, grad_norm = seen[stage, precision]
     assert places == []
+    assert profiled == []
     assert grad_norm > 0
 
 
-def test_augmentation_loss_and_gradients_bring_nothing_back_from_the_device():
-    # A device that computes shapes alone: a value that had to come back would raise, a copy would be seen.
-    config = config_of("augment={flip_prob: [0.5, 0.5, 0.5], scale_prob: 1.0, shift_prob: 1.0}")
-    objective, device = MaskedReconstruction(config), torch.device("meta")
+CROP = ["crop_voxels=[16,32,32]", "patch_voxels=[4,8,8]"]
+VIT = [*CROP, "model={dim: 48, depth: 2, heads: 4, drop_path: 0.1}"]
+RESENC = [*CROP, "model={features: [4, 8, 8], blocks: [1, 2, 1], strides: [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}"]
+SWIN = [*CROP[:1], "patch_voxels=[1,2,2]", "model={dim: 12, depths: [2, 2], heads: [2, 4], window: [2, 3, 3]}"]
+WARPED = (
+    "augment={flip_prob: [0.5, 0.5, 0.5], affine_prob: 1.0, rotate_deg: [9, 9, 9], scale_prob: 1.0, gamma_prob: 1.0}"
+)
+DECODER = "mae={decoder_dim: 48, decoder_depth: 2, decoder_heads: 4}"
+NETWORKS = {
+    "mae": ["demo/pretrain", *VIT, DECODER],
+    "mae, less work": ["demo/pretrain", *VIT, DECODER, "mask={predicted_share: 0.5, repeats: 2}"],
+    "simmim": ["pretrain_simmim_vit_b", *VIT],
+    "simclr": ["pretrain_simclr_vit_b", *VIT],
+    "resenc_mae": ["pretrain_mae_resenc_l", *RESENC],
+    "swin_simmim": ["pretrain_simmim_swin_b", *SWIN, "mask={ratio: 0.6, unit_voxels: [4, 8, 8]}"],
+    "unetr": ["finetune_unetr", *VIT, "patch_voxels=[8,8,8]"],
+    "primus": ["finetune_primus", *VIT, "patch_voxels=[8,8,8]"],
+    "linear": ["finetune_linear_probe", *VIT, "model.drop_path=0"],
+    "resenc": ["finetune_resenc", *RESENC, "resenc={deep_supervision: true}"],
+    "swin_unetr": ["finetune_swin_unetr", *SWIN],
+    "swin_upernet": ["finetune_swin_unetr", "head=swin_upernet", "swin_upernet={width: 8}", *SWIN],
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_augmentation_loss_and_gradients_of_every_network_wait_for_no_copy(name):
+    # A device that computes shapes alone: a value that had to come back would raise, a copy is seen.
+    config = run_config([*NETWORKS[name], WARPED, "micro_batch=2", "global_batch=2"])
+    objective, device = config.network.objective(config), torch.device("meta")
     model = objective.build(1).to(device)
-    batch = synthetic_batch(config, 1, device)
-    with SyncWatch() as watch:
+    batch = replace(synthetic_batch(config, 1, device), subjects=["a", "b"])
+    if config.kind == "finetune":
+        batch = replace(batch, label=torch.zeros(2, *config.crop_voxels, dtype=torch.uint8, device=device))
+    with SyncWatch(host_works=True) as watch:
         loss = objective.loss(model, batch)
         loss.backward()
     assert loss.device == device
     assert watch.places == []
+    assert watch.copies == {"device.py:to_device"}  # which has the memory page-locked
+
+
+def test_what_the_host_made_goes_to_a_gpu_from_page_locked_memory(monkeypatch):
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor) or tensor)
+    indices = torch.arange(3)
+    assert to_device(indices, torch.device("meta")).is_meta
+    assert locked == []
+    with pytest.raises((RuntimeError, AssertionError)):  # there is none here
+        to_device(indices, torch.device("cuda", 0))
+    assert len(locked) == 1
 
 
 def test_the_watch_sees_what_waits():
@@ -93,3 +147,9 @@ def test_the_watch_sees_what_waits():
     with pytest.raises(NotImplementedError), SyncWatch() as watch:
         torch.ones(2, device="meta").cpu()
     assert [name for name, _ in watch.places] == ["_to_copy"]
+    with SyncWatch(host_works=True) as watch:
+        values.to("meta")
+        values.to("meta", non_blocking=True)
+        values.sum().item()
+    assert [name for name, _ in watch.places] == ["_to_copy"]
+    assert watch.copies == {"test_train_step_never_waits.py:test_the_watch_sees_what_waits"}

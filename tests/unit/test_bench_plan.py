@@ -189,6 +189,15 @@ def test_measured_runs_replace_the_assumed_network(capsys, tmp_path):
     assert "fitted to runs on 1, 2, 4 ranks on 4 node(s)" in capsys.readouterr().out
 
 
+def test_a_recorded_result_of_scaling_knows_its_own_recipe(capsys):
+    measured = Path(__file__).parents[2] / "benchmarks" / "results" / "scaling_epyc_2core_202611.json"
+    words = ["pretrain_mae_vit_b", "--nodes", "1", "--gpu", "a100-80g", "--scaling", str(measured)]
+    code, result, error = plan(capsys, *words)
+    assert code == 0, error
+    assert result["scaling_fit"]["ranks"] == [1, 2]
+    assert result["scaling_fit"]["nodes"] == 1
+
+
 STREAM_RESULT = str(Path(__file__).parents[2] / "benchmarks" / "results" / "stream_epyc_2core_202611.json")
 BAD = {
     "no recipe": (["no_such_recipe", "--gpu", "h100"], "no such file and no packaged recipe"),

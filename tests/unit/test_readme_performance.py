@@ -22,12 +22,17 @@ def test_the_readme_matches_the_results(readme_section, capsys):
 
 
 def step_result(samples_per_s):
-    row = {"name": "mimscale", "step_s": 1.0, "samples_per_s": samples_per_s, "spread_percent": 2.0}
-    table = {"setting": "ViT-B", "dtype": "float32", "threads": 2, "device": "cpu"}
+    row = {"step_s": 1.0, "samples_per_s": samples_per_s, "spread_percent": 2.0, "of_ceiling": 0.91}
+    rows = [
+        {**row, "name": "mimscale", "times": None},
+        {**row, "name": "compiled", "times": 1.02, "plain_functions": 1, "plain_reason": "no compiler"},
+    ]
+    use = {"mfu": None, "hfu": None, "mfu_of_measured": 0.8, "hfu_of_measured": 0.84, "measured_flops_per_s": 2e11}
+    table = {"setting": "ViT-B", "dtype": "float32", "threads": 2, "device": "cpu", "utilisation": use}
     return {
         "benchmark": "step",
         "surroundings": {"cpu": "Xeon", "commit": "abc"},
-        "tables": [{**table, "contenders": [{**row, "of_ceiling": 0.91, "times": None}]}],
+        "tables": [{**table, "contenders": rows}],
     }
 
 
@@ -43,6 +48,8 @@ def test_a_result_that_changes_is_written_into_the_readme_and_found_when_it_is_n
     assert readme_section.main(words) == 0
     text = readme.read_text()
     assert "| ViT-B | mimscale | 8.00 | 2 % | 91 % |  |" in text
+    assert "| ViT-B | compiled (1 function(s) fell back to plain: no compiler) | 8.00 | 2 % | 91 % | 1.02 |" in text
+    assert "ViT-B 80 and 84 % of 200 GFLOP/s" in text
     assert "7.00" not in text
     assert "9.00" not in text
     assert text.startswith("before\n")

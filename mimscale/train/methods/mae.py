@@ -27,6 +27,15 @@ class _Mae(Method):
             model_of(config, VitConfig), config.mae, crop_voxels=crop, patch_voxels=patch, channels=channels
         )
 
+    def problems(self, config: PretrainConfig) -> list[str]:
+        problems = super().problems(config)
+        if config.engine.compile_blocks and config.mask.ratio_range is not None:
+            problems.append(
+                f"engine.compile_blocks=true with mask.ratio_range={list(config.mask.ratio_range)}: each number of "
+                "visible patches would be compiled anew; give mask.ratio, or leave engine.compile_blocks out"
+            )
+        return problems
+
     def parameter_sizes(self, config: PretrainConfig, channels: int) -> list[int]:
         shape, D = crop_shape(config, channels), model_of(config, VitConfig).dim
         E, depth = config.mae.decoder_dim, config.mae.decoder_depth
