@@ -19,6 +19,7 @@ from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.metrics import foreground_names
+from mimscale.train.environment import this_commit
 
 LIBRARIES = ("mimscale", "torch", "monai", "numpy")
 
@@ -129,6 +130,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "settings": {**config_tree(config), "crop_voxels": list(run_config.crop_voxels)},
             **scores,
             "versions": {name: version(name) for name in LIBRARIES},
+            "commit": this_commit() or None,
             "device": str(device),
             "seconds": round(time.perf_counter() - started_s, 2),
         }

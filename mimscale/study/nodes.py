@@ -102,8 +102,9 @@ def use_of(run: RunConfig, split: str) -> VolumeUse:
 
 
 def tested_on(run: FinetuneConfig, evaluation: EvaluateConfig) -> VolumeUse:
-    """What a run is scored on."""
+    """What a run is scored on: all volumes of the split, whatever part of it the run is trained on."""
     use = use_of(run, evaluation.split)
+    use = replace(use, stream=replace(use.stream, train_fraction=1.0))
     if evaluation.store is None or evaluation.store == run.store:
         return use
     return replace(use, store=evaluation.store, stream=replace(use.stream, fold=None))  # folds are of the own store

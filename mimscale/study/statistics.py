@@ -90,7 +90,9 @@ def paired_bootstrap(
     """
     num_ours, num_finetune, num_cases = ours.shape
     num_theirs = theirs.shape[0]
-    difference = _mean_of(ours) - _mean_of(theirs)
+    together = same_pretraining and num_theirs == num_ours
+    # Run by run and case by case, as in the replicates: what one arm alone has a score of says nothing of a difference.
+    difference = _mean_of(ours - theirs if together else ours[:, None] - theirs[None])
     counts = {"pretrain_seeds": num_ours, "finetune_seeds": num_finetune, "cases": num_cases}
     if not math.isfinite(difference):
         return Interval(difference=None, low=None, high=None, **counts)
@@ -102,7 +104,7 @@ def paired_bootstrap(
         n = random.integers(num_cases, size=(num_cases,))  # [N]
         if num_theirs == 1 and num_ours > 1:
             other = np.zeros_like(p)
-        elif same_pretraining and num_theirs == num_ours:
+        elif together:
             other = p
         else:
             other = random.integers(num_theirs, size=(num_ours,))

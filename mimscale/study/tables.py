@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from mimscale.report.study import Table
 from mimscale.study.config import StudyConfig
-from mimscale.study.matched import compute_s
 from mimscale.study.results import Comparison, Group
 from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
 
 NOTHING = "n/a"
+
+
+def heading(experiment: str) -> str:
+    """The name of an experiment, for people."""
+    return experiment.replace("_", " ").capitalize()
 
 
 def score_table(groups: Sequence[Group]) -> Table:
@@ -80,7 +84,8 @@ def comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
         ],
         rows=rows,
         note=f"Paired percentile bootstrap, {config.bootstrap.replicates} replicates: pretraining seeds are drawn, "
-        "fine-tuning seeds within them, and cases, the same for both arms. Sooner: steps (or seconds of computing) of "
+        "fine-tuning seeds within them, and cases, the same for both arms. Of two or three seeds it is rather too "
+        "narrow, and none is corrected for how many there are. Sooner: steps (or seconds of computing) of "
         "the other arm over those of this one until validation Dice reaches the target, medians over runs; at least "
         "and at most where one of them never did.",
         text_columns=2,
@@ -100,10 +105,10 @@ def time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> 
                 group.arm,
                 group.setting,
                 f"{target:.3f}",
-                _time(median_time(times)),
-                _time(median_time(group.seconds_to(target))),
+                time_text(median_time(times)),
+                time_text(median_time(group.seconds_to(target))),
                 f"{sum(time.censored for time in times)} of {len(times)}",
-                ", ".join(_time(time) for time in times),
+                ", ".join(time_text(time) for time in times),
             ]
         )
     return Table(
@@ -116,67 +121,20 @@ def time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> 
     )
 
 
-def class_table(groups: Sequence[Group]) -> Table:
-    """Scores of each class."""
+def class_tables(groups: Sequence[Group]) -> list[Table]:
+    """Scores of each class: a table a metric, with a column for each arm and setting."""
+    scored = [group for group in groups if any(result.scores for result in group.results)]
     names = list(
-        dict.fromkeys(name for group in groups for r in group.results if r.scores for name in r.scores["classes"])
+        dict.fromkeys(name for group in scored for r in group.results if r.scores for name in r.scores["classes"])
     )
-    rows = [
-        [
-            name,
-            group.name,
-            *(_spread(group.class_spread(name, m), d) for m, d in (("dice", 3), ("hd95_mm", 2), ("nsd", 3))),
-        ]
-        for name in names
-        for group in groups
-        if any(result.scores for result in group.results)
-    ]
-    return Table(title="Each class", columns=["class", "arm", "Dice", "HD95, mm", "NSD"], rows=rows, text_columns=2)
-
-
-def cost_table(groups: Sequence[Group]) -> Table:
-    """What training and scoring took."""
-    rows = []
-    for group in groups:
-        pretraining = list({r.trial.pretrain: r.pretraining for r in group.results if r.pretraining}.values())
-        rows.append(
-            [
-                group.experiment,
-                group.arm,
-                group.setting,
-                _cost([float(run.last_step) for run in pretraining], 0),
-                _cost([float(run.last_step * run.config["global_batch"]) for run in pretraining], 0),
-                _cost([run.percentile("samples_per_s", 50) for run in pretraining], 2),
-                _cost([compute_s(run) for run in pretraining], 0),
-                _cost([float(result.run.last_step) for result in group.results], 0),
-                _cost([result.finetune_s for result in group.results], 0),
-                _cost([r.scores.get("seconds") for r in group.results if r.scores], 0),
-            ]
+    tables = []
+    for metric, title, digits in (("dice", "Dice", 3), ("hd95_mm", "HD95, mm", 2), ("nsd", "NSD", 3)):
+        rows = [[name, *(_spread(group.class_spread(name, metric), digits) for group in scored)] for name in names]
+        rows = [row for row in rows if set(row[1:]) != {NOTHING}]  # HD95 and NSD are of no background
+        tables.append(
+            Table(title=f"{title} of each class", columns=["class", *(group.name for group in scored)], rows=rows)
         )
-    return Table(
-        title="",
-        columns=[
-            "experiment",
-            "arm",
-            "setting",
-            "pretraining steps",
-            "samples",
-            "samples/s",
-            "pretraining, s",
-            "fine-tuning steps",
-            "fine-tuning, s",
-            "scoring, s",
-        ],
-        rows=rows,
-        note="Means over the runs. Seconds of training are the median step times the steps; start, validation and "
-        "saves are not in them. Nodes that ran at the same time on one machine slowed each other down.",
-        text_columns=3,
-    )
-
-
-def _cost(values: Sequence[float | None], digits: int) -> str:
-    mean = spread(values).mean
-    return NOTHING if mean is None else f"{mean:.{digits}f}"
+    return tables
 
 
 def _spread(value: Spread, digits: int = 3) -> str:
@@ -205,5 +163,6 @@ def ratio_text(ratio: Ratio) -> str:
     return NOTHING if ratio.value is None else f"{ratio.bound} {ratio.value:.2f}".strip()
 
 
-def _time(time: Time | None) -> str:
+def time_text(time: Time | None) -> str:
+    """A time, and whether it only was not yet then."""
     return NOTHING if time is None else f"{'> ' if time.censored else ''}{time.value:.0f}"

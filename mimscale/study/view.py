@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from mimscale import durable
 from mimscale.config import config_yaml
-from mimscale.errors import MimscaleError
+from mimscale.errors import DataError, MimscaleError
 from mimscale.evaluate.metrics import foreground_names
 from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
+from mimscale.report.study_markdown import study_markdown
 from mimscale.store.manifest import Manifest, load_manifest
 from mimscale.study.checks import VolumeUse, used_rows
 from mimscale.study.config import ExperimentConfig, StudyConfig, dotted_keys
+from mimscale.study.cost import cost_table
 from mimscale.study.graph import Graph
 from mimscale.study.matched import is_matched, measured_steps
 from mimscale.study.nodes import resolve, tested_on, use_of
@@ -26,19 +29,23 @@ from mimscale.study.results import (
     reference_setting,
     target_dice,
 )
+from mimscale.study.statistics import median_time
 from mimscale.study.tables import (
     NOTHING,
-    class_table,
+    class_tables,
     comparison_table,
-    cost_table,
+    heading,
     interval_text,
     ratio_text,
     score_table,
     signed,
     three,
     time_table,
+    time_text,
 )
 from mimscale.train.run_dir import RunDir
+
+UNCORRECTED = 5  # differences from which on it is said that their intervals are not corrected for their number
 
 
 @dataclass(frozen=True)
@@ -51,31 +58,38 @@ class NodeState:
 
 
 def write_study_report(view: StudyView, study_dir: Path) -> Path:
-    """Write report/index.html of a study; returns its path.
+    """Write report/index.html of a study, and its tables alone as report/results.md; returns the page's path.
 
     Raises:
         DataError: the disk is full or not writable.
     """
-    return write_study_page(view, study_dir / "report")
+    folder = study_dir / "report"
+    page = write_study_page(view, folder)
+    with durable.explained(DataError, folder, "free some space, then give the same command again"):
+        durable.write_text(folder / "results.md", study_markdown(view))
+    return page
 
 
 def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[str, NodeState]) -> StudyView:
     """All that the report of a study shows, from what its finished nodes have written."""
     done = {node_id for node_id, state in states.items() if state.name == "done"}
     groups = read_groups(config, graph, study_dir, done)
-    sections, shown = [], []
+    sections, shown, compared = [], [], 0
     for experiment in dict.fromkeys(group.experiment for group in groups):
-        section = _section(config, experiment, groups)
+        found = comparisons(config, experiment, groups)
+        compared += sum(one.dice.low is not None for one in found)
+        section = _section(config, experiment, groups, found)
         sections.append(section)
-        shown += section.tables[:2]
+        if section.measured:
+            shown += [replace(table, title=f"{section.heading}: {table.title}") for table in section.tables[:2]]
     results = list({r.trial.finetune: r for group in groups for r in group.results}.values())
-    uses = _Uses()
+    uses = _Uses(study_dir)
     provenance = [_trials_table(graph, study_dir, groups, uses)]
     pictured = [graph.folder(study_dir, graph.nodes[node]) for node in graph.reconstructions if node in done]
     return StudyView(
         title=config.title,
         question=" ".join(dict.fromkeys(config.experiments[section.name].question for section in sections[:1])),
-        notes=_notes(config, graph, study_dir, states),
+        notes=_notes(config, graph, study_dir, states, compared),
         nodes=_node_table(graph, states),
         sections=sections,
         costs=cost_table(groups),
@@ -89,37 +103,53 @@ def study_view(config: StudyConfig, graph: Graph, study_dir: Path, states: Mappi
     )
 
 
-def _section(config: StudyConfig, experiment: str, everything: list[Group]) -> Section:
+def _section(config: StudyConfig, experiment: str, everything: list[Group], found: Sequence[Comparison]) -> Section:
     recipe = config.experiments[experiment]
     groups = [group for group in everything if group.experiment == experiment]
-    found = comparisons(config, experiment, everything)
     settings = list(dict.fromkeys(group.setting for group in groups))
     targets = {group.setting: target_dice(config, everything, group) for group in groups}
     points = {
         arm: [
-            Point(setting=g.setting, mean=s.mean, std=s.std)
+            Point(
+                setting=g.setting,
+                mean=s.mean,
+                std=s.std,
+                runs=[d for r in g.results if (d := r.mean("dice")) is not None],
+            )
             for g in groups
-            if g.arm == arm and (s := g.spread("dice")).mean
+            if g.arm == arm and (s := g.spread("dice")).mean is not None
         ]
         for arm in recipe.arms
     }
-    curves = [curve for group in groups if (curve := _curve(group)) is not None]
+    curves = [curve for group in groups if (curve := _curve(group, targets[group.setting])) is not None]
     tables = [
         score_table(groups),
         comparison_table(config, found),
         time_table(groups, targets),
-        class_table(groups),
     ]
     return Section(
         name=experiment,
+        heading=heading(experiment),
         question=_question(recipe),
-        answers=[_answer(one) for one in found] or ["One arm under one setting: there is nothing to compare."],
+        answers=_answers(found),
         tables=tables,
+        classes=class_tables(groups),
         curves=curves,
         target=targets[reference_setting(recipe)],
         points={arm: line for arm, line in points.items() if line} if len(settings) > 1 else {},
         settings=settings,
+        measured=any(result.scores for group in groups for result in group.results),
     )
+
+
+def _answers(found: Sequence[Comparison]) -> list[str]:
+    if not found:
+        return ["One arm under one setting: there is nothing to compare."]
+    measured = [_answer(one) for one in found if one.dice.difference is not None]
+    missing = len(found) - len(measured)
+    if missing:
+        measured.append(f"{missing} of {len(found)} comparisons are not measured yet.")
+    return measured
 
 
 def _question(recipe: ExperimentConfig) -> str:
@@ -131,8 +161,6 @@ def _question(recipe: ExperimentConfig) -> str:
 
 def _answer(one: Comparison) -> str:
     interval = one.dice
-    if interval.difference is None:
-        return f"{one.ours.name} against {one.theirs.name}: not measured yet."
     said = {
         "higher": "higher",
         "lower": "lower",
@@ -152,13 +180,14 @@ def _answer(one: Comparison) -> str:
     return text + "."
 
 
-def _curve(group: Group) -> Curve | None:
+def _curve(group: Group, target: float | None) -> Curve | None:
     curves = [result.curve for result in group.results if result.curve]
     if not curves:
         return None
     steps = [step for step, _ in max(curves, key=len)]
     runs = [[value for _, value in curve] for curve in curves if [step for step, _ in curve] == steps]
-    return Curve(name=group.name, steps=steps, runs=runs)
+    reached = "" if target is None else time_text(median_time(group.times(target)))
+    return Curve(arm=group.arm, setting=group.setting, steps=steps, runs=runs, reached=reached)
 
 
 def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: "_Uses") -> Table:
@@ -171,7 +200,7 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
             pretraining = None if trial.pretrain is None else resolve(graph, study_dir, graph.nodes[trial.pretrain])
             rows.append(
                 [
-                    group.experiment,
+                    heading(group.experiment),
                     group.name,
                     str(trial.pretrain_seed) if trial.pretrain else "",
                     str(trial.finetune_seed),
@@ -213,8 +242,9 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
 class _Uses:
     """Names of sets of volumes, and what is in them."""
 
-    def __init__(self) -> None:
-        self._ids: dict[tuple[str, ...], str] = {}
+    def __init__(self, study_dir: Path) -> None:
+        self._study_dir = study_dir
+        self._sets: dict[tuple[str, ...], tuple[str, Path]] = {}  # volumes -> their name, and where they are
         self._manifests: dict[Path, Manifest] = {}
 
     def name(self, use: VolumeUse) -> str:
@@ -224,20 +254,27 @@ class _Uses:
             ids = tuple(sorted(manifest.column("id")[used_rows(use, manifest)]))
         except MimscaleError:
             return "its store is gone"
-        return self._ids.setdefault(ids, f"set {len(self._ids) + 1}")
+        return self._sets.setdefault(ids, (f"set {len(self._sets) + 1}", use.store))[0]
 
     def listed(self) -> list[tuple[str, list[str]]]:
         """Every named set."""
-        return [(name, list(ids)) for ids, name in self._ids.items()]
+        return [
+            (f"{name}, {len(ids)} volume(s) of {self._short(store)}", list(ids))
+            for ids, (name, store) in self._sets.items()
+        ]
+
+    def _short(self, store: Path) -> Path:
+        return store.relative_to(self._study_dir) if store.is_relative_to(self._study_dir) else store
 
 
 def _commit(result: Result) -> str:
-    commits = {
-        str(run.environment.get("commit") or "unknown")[:12]
-        for run in (result.run, result.pretraining)
-        if run is not None and run.environment
-    }
-    return ", ".join(sorted(commits)) or "unknown"
+    """Of the code that pretrained, trained and scored; -dirty where it was none that is committed."""
+    runs = (result.run, result.pretraining)
+    said = [run.environment.get("commit") for run in runs if run is not None and run.environment]
+    if result.scores and "commit" in result.scores:
+        said.append(result.scores["commit"])
+    short = [str(commit or "unknown").partition("-") for commit in said]
+    return ", ".join(sorted({f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in short})) or "unknown"
 
 
 def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
@@ -249,7 +286,9 @@ def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
     )
 
 
-def _notes(config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[str, NodeState]) -> list[str]:
+def _notes(
+    config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[str, NodeState], compared: int
+) -> list[str]:
     notes = [config.caveat] if config.caveat else []
     if config.pretrain_on_validation is not None:
         notes.append(f"Pretraining may read volumes that are validated or tested on: {config.pretrain_on_validation}")
@@ -259,6 +298,12 @@ def _notes(config: StudyConfig, graph: Graph, study_dir: Path, states: Mapping[s
         if differing:
             notes.append(f"{key} of fine-tuning differs in {'; '.join(differing)}: {reason}")
     notes += _matched_notes(graph, study_dir)
+    if compared > UNCORRECTED:
+        by_chance = (1 - config.bootstrap.level) * compared
+        notes.append(
+            f"{compared} differences have an interval below, and none is corrected for the others: were there no "
+            f"effect at all, about {by_chance:.0f} would still be called higher or lower."
+        )
     counts: dict[str, int] = {}
     for state in states.values():
         counts[state.name] = counts.get(state.name, 0) + 1

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from conftest import skip_unless
@@ -12,6 +13,7 @@ from small_segmentation import make_store
 from small_study import study_tree
 
 from mimscale.config import build_config, config_tree
+from mimscale.report.study_markdown import study_markdown
 from mimscale.study.config import StudyConfig
 from mimscale.study.graph import expand
 from mimscale.study.nodes import resolve
@@ -153,6 +155,46 @@ def test_every_number_leads_to_its_runs_seeds_commit_and_volumes(study):
     assert row["checkpoint"] == "step_00000040"
     assert (page.parents[1] / "nodes" / row["fine-tuning"] / "config.yaml").exists()
     assert (page.parents[1] / "nodes" / row["pretraining"] / "config.yaml").exists()
-    sets = dict(view.volumes)
-    assert sets[row["validated on"]] == ["aaaa", "bbbb", "cccc"]
+    store = page.parents[2] / "data" / "store"
+    (validated,) = [ids for name, ids in view.volumes if name.startswith(f"{row['validated on']}, ")]
+    assert validated == ["aaaa", "bbbb", "cccc"]
+    assert view.volumes[0][0].endswith(f" volume(s) of {store}")
     assert any("loss is not finite" in note for note in view.notes)
+
+
+def test_the_tables_are_also_a_text_file_with_the_same_numbers_seeds_and_commit(study):
+    text = (study[2].parent / "results.md").read_text()
+    assert text.startswith("# A study of seconds\n")
+    assert "\n## Main\n\nDoes pretraining help?\n" in text
+    assert "\n| mae |  | 4 of 4 | 0.755 +/- 0.006 |" in text
+    assert "\n| mae | scratch | +0.250 | [+0.250, +0.250] | 2 x 2, 2 cases |" in text
+    assert re.search(r"\n\| Main \| mae \| 1 \| 0 \| 0\.750 \| step_00000040 \| pretrain-\w+ \| finetune-\w+ \| ", text)
+    assert "volume(s) of" in text
+    # What names and reasons hold is text here as well.
+    assert "| &lt;b>broken&lt;/b> |" in text
+    assert "loss is not finite &lt;script>" in text
+    columns = {
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in text.split("## Cost")[1].split("##")[0].splitlines()
+        if "|" in line
+    }
+    assert len(columns) == 1
+
+
+def test_text_in_a_table_of_markdown_stays_in_its_cell():
+    from mimscale.report.study_markdown import _row
+
+    assert _row(["a|b", "two\nlines", "c\\"]) == "| a\\|b | two lines | c\\\\ |"
+
+
+def test_an_experiment_of_which_nothing_is_scored_shows_no_empty_tables(study):
+    view = replace(study[1], sections=[replace(study[1].sections[1], measured=False)])
+    text = study_markdown(view)
+    assert "Nothing is measured yet." in text
+    assert "Test scores" not in text
+
+
+def test_the_chart_says_when_the_target_was_reached(study):
+    curves = {curve.arm: curve for curve in study[1].sections[0].curves}
+    assert set(curves) == {"scratch", "mae"}
+    assert curves["mae"].reached == "40"  # scratch has its own final Dice at its end

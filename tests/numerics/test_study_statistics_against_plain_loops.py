@@ -95,6 +95,19 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.75 <= held / 120 <= 0.98
 
 
+@pytest.mark.parametrize(("num_theirs", "same_pretraining"), [(1, True), (3, True), (3, False), (2, False)])
+def test_a_case_or_run_that_one_arm_alone_has_shifts_no_difference(num_theirs, same_pretraining):
+    random = np.random.default_rng(4)
+    difficulty = np.array([0.3, 0.5, 0.7, 0.9])
+    ours = 0.1 + difficulty + random.normal(0, 1e-4, (3, 2, 4))
+    theirs = difficulty + random.normal(0, 1e-4, (num_theirs, 2, 4))
+    ours[:, :, 3] = np.nan  # the easy case has no score of ours
+    ours[1, 1] = np.nan  # and one run is not there yet
+    interval = paired_bootstrap(ours, theirs, replicates=100, seed=0, level=0.95, same_pretraining=same_pretraining)
+    assert interval.difference == pytest.approx(0.1, abs=1e-3)
+    assert interval.low <= interval.difference <= interval.high
+
+
 def test_one_run_on_one_case_has_a_difference_and_no_interval():
     interval = paired_bootstrap(np.full((1, 1, 1), 0.7), np.full((1, 1, 1), 0.5), replicates=10, seed=0, level=0.9)
     assert interval.difference == pytest.approx(0.2)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_segmentation import make_store
@@ -144,6 +146,23 @@ def test_what_training_reads_is_what_the_check_says(many):
     assert list(data.train) == list(used_rows(use(many, "train", fold="1/4", train_fraction=0.3), manifest))
     assert list(data.validation) == list(used_rows(use(many, "val", fold="1/4"), manifest))
     assert len(data.train) == 5  # three tenths of fifteen subjects, rounded up
+
+
+def test_a_run_of_a_share_of_the_labels_is_scored_on_all_volumes_and_all_of_them_are_held_out(many):
+    from mimscale.config import build_config
+    from mimscale.evaluate.config import EvaluateConfig
+    from mimscale.study.nodes import tested_on
+    from mimscale.train.config import FinetuneConfig
+
+    stream = {"train_fraction": 0.25, "fold": "0/4"}
+    tree = {"store": "/labelled", "run_dir": "x", "steps": 1, "global_batch": 2, "micro_batch": 2, "stream": stream}
+    tree |= {"unetr": {"num_classes": 2}}
+    run = build_config(FinetuneConfig, tree | {"crop_voxels": [16] * 3, "patch_voxels": [8] * 3}, "test")
+    tested = tested_on(run, EvaluateConfig(run_dir=run.run_dir, store=many, split="train"))
+    manifest = load_manifest(many)
+    tested = replace(tested, overlay=None)  # these volumes have none
+    assert len(used_rows(tested, manifest)) == len(manifest) == 20
+    assert len(seen_in_pretraining(use(many, "train"), [tested])) == 20
 
 
 @pytest.mark.parametrize("fold", ["5/5", "1", "0/1", "-1/5", "a/b"])

@@ -60,6 +60,16 @@ def test_a_study_without_its_data_says_what_is_needed_and_how_to_give_it(study, 
     assert not any(node["state"] == "to do" for node in nodes)
 
 
+def test_the_small_study_has_simclr_in_the_time_of_mae_too_and_its_other_runs_are_those_of_the_other_questions():
+    study = load_study(["studies/small", "run_dir=x"])
+    assert study.arms["simclr, same time"].same_time_as == "mae"
+    assert study.arms["simclr, same time"].pretrain == study.arms["simclr"].pretrain
+    graph = expand(study)
+    shared = {trial.finetune for trial in graph.trials if trial.experiment == "main"}
+    own = {trial.arm for trial in graph.trials if trial.experiment == "same_time" and trial.finetune not in shared}
+    assert own == {"simclr, same time"}
+
+
 def test_the_paper_s_own_numbers_are_not_invented():
     for study in STUDIES:
         for experiment in load_study([study, "run_dir=x"]).experiments.values():

@@ -1,16 +1,19 @@
 """What a study makes of its runs' files: folds together, held-out volumes kept out of pretraining."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 from fake_runs import add_segmentation_scores, fake_run
-from small_segmentation import make_store
+from safetensors.torch import load_file
+from small_segmentation import make_finetune_run, make_store
 from small_study import study_tree
 
 from mimscale.cli import main
 from mimscale.config import build_config
 from mimscale.study.config import StudyConfig
+from mimscale.study.cost import cost_table
 from mimscale.study.graph import expand
 from mimscale.study.results import comparisons, read_groups
 from mimscale.study.tables import score_table
@@ -113,3 +116,25 @@ def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
         (run / "evaluate" / "scores.json").write_text(json.dumps({**scores, "regions": regions}))
         groups = read_groups(config, graph, tmp_path, {trial.finetune, trial.evaluate})
         assert groups[0].results[0].case_dice == {"a": pytest.approx(dice)}
+
+
+def test_costs_hold_each_run_once_with_the_size_of_what_is_trained_first(tmp_path):
+    store = make_store(tmp_path / "data")
+    question = {"question": "?", "arms": ["scratch"]}
+    tree = study_tree(tmp_path, data={"store": {"path": str(store)}}, experiments={"main": question, "again": question})
+    config = build_config(StudyConfig, tree, "test")
+    graph = expand(config)
+    trial = graph.trials[0]
+    run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+    assert graph.trials[1].finetune == trial.finetune
+    make_finetune_run(run, store, outputs=2, channels=2, trained_in="fp32")
+    table = cost_table(read_groups(config, graph, tmp_path, {trial.finetune}))
+    (row,) = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    weights = load_file(next((run / "checkpoints").glob("step_*/weights.safetensors")))
+    assert float(row["weights, M"]) == pytest.approx(sum(t.numel() for t in weights.values()) / 1e6, abs=0.006)
+    assert float(row["memory, GB"]) > 0
+    assert float(row["GFLOP a sample"]) > 0
+    # A run whose weights are gone has no size, and the table goes on.
+    shutil.rmtree(run / "checkpoints")
+    table = cost_table(read_groups(config, graph, tmp_path, {trial.finetune}))
+    assert table.rows[0][3:6] == ["n/a"] * 3
