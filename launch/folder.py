@@ -54,6 +54,7 @@ class JobRecord:
     folder: str = ""  # working directory of the job, and what relative paths of its config start from
     user: str = ""
     job_name: str = ""  # of Slurm; no other job has it
+    kind: str | None = None  # of a verb with kinds: which benchmark
     array: int | None = None  # tasks of a job array
     after: str | None = None  # the submission whose success this one waits for
     partition: str | None = None  # None: the cluster's default

@@ -28,15 +28,18 @@ class JobVerb:
     suffix: str = ""  # added to that folder's name, where the folder itself has a fixed layout
     config: type[RunConfig] | None = None  # of a verb that runs on many processes; the others run on one
     trains: bool = True  # of those: it makes a run that saves and continues
-    words: tuple[str, ...] = ()  # between the verb and its RECIPE
+    kinds: tuple[str, ...] = ()  # words of which one stands between the verb and its RECIPE; the first by default
     has_tasks: bool = False  # takes task=I/N and merge=true, so it can be a job array
 
+
+# The benchmarks that are jobs. That of ingest is no run of many ranks: `submit ingest` tells its own speed.
+BENCHMARKS = ("train", "step", "stream", "checkpoint")
 
 JOB_VERBS = {
     "pretrain": JobVerb(folder_key="run_dir", config=PretrainConfig),
     "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
     "evaluate": JobVerb(folder_key="run_dir"),
-    "bench": JobVerb(folder_key="run_dir", config=PretrainConfig, trains=False, words=("train",)),
+    "bench": JobVerb(folder_key="run_dir", config=PretrainConfig, trains=False, kinds=BENCHMARKS),
     "ingest": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
     "extract": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
     "cohort": JobVerb(folder_key="out", suffix=".job"),
@@ -68,7 +71,13 @@ class Plan:
     threads: int
     accelerator: Accelerator
     array: int | None = None  # tasks of a job array, each a part of the work
+    kind: str | None = None  # of a verb with kinds
     words: tuple[str, ...] = ()  # further words of the verb
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The verb, with its kind."""
+        return (self.verb,) if self.kind is None else (self.verb, self.kind)
 
     @property
     def trains(self) -> RunConfig | None:
@@ -132,7 +141,15 @@ class Plan:
         return lines
 
 
-def check_verb(verb: str, words: Sequence[str]) -> tuple[dict[str, Any], int]:
+def split_kind(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The kind of a verb that has several, and the words behind it; None for the others."""
+    kinds = JOB_VERBS[verb].kinds
+    if not kinds:
+        return None, list(words)
+    return (words[0], list(words[1:])) if words and words[0] in kinds else (kinds[0], list(words))
+
+
+def check_verb(verb: str, kind: str | None, words: Sequence[str]) -> tuple[dict[str, Any], int]:
     """Let the verb itself resolve and check its command line.
 
     Returns:
@@ -140,7 +157,7 @@ def check_verb(verb: str, words: Sequence[str]) -> tuple[dict[str, Any], int]:
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = cli.main([verb, *JOB_VERBS[verb].words, *words, "--check"])
+        code = cli.main([verb, *([] if kind is None else [kind]), *words, "--check"])
     return (parse_yaml(printed.getvalue(), f"{verb} --check"), 0) if code == 0 else ({}, code)
 
 
@@ -152,6 +169,7 @@ def make_plan(
     nodes: int,
     processes: int | None,
     array: int | None = None,
+    kind: str | None = None,
 ) -> Plan:
     """Settle where a checked config runs, and on how many processes.
 
@@ -189,6 +207,7 @@ def make_plan(
         threads=resolve_threads(profile, count),
         accelerator=accelerator,
         array=array,
+        kind=kind,
     )
     _refuse_impossible(plan)
     return plan

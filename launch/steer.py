@@ -155,7 +155,8 @@ def resume_main(argv: list[str]) -> int:
         profile = str(folder.profile) if folder.profile.exists() and folder.profile.read_text() else "local"
     elif Path(profile).exists():
         profile = str(Path(profile).absolute())
-    words = [record.verb, str(folder.config), *arguments.overrides, "--profile", profile]
+    kind = [] if record.kind is None else [record.kind]
+    words = [record.verb, *kind, str(folder.config), *arguments.overrides, "--profile", profile]
     words += ["--nodes", str(arguments.nodes or record.nodes)]
     if record.array:
         words += ["--array", str(record.array)]

@@ -77,6 +77,7 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
         plan.run.read_config_tree()  # refuses a folder that is no run directory
     record = JobRecord(
         verb=plan.verb,
+        kind=plan.kind,
         executor=plan.profile.executor,
         processes=plan.world_size,
         master_port=None if batch else free_port(avoid=ports[0] if ports else None),
@@ -181,7 +182,7 @@ def _chosen_variables(plan: Plan) -> dict[str, str]:
 
 def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
     return RunVerb(
-        arguments=(plan.verb, *JOB_VERBS[plan.verb].words, str(folder.config), *plan.words),
+        arguments=(*plan.command, str(folder.config), *plan.words),
         folder=Path.cwd(),
         environment=_chosen_variables(plan)
         | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},

@@ -12,7 +12,7 @@ from typing import Any
 from launch.folder import JobFolder
 from launch.follow import follow, follow_batch_job
 from launch.jobs import JOB_SIGNALS
-from launch.plan import JOB_VERBS, Plan, check_verb, make_plan
+from launch.plan import JOB_VERBS, Plan, check_verb, make_plan, split_kind
 from launch.preflight import refuse_inside_allocation
 from launch.profile import load_profile
 from launch.submission import prepare, script_of, start, start_here, submit_batch
@@ -27,7 +27,12 @@ def parser() -> argparse.ArgumentParser:
         description="Run a verb as a job, on this machine or on a Slurm cluster, without keeping the shell.",
     )
     parser.add_argument("verb", choices=JOB_VERBS, help="what to run")
-    parser.add_argument("words", nargs="*", metavar="WORD", help="the verb's RECIPE and key=value overrides")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="the verb's RECIPE and key=value overrides; bench: step, stream or checkpoint before them (else train)",
+    )
     parser.add_argument("--profile", default="local", metavar="NAME_OR_FILE", help="where to run (default: local)")
     parser.add_argument(
         "--nodes",
@@ -59,17 +64,26 @@ def main(argv: list[str]) -> int:
         refuse_inside_allocation(os.environ)
     if arguments.after is not None and not batch:
         raise ConfigError(f"--after {arguments.after}: Slurm waits for jobs, the {profile.executor} executor does not")
-    tree, code = check_verb(arguments.verb, arguments.words)
+    kind, words = split_kind(arguments.verb, arguments.words)
+    tree, code = check_verb(arguments.verb, kind, words)
     if code:
         return code
     if arguments.verb != "bench" and (len(arguments.nodes) > 1 or arguments.strong):
         raise ConfigError(f"{arguments.verb}: several numbers of nodes, and --strong, are for bench")
     plans = [
-        make_plan(arguments.verb, each, profile, nodes=nodes, processes=arguments.processes, array=arguments.array)
+        make_plan(
+            arguments.verb,
+            each,
+            profile,
+            nodes=nodes,
+            processes=arguments.processes,
+            array=arguments.array,
+            kind=kind,
+        )
         for nodes, each in _trees(tree, arguments.nodes, strong=arguments.strong)
     ]
     codes = [_submit(plan, arguments, argv) for plan in plans]
-    if len(plans) > 1 and not arguments.dry_run:
+    if len(plans) > 1 and kind == "train" and not arguments.dry_run:
         folders = " ".join(shlex.quote(str(plan.run.path)) for plan in plans)
         console.say(f"when all have finished: mimscale bench scaling --from {folders}")
     return max(codes)
@@ -157,7 +171,12 @@ def _print_plan(plan: Plan, after: Path | None, *, as_json: bool) -> None:
             }
         )
         return
-    print("\n".join(f"# {line}" for line in (f"mimscale {plan.verb}, job files in {plan.run.logs}", *plan.describe())))
+    print(
+        "\n".join(
+            f"# {line}"
+            for line in (f"mimscale {' '.join(plan.command)}, job files in {plan.run.logs}", *plan.describe())
+        )
+    )
     print(plan.text, end="")
     if script is not None:
         print(f"# --- batch script\n{script}")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mimscale.bench import measure, results
 from mimscale.bench.charts import Bars, draw_bars
-from mimscale.config import load_verb_config, verb_parser
+from mimscale.bench.verbs import bench_config
+from mimscale.config import config_yaml, verb_parser
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
 from mimscale.train.build import build_pretrain
@@ -40,15 +41,19 @@ def main(argv: list[str]) -> int:
     parser = verb_parser("bench", "How long training stands still for a checkpoint, and how long loading one takes.")
     parser.add_argument("--repeats", type=int, default=3, help="saves in each mode, after one warm-up each")
     parser.add_argument("--folder", type=Path, help="where to write: on the file system to measure (default: TMPDIR)")
+    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
     results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     words = arguments.words[1:] if arguments.words[:1] == ["checkpoint"] else arguments.words
-    world = World.from_environment(os.environ)
+    config = bench_config(words, needs_store=False)
+    if arguments.check:
+        print(config_yaml(config), end="")
+        return 0
+    world, folder = World.from_environment(os.environ), results.folder_of(arguments.out, config.run_dir)
     # The saved state depends on neither; one crop a rank is the fastest step.
-    words = [*words, "store=none", "run_dir=none", f"global_batch={world.size}", "micro_batch=1"]
-    config = load_verb_config(PretrainConfig, words, needs_recipe=True)
+    config = replace(config, global_batch=world.size, micro_batch=1)
     if world.is_first:
-        results.make_folder(arguments.out)
+        results.make_folder(folder)
     ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
     try:
         parent = ranks.first_does(lambda: tempfile.mkdtemp(prefix="mimscale_bench_", dir=arguments.folder))
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> int:
     finally:
         leave_ranks()
     if ranks.is_first:
-        results.tell(result, as_text, draw, as_json=arguments.json, folder=arguments.out)
+        results.tell(result, as_text, draw, as_json=arguments.json, folder=folder)
     return 0 if result["stall_percent"] <= MOST_STALL_PERCENT else 1
 
 

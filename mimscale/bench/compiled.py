@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 _LOGGER = "torch._dynamo.convert_frame"
-_ERROR = re.compile(r"^[\w.]+: \S")  # the last line of a traceback
+_ERROR = re.compile(r"^[\w.]*[A-Z]\w*: \S")  # the last line of a traceback
 _MOST_CHARACTERS = 160
 
 

@@ -33,7 +33,7 @@ class Windows:
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """The arguments by which every benchmark is told where its result goes."""
+    """The arguments by which every benchmark is told where its result goes; a run directory does that too."""
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, instead of the table")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write it there too, as bench.json, bench.md and a chart, bench.png"
@@ -51,6 +51,11 @@ def make_folder(folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {folder}: {error.strerror}; give a folder that can be written") from None
+
+
+def folder_of(out: Path | None, run_dir: Path) -> Path | None:
+    """Where the files of a result go: to `--out`, else to the run directory, if one was given."""
+    return out or (None if run_dir == Path("none") else run_dir)
 
 
 def is_for_another_rank(kind: str) -> bool:

@@ -25,7 +25,7 @@ from mimscale.bench.compiled import Fallbacks, fallbacks
 from mimscale.bench.products import Recorded, Replay, record
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
-from mimscale.config import config_tree, verb_parser
+from mimscale.config import config_tree, config_yaml, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.stream.batch import Batch
 from mimscale.train.config import PretrainConfig
@@ -301,17 +301,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round, at least one step")
     parser.add_argument("--channels", type=int, default=1, help="of the images")
     parser.add_argument("--no-compile", action="store_true", help="leave out the contender that compiles its blocks")
+    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
     results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.repeats < 1 or not arguments.seconds > 0:
         raise ConfigError(f"--repeats {arguments.repeats} --seconds {arguments.seconds}: 1 or more, and above 0")
     config = bench_config(arguments.words, needs_store=False)
-    world = World.from_environment(os.environ)
+    if arguments.check:
+        print(config_yaml(config), end="")
+        return 0
+    world, folder = World.from_environment(os.environ), results.folder_of(arguments.out, config.run_dir)
     if world.is_first:
-        results.make_folder(arguments.out)
+        results.make_folder(folder)
     result = bench_recipe(config, arguments, world)
     if world.is_first:
-        results.tell(result, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
+        results.tell(result, as_markdown, draw, as_json=arguments.json, folder=folder)
     return 0
 
 

@@ -23,7 +23,8 @@ from mimscale.bench.charts import Bars, draw_bars
 from mimscale.bench.contender import Crops, Job, Round, Runner
 from mimscale.bench.crops import MODES, randomness
 from mimscale.bench.readers import unzip_volumes
-from mimscale.config import config_yaml, load_verb_config, verb_parser
+from mimscale.bench.verbs import bench_config
+from mimscale.config import config_yaml, verb_parser
 from mimscale.errors import ConfigError, DataError
 from mimscale.store import native
 from mimscale.store.manifest import load_manifest
@@ -250,19 +251,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each contender")
     parser.add_argument("--seconds", type=float, default=0.5, help="of a round; six of them for the loader")
     parser.add_argument("--cold", action="store_true", help="empty the page cache of the store before each round")
+    parser.add_argument("--check", action="store_true", help="print the resolved config and leave")
     results.add_outputs(parser)
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.words or arguments.words[0] != "stream":
         raise ConfigError(f"expected `mimscale bench stream RECIPE store=STORE`, got {arguments.words}")
-    words = arguments.words[1:]
-    if not any(word.startswith("run_dir=") for word in words):
-        words.append("run_dir=none")  # a recipe of training needs one; nothing is written to it
-    config = load_verb_config(PretrainConfig, words, needs_recipe=True)
+    config = bench_config(arguments.words[1:])
+    if arguments.check:
+        print(config_yaml(config), end="")
+        return 0
     if results.is_for_another_rank("stream"):
         return 0
-    results.make_folder(arguments.out)
+    folder = results.folder_of(arguments.out, config.run_dir)
+    results.make_folder(folder)
     result = bench_store(config, arguments)
-    results.tell(result, _text, draw, as_json=arguments.json, folder=arguments.out)
+    results.tell(result, _text, draw, as_json=arguments.json, folder=folder)
     return 0
 
 

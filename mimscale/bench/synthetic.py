@@ -20,6 +20,7 @@ def synthetic_batch(config: PretrainConfig, channels: int, device: torch.device)
         normalisation=torch.tensor([-1000.0, 1000.0, 0.0, 1e-3]).expand(B, channels, 4).contiguous(),
         inside=torch.tensor([[0, Z], [0, Y], [0, X]], dtype=torch.int32).expand(B, 3, 2).contiguous(),
         volume_ids=["synthetic"] * B,
+        subjects=[f"synthetic {number}" for number in range(B)],  # SimCLR tells them apart
         counted=torch.ones(B, dtype=torch.bool),
     )
     return batch.to(device)

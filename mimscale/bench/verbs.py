@@ -3,9 +3,8 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from mimscale.bench.results import Windows, add_outputs
+from mimscale.bench.results import Windows, add_outputs, folder_of
 from mimscale.config import config_yaml, load_verb_config, parse_yaml, recipe_text, split_arguments, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.train.config import PretrainConfig
@@ -68,7 +67,7 @@ def train_main(argv: list[str]) -> int:
         return 0
     from mimscale.bench.training import run_training
 
-    folder = arguments.out or (None if config.run_dir == Path("none") else config.run_dir)
+    folder = folder_of(arguments.out, config.run_dir)
     return run_training(config, windows, channels=arguments.channels, as_json=arguments.json, folder=folder)
 
 

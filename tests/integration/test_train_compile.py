@@ -51,17 +51,17 @@ def test_compiled_blocks_train_as_plain_ones_do_with_and_without_a_compiler(comp
 
 
 NETWORKS = {
-    "twelve chances to be left out": [
+    "nine chances to be left out": [
         *("pretrain_mae_vit_b", "crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]"),
-        *("model={dim: 12, depth: 12, heads: 2, drop_path: 0.2}", "mae={decoder_dim: 12, decoder_heads: 2}"),
+        *("model={dim: 12, depth: 9, heads: 2, drop_path: 0.2}", "mae={decoder_dim: 12, decoder_heads: 2}"),
     ],
     "residual": [
         *("pretrain_mae_resenc_l", "crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]"),
-        "model={features: [4, 6, 8, 10, 12], blocks: [1, 2, 2, 2, 2]}",
+        "model={features: [4, 6, 8, 10], blocks: [1, 2, 1, 1]}",
     ],
     "swin": [
         *("pretrain_simmim_swin_b", "crop_voxels=[16,16,16]", "patch_voxels=[2,2,2]"),
-        "model={dim: 12, depths: [2, 2], heads: [2, 4], window: [2, 2, 2]}",
+        "model={dim: 12, depths: [2, 1], heads: [2, 4], window: [2, 2, 2]}",
         "mask={ratio: 0.6, unit_voxels: [8, 8, 8]}",
     ],
 }
@@ -104,10 +104,11 @@ def test_blocks_of_every_encoder_are_compiled_and_their_number_lets_none_fall_ba
     assert list(seen) == list(NETWORKS)
     for blocks, graphs, fallbacks, reason in seen.values():
         assert (fallbacks, reason) == (0, None)
-        assert 0 < graphs < 2 * blocks
-    blocks, graphs, *_ = seen["twelve chances to be left out"]
-    # Encoder: the first block leaves nobody out; training or not. Decoder: all tokens, or those that are asked for.
-    assert (blocks, graphs) == (14, 8)
+        assert 0 < graphs <= 2 * blocks
+    blocks, graphs, *_ = seen["nine chances to be left out"]
+    # Encoder: the first block leaves nobody out in training, in validation none does. Decoder: all tokens, or those
+    # that are asked for, in both.
+    assert (blocks, graphs) == (11, 7)
 
 
 def test_what_cannot_be_compiled_block_by_block_is_refused():

@@ -115,7 +115,7 @@ def test_augmentation_loss_and_gradients_of_every_network_wait_for_no_copy(name)
     config = run_config([*NETWORKS[name], WARPED, "micro_batch=2", "global_batch=2"])
     objective, device = config.network.objective(config), torch.device("meta")
     model = objective.build(1).to(device)
-    batch = replace(synthetic_batch(config, 1, device), subjects=["a", "b"])
+    batch = synthetic_batch(config, 1, device)
     if config.kind == "finetune":
         batch = replace(batch, label=torch.zeros(2, *config.crop_voxels, dtype=torch.uint8, device=device))
     with SyncWatch(host_works=True) as watch:

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
+from launch.folder import JobFolder
+from launch.plan import make_plan, split_kind
+from launch.profile import load_profile
+from launch.submission import _task
+from mimscale.bench.verbs import bench_config
 from mimscale.cli import main
+from mimscale.config import config_tree
 
 PROFILE = "executor: slurm\naccelerator: cpu\nprocesses_per_node: 2\ntimeout_min: 20\nslurm: {partition: main}\n"
 
@@ -32,6 +38,27 @@ def test_each_number_of_nodes_is_a_job_with_its_share_of_a_growing_batch(tmp_pat
 def test_strong_scaling_keeps_the_global_batch(tmp_path, capsys):
     _, plans, _ = submit(tmp_path, capsys, f"run_dir={tmp_path / 'scaling'}", "--nodes", "1,2", "--strong")
     assert [plan["config"]["global_batch"] for plan in plans] == [8, 8]
+
+
+@pytest.mark.parametrize("kind", ["step", "checkpoint", "train"])
+def test_other_benchmarks_are_jobs_too(kind, tmp_path, capsys):
+    run_dir = tmp_path / "bench"
+    words = ["submit", "bench", kind, "demo/pretrain", f"run_dir={run_dir}", "--dry-run", "--profile", "local"]
+    assert main(words) == 0
+    assert f"# mimscale bench {kind}, job files in {run_dir}/logs" in capsys.readouterr().out
+    plan = make_plan("bench", plain_config(run_dir), load_profile("local"), nodes=1, processes=2, kind=kind)
+    assert _task(plan, JobFolder(run_dir / "logs" / "001"), None).arguments[:2] == ("bench", kind)
+
+
+def plain_config(run_dir):
+    config = bench_config(["demo/pretrain", f"run_dir={run_dir}", "global_batch=4"], needs_store=False)
+    return config_tree(config)
+
+
+def test_a_benchmark_without_a_kind_is_that_of_training():
+    assert split_kind("bench", ["demo/pretrain", "a=b"]) == ("train", ["demo/pretrain", "a=b"])
+    assert split_kind("bench", ["step", "demo/pretrain"]) == ("step", ["demo/pretrain"])
+    assert split_kind("pretrain", ["step", "x"]) == (None, ["step", "x"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""What makes a step fast on a GPU, as far as a machine without one can tell: see benchmarks/README.md."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mimscale.bench.synthetic import synthetic_batch
+from mimscale.bench.verbs import bench_config
+from mimscale.config import load_config, recipe_text
+from mimscale.models.config import VitConfig
+from mimscale.models.masking import draw_masks
+from mimscale.train.config import EngineConfig, FinetuneConfig, PretrainConfig
+from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.optim import adamw
+from mimscale.train.size import count_parameters
+
+RECIPES = sorted(
+    path.stem
+    for path in (Path(__file__).parents[2] / "mimscale" / "recipes").glob("*.yaml")
+    if not path.stem.startswith("ingest")
+)
+BY_FORMULA = [name for name in RECIPES if not any(word in name for word in ("resenc", "swin", "primus"))]
+SMALL = ["crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]", "model={dim: 32, depth: 2, heads: 4}", "micro_batch=2"]
+METHODS = {
+    "mae": ["demo/pretrain", "mae={decoder_dim: 32, decoder_depth: 2, decoder_heads: 4}"],
+    "simmim": ["pretrain_simmim_vit_b"],
+    "simclr": ["pretrain_simclr_vit_b"],
+}
+
+
+def config_of(recipe):
+    kind = FinetuneConfig if recipe.startswith("finetune") else PretrainConfig
+    return load_config(kind, recipe, ["store=none", "run_dir=none"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_is_asked_for_in_the_way_that_the_flash_kernel_can_give(method, monkeypatch):
+    config = bench_config([*METHODS[method], *SMALL, "global_batch=2"], needs_store=False)
+    asked, attention = [], functional.scaled_dot_product_attention
+    known = inspect.signature(lambda query, key, value: None)
+
+    def watched(*args, **kwargs):
+        asked.append(known.bind(*args, **kwargs).arguments)  # no mask, no dropout, no scale: another argument raises
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    objective = config.network.objective(config)
+    objective.loss(objective.build(1), synthetic_batch(config, 1, torch.device("cpu"))).backward()
+    assert len(asked) == (4 if method == "mae" else 2)
+    for tensors in asked:
+        assert {tensor.shape[-1] for tensor in tensors.values()} == {8}
+        assert all(tensor.stride(-1) == 1 for tensor in tensors.values())  # no copy before the kernel
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_heads_of_every_recipe_are_a_multiple_of_8_numbers_wide(recipe):
+    config = config_of(recipe)
+    if isinstance(config.model, VitConfig):
+        assert config.model.dim // config.model.heads % 8 == 0
+    if getattr(config, "method", None) == "mae":
+        assert config.mae.decoder_dim // config.mae.decoder_heads % 8 == 0
+
+
+@pytest.mark.parametrize("recipe", BY_FORMULA)
+def test_a_bucket_holds_a_part_of_the_gradients_so_that_it_travels_behind_the_backward_pass(recipe):
+    config = config_of(recipe)
+    assert count_parameters(config) > 1.5 * config.engine.bucket_elements
+    tree = deepspeed_config(
+        config.engine, precision="bf16", micro_batch=1, accumulation=1, world_size=8, leave_out_bad_updates=False
+    )
+    assert tree["zero_optimization"]["overlap_comm"]
+    assert tree["zero_optimization"]["reduce_bucket_size"] == config.engine.bucket_elements
+
+
+def test_swin_has_a_bucket_of_its_own_size():  # its 33 million weights are counted, which takes a while
+    assert "bucket_elements: 10_000_000" in recipe_text("pretrain_simmim_swin_b")
+    assert config_of("pretrain_simmim_swin_b").engine.bucket_elements == 10_000_000
+
+
+def test_adamw_is_torchs_fused_one_and_gradients_of_bf16_weights_are_summed_in_fp32_unchecked():
+    config = bench_config([*METHODS["mae"], *SMALL, "global_batch=2"], needs_store=False)
+    optimizer = adamw(config.network.objective(config).build(1), config.optim, config.model.layers)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    tree = deepspeed_config(
+        EngineConfig(), precision="bf16", micro_batch=1, accumulation=1, world_size=8, leave_out_bad_updates=False
+    )
+    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert tree["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize("style", ["random", "block", "grid"])
+def test_as_many_patches_are_hidden_in_every_step(style):
+    config = bench_config([*METHODS["mae"], *SMALL, "global_batch=2", f"mask.style={style}"], needs_store=False)
+    counts = {
+        int(row.sum())
+        for seed in range(50)
+        for row in draw_masks([seed, seed + 7], (64, 64, 64), (8, 8, 8), config.mask, ratio_seed=seed)
+    }
+    assert len(counts) == 1
+
+
+def test_a_range_of_mask_ratios_is_no_static_shape_and_refused_with_compiled_blocks():
+    words = [*METHODS["mae"], *SMALL, "global_batch=2", "mask={ratio_range: [0.5, 0.7]}"]
+    assert bench_config(words, needs_store=False).network.problems(bench_config(words, needs_store=False)) == []
+    config = bench_config([*words, "engine.compile_blocks=true"], needs_store=False)
+    (problem,) = config.network.problems(config)
+    assert "engine.compile_blocks=true with mask.ratio_range=[0.5, 0.7]" in problem
+    assert "give mask.ratio" in problem
