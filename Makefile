@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo study-small study-small-quick test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-checkpoint bench-simulate format clean debian-packages
+.PHONY: help install demo study-small study-small-quick study-small-monai test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-checkpoint bench-simulate format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,13 @@ study-small: .venv/op-built-demo debian-packages ## the paper's claims on deform
 
 study-small-quick: .venv/op-built-demo debian-packages ## the same in about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_quick run_dir=$(STUDY_DIR)_quick
+
+# The control trains on the same crops as one node of the study, by that node's config.
+MONAI_TWIN = import json, sys; print(next(n["folder"] for n in json.load(sys.stdin)["nodes"] if n["label"] == "pretrain mae, seed 11"))
+study-small-monai: study-small ## MONAI's masked autoencoder as a control, after study-small and in its folder
+	test -e $(STUDY_DIR)/monai/contract.json || OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pretrain_monai_mae.py \
+	  "$$($(BIN)/mimscale study studies/small run_dir=$(STUDY_DIR) --dry-run --json | $(BIN)/python -c '$(MONAI_TWIN)')" $(STUDY_DIR)/monai
+	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_monai run_dir=$(STUDY_DIR) data.monai.path=$(abspath $(STUDY_DIR))/monai
 
 # Elsewhere the tests that need them skip; in CI a skip is a failure.
 debian-packages:

@@ -19,6 +19,8 @@ from mimscale.train.memory import estimate_memory
 from mimscale.train.run_dir import RunDir
 from mimscale.train.size import checkpoint_bytes, count_parameters, save_seconds
 
+BESIDE = ".job"  # suffix of a job's folder beside the folder that it writes
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobVerb:
@@ -29,7 +31,17 @@ class JobVerb:
     config: type[RunConfig] | None = None  # of a verb that runs on many processes; the others run on one
     trains: bool = True  # of those: it makes a run that saves and continues
     kinds: tuple[str, ...] = ()  # words of which one stands between the verb and its RECIPE; the first by default
+    # Key of a folder for results of a run; where one is given, the job's files go beside it and not into the run
+    result_key: str | None = None
     has_tasks: bool = False  # takes task=I/N and merge=true, so it can be a job array
+
+    def place(self, tree: dict[str, Any]) -> Path:
+        """The folder of the job's files, by the verb's resolved config."""
+        if self.result_key is not None and tree.get(self.result_key) is not None:
+            results = Path(tree[self.result_key])
+            return results.with_name(results.name + BESIDE)
+        folder = Path(tree[self.folder_key])
+        return folder.with_name(folder.name + self.suffix)
 
 
 # The benchmarks that are jobs. That of ingest is no run of many ranks: `submit ingest` tells its own speed.
@@ -38,11 +50,11 @@ BENCHMARKS = ("train", "step", "stream", "checkpoint")
 JOB_VERBS = {
     "pretrain": JobVerb(folder_key="run_dir", config=PretrainConfig),
     "finetune": JobVerb(folder_key="run_dir", config=FinetuneConfig),
-    "evaluate": JobVerb(folder_key="run_dir"),
+    "evaluate": JobVerb(folder_key="run_dir", result_key="out"),
     "bench": JobVerb(folder_key="run_dir", config=PretrainConfig, trains=False, kinds=BENCHMARKS),
-    "ingest": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
-    "extract": JobVerb(folder_key="out", suffix=".job", has_tasks=True),
-    "cohort": JobVerb(folder_key="out", suffix=".job"),
+    "ingest": JobVerb(folder_key="out", suffix=BESIDE, has_tasks=True),
+    "extract": JobVerb(folder_key="out", suffix=BESIDE, has_tasks=True),
+    "cohort": JobVerb(folder_key="out", suffix=BESIDE),
 }
 
 
@@ -192,14 +204,13 @@ def make_plan(
     accelerator = resolve_accelerator(profile, os.environ)
     count = resolve_processes(profile, accelerator, os.environ) if job.config else 1
     config = build_config(job.config, _staged(tree, profile), f"{verb} --check") if job.config else None
-    place = Path(tree[job.folder_key])
-    if str(place) == "none":
+    if str(tree[job.folder_key]) == "none":
         raise ConfigError(f"submit {verb}: {job.folder_key}=DIR is missing; the job's files go there")
     plan = Plan(
         verb=verb,
         tree=config_tree(config) if config else tree,
         text=config_yaml(config) if config else _yaml_of(tree),
-        run=RunDir(place.with_name(place.name + job.suffix).absolute()),
+        run=RunDir(job.place(tree).absolute()),
         shares=config,
         profile=profile,
         nodes=nodes,

@@ -24,8 +24,9 @@ from launch.srun_log import last_message
 from launch.status import Cluster, ask_cluster, status_of
 from launch.submission import prepare, start, submit_batch
 from mimscale import console
-from mimscale.config import config_tree
+from mimscale.config import build_config, config_tree, parse_yaml
 from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.evaluate.config import EvaluateConfig
 from mimscale.lock import sole_writer
 from mimscale.report.study import StudyView
 from mimscale.study.config import StudyConfig, load_study
@@ -120,6 +121,8 @@ class Study:
                 return NodeState("done", "")
         if newest is None or status is None:
             return NodeState("to do", "")
+        if node.verb == "evaluate" and not self._is_scored_by(node, newest):
+            return NodeState("to do", "")
         outcome = newest.read_outcome()
         if outcome is None or status.state == "cancelled":
             return NodeState("to do", status.reason)
@@ -129,6 +132,14 @@ class Study:
         if outcome.exit_code in GOES_ON or (self.retry and node.id not in self.started):
             return NodeState("to do", reason)
         return NodeState("failed", reason, outcome.exit_code)
+
+    def _is_scored_by(self, node: Node, newest: JobFolder) -> bool:
+        """Whether an evaluation of a run was one by this node's config, and not by that of an earlier recipe."""
+        try:
+            before = build_config(EvaluateConfig, parse_yaml(newest.config.read_text(), str(newest.config)), node.label)
+        except MimscaleError:  # of another version
+            return False
+        return _as_scored(before) == _as_scored(resolve(self.graph, self.folder, node))
 
     def _reason(self, folder: JobFolder, message: str) -> str:
         """Why a node failed: what its first rank printed, where the launcher only knows its exit code."""
@@ -141,8 +152,7 @@ class Study:
         return folders[-1] if folders else None
 
     def _run_dir(self, node: Node) -> RunDir:
-        place = self.graph.folder(self.folder, node)
-        return RunDir(place.with_name(place.name + JOB_VERBS[node.verb].suffix))
+        return RunDir(JOB_VERBS[node.verb].place(self.graph.config_of(self.folder, node)))
 
     def _stores_behind(self, node: Node) -> list[str]:
         """Every store, as a node, that the results of a pretraining are trained, validated or tested on."""
@@ -186,6 +196,12 @@ class Study:
             and all(self.states[parent].name in enough for parent in node.parents)
             and (node.verb != "pretrain" or self._may_be_checked(node))
         ]
+
+
+def _as_scored(config: EvaluateConfig) -> tuple[EvaluateConfig, tuple[str, ...]]:
+    """What decides the scores: not where the study lies, which may have moved, nor how many threads there were."""
+    store = () if config.store is None else config.store.parts[-2:]
+    return replace(config, run_dir=Path(), out=None, store=None, threads=None, device="auto"), store
 
 
 def run_here(study: Study) -> bool:

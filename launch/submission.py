@@ -74,7 +74,7 @@ def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFold
             _refuse_former_checkpoints(plan.run)
             plan.run.open(plan.tree, plan.text, free_keys=FREE_KEYS)
     elif plan.shares is None and JOB_VERBS[plan.verb].folder_key == "run_dir":
-        plan.run.read_config_tree()  # refuses a folder that is no run directory
+        RunDir(Path(plan.tree["run_dir"])).read_config_tree()  # refuses a folder that is no run directory
     record = JobRecord(
         verb=plan.verb,
         kind=plan.kind,

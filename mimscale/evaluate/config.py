@@ -6,6 +6,8 @@ from typing import Literal
 
 from mimscale.config import require_positive
 
+EVALUATION = "evaluate"  # folder in a run directory
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
@@ -36,7 +38,8 @@ class InferenceConfig:
 class EvaluateConfig(InferenceConfig):
     """Settings of one evaluation of one run."""
 
-    run_dir: Path  # the run to score; results go to run_dir/evaluate
+    run_dir: Path  # the run to score
+    out: Path | None = None  # folder of the results, for other ways to score one run; null: run_dir/evaluate
     store: Path | None = None  # volumes to score on; null: the store that the run was trained on
     split: str = "val"  # which volumes of the store
     checkpoint: str = "newest"  # "newest" verified one, or a name such as step_00000100
@@ -54,3 +57,8 @@ class EvaluateConfig(InferenceConfig):
         if self.pictures < 0:
             raise ValueError(f"pictures={self.pictures}: must be at least 0")
         require_positive("evaluate", crops=self.crops, nsd_tolerance_mm=self.nsd_tolerance_mm)
+
+    @property
+    def folder(self) -> Path:
+        """Where scores, predictions and pictures go."""
+        return self.run_dir / EVALUATION if self.out is None else self.out

@@ -27,7 +27,6 @@ from mimscale.stream.device import labels, normalise, without_excluded
 from mimscale.stream.loader import Batch, fixed_batches
 from mimscale.stream.plan import FixedPlan
 from mimscale.train.config import PretrainConfig
-from mimscale.train.run_dir import RunDir
 from mimscale.world import World
 
 ERROR_NAMES = {"l1": "mean absolute error", "l2": "mean squared error"}
@@ -72,7 +71,7 @@ def evaluate_reconstruction(
     )
     crops: list[dict[str, Any]] = []
     shown: dict[int, tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]] = {}  # of a volume, the crop to picture
-    folder = RunDir(config.run_dir).evaluation
+    folder = config.folder
     for batch in track(batches, "reconstruct crops, batches", -(-len(plan) // config.batch)):
         image, predicted, guess, hidden, valid = _reconstruct(batch.to(device), run_config, target, model)
         for place in np.flatnonzero(batch.counted.numpy()):

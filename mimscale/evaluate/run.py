@@ -1,8 +1,8 @@
 """`mimscale evaluate run_dir=DIR [store=STORE] [key=value ...]`: score a run on whole volumes of a split.
 
 A fine-tuning run is scored on segmentation, a pretraining run on reconstruction; the run's own config says which.
-Results go to run_dir/evaluate: scores.json, and cases.csv, predictions/, slices/ or reconstructions/. The headline is
-the last checkpoint; with `best`, the one that was best on validation is scored too, beside it.
+Results go to run_dir/evaluate, or to `out`: scores.json, and cases.csv, predictions/, slices/ or reconstructions/. The
+headline is the last checkpoint; with `best`, the one that was best on validation is scored too, beside it.
 """
 
 import shutil
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score a run and write run_dir/evaluate; returns what scores.json holds.
+    """Score a run and write its results; returns what scores.json holds.
 
     Raises:
         ConfigError: no run directory, a store that the weights were not made for, or a method without a prediction.
@@ -104,8 +104,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_contract(contract, info, store, overlay)
     say(f"{run_config.kind} run {config.run_dir}, {tag.name}, {len(indices)} volumes of {store} on {device}")
     way_out = "free some space, then give the same command again; pictures=0 save_predictions=false need less"
-    with cpu_threads(config.threads), durable.explained(DataError, run.evaluation, way_out):
-        _clear(run.evaluation)
+    with cpu_threads(config.threads), durable.explained(DataError, config.folder, way_out):
+        _clear(config.folder)
         if isinstance(run_config, FinetuneConfig):
             data = (device, store, info, manifest, indices)
             scores = evaluate_segmentation(config, run_config, model, *data)
@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                     numbers_alone = replace(config, save_predictions=False, pictures=0, store_grid=False)
                     again = evaluate_segmentation(numbers_alone, run_config, model, *data)
                 scores["best"] = best_column(best, again)
-            durable.write_text(run.evaluation / "cases.csv", cases_csv(scores))
+            durable.write_text(config.folder / "cases.csv", cases_csv(scores))
         else:
             assert isinstance(model, Reconstructor)
             scores = evaluate_reconstruction(config, run_config, model, device, store, manifest, indices)
@@ -134,8 +134,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "device": str(device),
             "seconds": round(time.perf_counter() - started_s, 2),
         }
-        durable.write_json(run.evaluation / "scores.json", tree)
-    say(f"scores: {run.evaluation / 'scores.json'} ({tree['seconds']:.0f} s)")
+        durable.write_json(config.folder / "scores.json", tree)
+    say(f"scores: {config.folder / 'scores.json'} ({tree['seconds']:.0f} s)")
     return tree
 
 

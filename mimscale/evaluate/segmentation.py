@@ -34,7 +34,6 @@ from mimscale.store.reader import ShardReader
 from mimscale.store.rows import VolumeRow
 from mimscale.train.committed import step_of
 from mimscale.train.config import FinetuneConfig
-from mimscale.train.run_dir import RunDir
 
 DISK_WAY_OUT = "free some space, or evaluate with save_predictions=false"
 
@@ -58,7 +57,7 @@ def evaluate_segmentation(
     outputs = outputs_of(run_config, info.overlays[run_config.overlay].class_names)
     rows = labelled_rows(config, run_config.overlay, manifest, indices)
     reader = ShardReader(store, manifest)
-    folder = RunDir(config.run_dir).evaluation
+    folder = config.folder
     network = Network(
         model=model,
         device=device,

@@ -23,7 +23,8 @@ class RunFacts:
     steps: list[dict[str, Any]]  # lines of metrics.jsonl with a training loss; of a step that was done twice, the last
     validations: list[dict[str, Any]]  # lines of metrics.jsonl with a validation score
     outcome: Outcome | None
-    scores: dict[str, Any] | None  # evaluate/scores.json
+    evaluation: Path  # folder of the scores and their pictures
+    scores: dict[str, Any] | None  # its scores.json
     environment: dict[str, Any] | None  # env.json
     jobs: list[dict[str, Any]]  # jobs.jsonl
     health: list[dict[str, Any]]  # health.jsonl
@@ -77,8 +78,12 @@ class RunFacts:
         return values[min(len(values) - 1, len(values) * percent // 100)] if values else None
 
 
-def read_run(path: Path) -> RunFacts:
+def read_run(path: Path, evaluation: Path | None = None) -> RunFacts:
     """Read a run directory.
+
+    Args:
+        path: of the run.
+        evaluation: folder of its scores; None: that in the run directory.
 
     Raises:
         ConfigError: the folder is no run directory, or a file of it is damaged.
@@ -95,7 +100,8 @@ def read_run(path: Path) -> RunFacts:
         steps=_last_of_each_step([line for line in lines if "loss" in line]),
         validations=_last_of_each_step([line for line in lines if any(key.startswith("val_") for key in line)]),
         outcome=run.read_outcome(),
-        scores=_read_json(run.evaluation / "scores.json"),
+        evaluation=evaluation or run.evaluation,
+        scores=_read_json((evaluation or run.evaluation) / "scores.json"),
         environment=_read_json(path / "env.json"),
         health=HealthLog(run.health).read(),
         jobs=[json.loads(line) for line in _lines(run.jobs)],

@@ -166,7 +166,7 @@ def reconstruction_pictures(run: RunFacts, origins: dict[str, str | None], folde
     for crop in run.scores["crops"]:
         if crop.get("file") is None:
             continue
-        with np.load(run.run.evaluation / crop["file"], allow_pickle=False) as arrays:
+        with np.load(run.evaluation / crop["file"], allow_pickle=False) as arrays:
             original, reconstruction, hidden = (arrays[key] for key in ("original", "reconstruction", "hidden"))
             spacing_mm = tuple(float(edge) for edge in arrays["spacing_mm"])
         low, high = np.percentile(original, [0.5, 99.5])
@@ -316,7 +316,7 @@ def segmentation_pictures(run: RunFacts, origins: dict[str, str | None], folder:
         if case.get("slices") is None:
             continue
         name = f"{run.name}_segmentation_{case['volume']}.png"
-        segmentation_picture(load_planes(run.run.evaluation / case["slices"]), folder / name)
+        segmentation_picture(load_planes(run.evaluation / case["slices"]), folder / name)
         dice = ", ".join(f"{key} {number(case['scores'][key]['dice'])}" for key in foreground_names(run.scores))
         caption = f"{_described(case['volume'], origins)}. Dice of the whole volume: {dice}."
         pictures.append({"file": name, "volume": case["volume"], "caption": caption})

@@ -20,7 +20,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
     rows: list[list[str]] = []
     listed: set[str] = set()
     for group in groups:
-        runs = {result.trial.finetune for result in group.results}
+        runs = {result.trial.evaluate for result in group.results}
         if runs <= listed:
             continue
         listed |= runs

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mimscale.config import parse_yaml, recipe_text, tree_hash
 from mimscale.errors import ConfigError
+from mimscale.evaluate.config import EVALUATION
 from mimscale.study.config import ArmConfig, ExperimentConfig, StudyConfig, merged
 from mimscale.study.matched import is_matched, steps_in_time_of
 from mimscale.train.method import predicts_voxels
@@ -29,6 +30,7 @@ class Node:
     config: dict[str, Any]
     parents: tuple[str, ...]
     needs: str = ""  # what a user must have for it, in words
+    apart: bool = False  # an evaluation in another way than all others: its scores have a folder of their own
 
     @property
     def waits_for_results(self) -> bool:
@@ -37,8 +39,8 @@ class Node:
 
     @property
     def folder_id(self) -> str:
-        """The node in whose folder it writes: an evaluation writes into the run that it scores."""
-        return self.parents[0] if self.verb == "evaluate" else self.id
+        """The node in whose folder it writes: an evaluation writes into the run that it scores, unless it is apart."""
+        return self.parents[0] if self.verb == "evaluate" and not self.apart else self.id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,17 @@ class Graph:
     def config_of(self, study_dir: Path, node: Node) -> dict[str, Any]:
         """The config of a node with real folders in it."""
         tree: dict[str, Any] = _replaced(node.config, lambda node_id: str(study_dir / "nodes" / node_id))
-        key = "out" if node.verb in ("cohort", "ingest") else "run_dir"
-        return {**tree, key: str(self.folder(study_dir, node))}
+        folder = str(self.folder(study_dir, node))
+        if node.verb in ("cohort", "ingest"):
+            return {**tree, "out": folder}
+        if node.apart:
+            return {**tree, "run_dir": str(self.folder(study_dir, self.nodes[node.parents[0]])), "out": folder}
+        return {**tree, "run_dir": folder}
+
+    def scores_folder(self, study_dir: Path, node: Node) -> Path:
+        """Where an evaluation puts its scores."""
+        folder = self.folder(study_dir, node)
+        return folder if node.apart else folder / EVALUATION
 
 
 @dataclass
@@ -82,7 +93,14 @@ class _Builder:
     data: dict[str, str] = field(default_factory=dict)
 
     def add(
-        self, verb: Verb, label: str, config: dict[str, Any], parents: tuple[str, ...] = (), needs: str = ""
+        self,
+        verb: Verb,
+        label: str,
+        config: dict[str, Any],
+        parents: tuple[str, ...] = (),
+        *,
+        needs: str = "",
+        apart: bool = False,
     ) -> str:
         used = [name for name in _references(config) if name not in self.nodes]
         for name in used:
@@ -91,7 +109,9 @@ class _Builder:
         parents = (*parents, *(p for p in dict.fromkeys(_references(tree)) if p not in parents))
         node_id = f"{verb}-{tree_hash({'verb': verb, 'config': tree, 'parents': list(parents)})}"
         if node_id not in self.nodes:
-            self.nodes[node_id] = Node(id=node_id, verb=verb, label=label, config=tree, parents=parents, needs=needs)
+            self.nodes[node_id] = Node(
+                id=node_id, verb=verb, label=label, config=tree, parents=parents, needs=needs, apart=apart
+            )
         return node_id
 
     def add_data(self, name: str, user: str) -> None:
@@ -147,7 +167,10 @@ def expand(config: StudyConfig) -> Graph:
                 tree["init_from"] = f"@{pretrain}"
             seeds = f"seed {finetune_seed}" if pretrain is None else f"seeds {pretrain_seed}, {finetune_seed}"
             finetune = builder.add("finetune", f"finetune {label}, {seeds}", tree)
-            evaluate = builder.add("evaluate", f"evaluate {label}, {seeds}", _evaluation(config, keys), (finetune,))
+            evaluation = _evaluation(config, keys)
+            # One run may be scored in several ways, by settings of `evaluate`; each has its own scores.
+            apart = evaluation != config.evaluate
+            evaluate = builder.add("evaluate", f"evaluate {label}, {seeds}", evaluation, (finetune,), apart=apart)
             trials.append(
                 Trial(
                     experiment=name,

@@ -40,7 +40,7 @@ def resolve(graph: Graph, study_dir: Path, node: Node) -> Any:
     if isinstance(config, RunConfig):
         check_run(config)
     if isinstance(config, EvaluateConfig) and config.best:
-        trained = graph.config_of(study_dir, graph.nodes[node.folder_id])
+        trained = graph.config_of(study_dir, graph.nodes[node.parents[0]])
         if trained.get("checkpoint", {}).get("keep_best") is None:
             raise ConfigError(
                 f"{node.label}: best=true, but its run keeps no checkpoint for that; set checkpoint.keep_best=val_dice "

@@ -185,12 +185,13 @@ class Comparison:
 
 def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collection[str]) -> list[Group]:
     """What there is of every arm and setting, in the order of the recipe."""
-    runs: dict[str, RunFacts] = {}
+    runs: dict[tuple[str, str | None], RunFacts] = {}
 
-    def run_of(node_id: str) -> RunFacts:
-        if node_id not in runs:
-            runs[node_id] = read_run(graph.folder(study_dir, graph.nodes[node_id]))
-        return runs[node_id]
+    def run_of(node_id: str, scored_by: str | None = None) -> RunFacts:
+        if (node_id, scored_by) not in runs:
+            scores = None if scored_by is None else graph.scores_folder(study_dir, graph.nodes[scored_by])
+            runs[node_id, scored_by] = read_run(graph.folder(study_dir, graph.nodes[node_id]), scores)
+        return runs[node_id, scored_by]
 
     def place(trial: Trial) -> tuple[str, str, str]:
         pooled = config.experiments[trial.experiment].pool_settings
@@ -202,9 +203,9 @@ def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collec
         results = [
             Result(
                 trial=trial,
-                run=run_of(trial.finetune),
+                run=run_of(trial.finetune, trial.evaluate),
                 pretraining=run_of(trial.pretrain) if trial.pretrain is not None and trial.pretrain in done else None,
-                scores=run_of(trial.finetune).scores if trial.evaluate in done else None,
+                scores=run_of(trial.finetune, trial.evaluate).scores if trial.evaluate in done else None,
             )
             for trial in trials
             if trial.finetune in done

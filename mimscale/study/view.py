@@ -208,6 +208,7 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
                     result.scores["checkpoint"] if result.scores else NOTHING,
                     trial.pretrain or "",
                     trial.finetune,
+                    graph.scores_folder(Path(), graph.nodes[trial.evaluate]).name,
                     _commit(result),
                     uses.name(use_of(pretraining, "train")) if pretraining else "",
                     uses.name(use_of(run, "train")),
@@ -226,6 +227,7 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
             "checkpoint",
             "pretraining",
             "fine-tuning",
+            "scores",
             "commit",
             "pretrained on",
             "trained on",
@@ -234,7 +236,8 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
         ],
         rows=rows,
         note="Folders are nodes/NAME in the study's folder: config.yaml, metrics.jsonl, jobs.jsonl and env.json of "
-        "each run, its scores in evaluate/scores.json and evaluate/cases.csv. The volumes of each use stand below.",
+        "each run, its scores in evaluate/scores.json and evaluate/cases.csv, or in the folder of an evaluation of "
+        "their own. The volumes of each use stand below.",
         text_columns=2,
     )
 

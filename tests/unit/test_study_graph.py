@@ -81,6 +81,19 @@ def test_a_changed_recipe_makes_new_nodes_only_where_it_matters(tmp_path):
     assert not graph_of(tmp_path, data=tree["data"]).nodes.keys() & before.nodes.keys()
 
 
+def test_each_way_to_score_one_run_has_scores_of_its_own(tmp_path):
+    settings = {"none": {}, "flips": {"evaluate.flips": ["y"]}, "the same": {"evaluate.overlap": 0}}
+    graph = graph_of(tmp_path, experiments={"flips": experiment(["scratch"], settings=settings)})
+    plain, flipped, same = graph.trials
+    assert plain.finetune == flipped.finetune
+    assert plain.evaluate == same.evaluate != flipped.evaluate
+    run, apart = tmp_path / "nodes" / plain.finetune, tmp_path / "nodes" / flipped.evaluate
+    scores = [graph.scores_folder(tmp_path, graph.nodes[trial.evaluate]) for trial in graph.trials]
+    assert scores == [run / "evaluate", apart, run / "evaluate"]
+    config = resolve(graph, tmp_path, graph.nodes[flipped.evaluate])
+    assert (config.run_dir, config.folder, config.flips) == (run, apart, ("y",))
+
+
 def test_where_the_study_lies_changes_no_name(tmp_path):
     other = graph_of(tmp_path, run_dir=str(tmp_path / "elsewhere"), title="Another", workers=2)
     assert other.nodes.keys() == graph_of(tmp_path).nodes.keys()

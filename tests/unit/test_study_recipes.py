@@ -1,7 +1,9 @@
 """Every packaged study is one that its verbs take, once its data are there."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small_segmentation import make_store
@@ -13,6 +15,7 @@ from mimscale.store.manifest import load_manifest, write_manifest
 from mimscale.study.checks import store_problems
 from mimscale.study.config import load_study
 from mimscale.study.graph import expand
+from mimscale.study.nodes import resolve
 
 STUDIES = [
     name
@@ -68,6 +71,30 @@ def test_the_small_study_has_simclr_in_the_time_of_mae_too_and_its_other_runs_ar
     shared = {trial.finetune for trial in graph.trials if trial.experiment == "main"}
     own = {trial.arm for trial in graph.trials if trial.experiment == "same_time" and trial.finetune not in shared}
     assert own == {"simclr, same time"}
+
+
+def test_the_control_of_monai_has_the_twin_that_make_looks_for():
+    (label,) = re.findall(r'n\["label"\] == "(.*?)"', (Path(__file__).parents[2] / "Makefile").read_text())
+    study = load_study(["studies/small_monai", "run_dir=x", "data.monai.path=/weights"])
+    graph = expand(study)
+    trials = {trial.arm: trial for trial in graph.trials if trial.experiment == "monai_control"}
+    assert graph.nodes[trials["mae"].pretrain].label == label
+    twins = [graph.nodes[trials[arm].finetune].config for arm in ("mae", "mae of MONAI")]
+    assert twins[1]["init_from"] == "/weights"
+    assert {key for key in twins[0] if twins[0][key] != twins[1][key]} == {"init_from", "model"}
+
+
+def test_every_study_that_is_run_here_scores_with_flips_and_the_quick_one_the_best_checkpoint_too():
+    for name in ("studies/small", "studies/small_quick"):
+        study = load_study([name, "run_dir=x"])
+        graph = expand(study)
+        trials = [trial for trial in graph.trials if trial.experiment == "flips"]
+        flips = [graph.nodes[trial.evaluate].config.get("flips", []) for trial in trials]
+        assert [["x"] if trial.setting == "left and right" else [] for trial in trials] == flips
+        assert len({trial.finetune for trial in trials}) == len(trials) / 2
+    assert study.evaluate["best"]
+    finetune = resolve(graph, Path("x"), graph.nodes[trials[0].finetune])
+    assert finetune.checkpoint.every_steps == finetune.validation.every_steps
 
 
 def test_the_paper_s_own_numbers_are_not_invented():

@@ -1,0 +1,134 @@
+"""The packaged BraTS study on made volumes: four contrasts, labels 1, 2 and 4, scored as three regions."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from rank_pool import run_ranks
+from small_study import NETWORK
+
+from mimscale.cli import main
+from mimscale.evaluate.slices import load_planes
+from mimscale.study.config import load_study
+from mimscale.study.graph import expand
+from mimscale.study.nodes import data_problems, leaks
+from mimscale.study.view import NodeState, study_view, write_study_report
+
+CONTRASTS = ("t1", "t1ce", "t2", "flair")
+SHAPE = (24, 26, 22)  # of the files: X, Y, Z
+
+
+def tumour(seed):
+    """Labels as BraTS writes them: oedema 2 around enhancing tumour 4 around a necrotic core 1."""
+    centre = np.random.default_rng(seed).uniform(9, 13, 3)
+    distance = np.sqrt(sum((axis - at) ** 2 for axis, at in zip(np.indices(SHAPE), centre, strict=True)))
+    return np.select([distance < 3, distance < 5, distance < 7.5], [1, 4, 2], 0).astype(np.uint8)
+
+
+def write_scans(folder):
+    """Four subjects, two to train, two to validate, and the table that lists their files."""
+    rows = [["subject", "split", *CONTRASTS, "label"]]
+    for subject in range(4):
+        label, noise = tumour(subject), np.random.default_rng(100 + subject)
+        files = []
+        for number, name in enumerate((*CONTRASTS, "label")):
+            files.append(folder / f"s{subject}_{name}.nii.gz")
+            voxels = label if name == "label" else (50 + 30 * (number + 1) * label + noise.normal(0, 5, SHAPE))
+            voxels = voxels.astype(np.uint8 if name == "label" else np.int16)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), files[-1])
+        rows.append([f"s{subject}", "train" if subject < 2 else "val", *(file.name for file in files)])
+    (folder / "scans.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    return folder / "scans.csv"
+
+
+def recipe_of(folder):
+    """The packaged study with a tiny network, and of its stores and settings only that of all four contrasts."""
+    network = {**NETWORK, "checkpoint": {"every_steps": 2, "keep": 1}, "steps": 4, "optim": {"warmup_steps": 1}}
+    tree = {
+        "extends": "studies/paper_brats",
+        "data": {
+            "all": {
+                "config": {"sources": str(write_scans(folder)), "workers": 1},
+                "expect": {"volumes": 4, "shape": [[22, 26, 24], [22, 26, 24]]},
+            }
+        },
+        "pretrain": {"config": {**network, "mae": {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2}}},
+        "finetune": {
+            "config": {**network, "unetr": {"feature_size": 4}, "validation": {"every_steps": 2, "crops_per_volume": 1}}
+        },
+        "evaluate": {"overlap": 0.25, "flips": ["y"], "pictures": 1, "threads": 1},
+        "finetune_seeds": [0],
+        "experiments": {
+            "contrasts": {"arms": ["scratch", "mae"], "settings": dict.fromkeys(("t1", "t1ce", "t2", "flair"))}
+        },
+        "only": ["contrasts"],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Its graph with every node run, its report and the run of MAE."""
+    folder = tmp_path_factory.mktemp("brats")
+    config = load_study([recipe_of(folder), f"run_dir={folder / 'study'}"])
+    graph = expand(config)
+    for node in graph.nodes.values():
+        file = folder / f"{node.id}.yaml"
+        file.write_text(yaml.safe_dump(graph.config_of(config.run_dir, node), sort_keys=False))
+        if node.verb in ("pretrain", "finetune"):
+            assert leaks(config, graph, config.run_dir, node) == ""
+            (ended,) = run_ranks([node.verb, str(file)], size=1)
+            assert ended.code == 0, ended.err
+        else:
+            assert main([node.verb, str(file)]) == 0
+    assert data_problems(config, graph, config.run_dir, graph.data["all"]) == []
+    view = study_view(config, graph, config.run_dir, {node: NodeState("done", "") for node in graph.nodes})
+    write_study_report(view, config.run_dir)
+    run = next(graph.folder(config.run_dir, graph.nodes[t.finetune]) for t in graph.trials if t.arm == "mae")
+    return folder, graph, view, run
+
+
+def test_the_graph_is_one_store_of_four_contrasts_and_two_arms(study):
+    _, graph, _, _ = study
+    assert [node.verb for node in graph.nodes.values()].count("ingest") == 1
+    assert [(trial.arm, trial.setting) for trial in graph.trials] == [("scratch", "all four"), ("mae", "all four")]
+
+
+def test_whole_volumes_are_scored_as_nested_regions_against_the_labels_of_the_files(study):
+    folder, _, _, run = study
+    scores = json.loads((run / "evaluate" / "scores.json").read_text())
+    assert scores["classes"] == ["TC", "WT", "ET"]
+    assert scores["settings"]["flips"] == ["y"]
+    truth = {}
+    for subject in (2, 3):
+        label = np.asarray(nibabel.load(folder / f"s{subject}_label.nii.gz").dataobj)
+        truth[tuple(int(np.isin(label, members).sum()) for members in ((1, 4), (1, 2, 4), (4,)))] = subject
+    found = {tuple(case["scores"][name]["truth_voxels"] for name in ("TC", "WT", "ET")) for case in scores["cases"]}
+    assert found == set(truth)
+    assert scores["best"]["mean"]["without_background"]["dice"] is not None
+    # In pictures the smaller region lies above the larger one.
+    (slices,) = (run / "evaluate" / "slices").iterdir()
+    assert {1, 2, 3} <= {int(v) for plane in load_planes(slices).values() for v in np.unique(plane.layers["truth"])}
+
+
+def test_its_report_has_a_row_for_each_region_and_none_for_a_background(study):
+    folder, _, view, run = study
+    (section,) = view.sections
+    dice = section.classes[0]
+    assert [row[0] for row in dice.rows] == ["TC", "WT", "ET"]
+    assert dice.columns == ["class", "scratch, all four", "mae, all four"]
+    scores = json.loads((run / "evaluate" / "scores.json").read_text())
+    assert dice.rows[0][2] == f"{scores['per_class']['TC']['dice']['mean']:.3f}"
+    table = section.tables[0]
+    row = dict(zip(table.columns, table.rows[1], strict=True))
+    assert row["Dice"] == f"{scores['mean']['without_background']['dice']:.3f}"
+    assert row["Dice with background"] == "n/a"
+    assert row["Dice, best on validation"] != "n/a"
+    assert view.classes == ["TC", "WT", "ET"]
+    page = (folder / "study" / "report" / "index.html").read_text()
+    assert len(list((folder / "study" / "report").glob("*_segmentation_*.png"))) == 2
+    assert "no leaderboard" in page
+    assert "| TC |" in (folder / "study" / "report" / "results.md").read_text()
