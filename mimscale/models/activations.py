@@ -38,8 +38,13 @@ def block_bytes(tokens: int, dim: int, heads: int, hidden_dim: int, width: int, 
     Each norm keeps two numbers a token and attention one a token and head, in fp32. `extra_numbers` a token come from
     layer scales and rotary positions.
     """
-    numbers = tokens * (8 * dim + 2 * hidden_dim + extra_numbers)
-    return numbers * width + tokens * (4 + heads) * FP32_BYTES
+    numbers, fp32 = block_numbers(tokens, dim, heads, hidden_dim, extra_numbers=extra_numbers)
+    return numbers * width + fp32 * FP32_BYTES
+
+
+def block_numbers(tokens: int, dim: int, heads: int, hidden_dim: int, *, extra_numbers: int = 0) -> tuple[int, int]:
+    """The same as numbers in the precision of the model, and in fp32."""
+    return tokens * (8 * dim + 2 * hidden_dim + extra_numbers), tokens * (4 + heads)
 
 
 def last_block_bytes(tokens: int, rows: int, dim: int, heads: int, hidden_dim: int, width: int) -> int:
@@ -59,16 +64,20 @@ def _loss(answered: int, numbers_a_patch: int, width: int) -> tuple[int, int]:
 
 def encoder_activations(vit: VitConfig, *, numbers_a_patch: int, tokens: int, width: int) -> Activations:
     """The vision transformer on `tokens` patches."""
-    extra = 2 * vit.dim if vit.layer_scale is not None else 0
-    extra += 2 * vit.mlp_dim if vit.mlp == "swiglu" else 0  # the gate, before and after its own bend
-    # Turned queries and keys, and the sines and cosines of both.
-    extra += 2 * vit.dim + 2 * (vit.dim // vit.heads) if vit.rotates else 0
-    block = block_bytes(tokens, vit.dim, vit.heads, vit.mlp_dim, width, extra_numbers=extra)
+    block = block_bytes(tokens, vit.dim, vit.heads, vit.mlp_dim, width, extra_numbers=vit_extra_numbers(vit))
     ends = tokens * (numbers_a_patch + 2 * vit.dim) * width
     if not vit.checkpoint_activations:
         return Activations(kept=ends + vit.depth * block)
     inputs = vit.depth * tokens * vit.dim * width
     return Activations(kept=ends + inputs, recomputed=block)
+
+
+def vit_extra_numbers(vit: VitConfig) -> int:
+    """What each token of a block keeps beyond a plain transformer's."""
+    extra = 2 * vit.dim if vit.layer_scale is not None else 0
+    extra += 2 * vit.mlp_dim if vit.mlp == "swiglu" else 0  # the gate, before and after its own bend
+    # Turned queries and keys, the sines and cosines of both, and mixed values once more in the order of tokens.
+    return extra + (3 * vit.dim + 2 * (vit.dim // vit.heads) if vit.rotates else 0)
 
 
 def mae_activations(

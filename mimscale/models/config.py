@@ -8,6 +8,8 @@ from typing import Literal
 from mimscale.config import require_positive
 
 Zyx = tuple[int, int, int]  # one number for each of Z, Y, X
+# Voxels along each axis that UperNet's coarsest state is averaged to (arXiv:1612.01105, sec. 3.2).
+POOLED_EDGES = (1, 2, 3, 6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mimscale.models.config import UnetrConfig, VitConfig, unetr_halvings, upsampling_strides
 from mimscale.models.patches import tokens_to_grid
+from mimscale.models.primus_tally import head_widths
 from mimscale.models.vit import Vit
 
 
@@ -56,10 +57,3 @@ class Primus(nn.Module):
         tokens, _ = self.encoder(image)
         logits: Tensor = self.out(self.up_steps(tokens_to_grid(tokens, self.encoder.grid)))
         return logits.float()
-
-
-def head_widths(dim: int, outputs: int, steps: int) -> list[int]:
-    """Channels from the tokens to the outputs: each step leaves the same share of them, in multiples of 8."""
-    share = (2 * outputs / dim) ** (1 / steps)
-    between = [max(8, 8 * round(dim * share**step / 8)) for step in range(1, steps)]
-    return [dim, *between, outputs]

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimscale.models.config import SwinConfig, UnetrConfig, UpernetConfig
+from mimscale.models.config import POOLED_EDGES, SwinConfig, UnetrConfig, UpernetConfig
 from mimscale.models.swin import Swin
-
-POOLED_EDGES = (
-    1,
-    2,
-    3,
-    6,
-)  # voxels along each axis that the coarsest state is averaged to (arXiv:1612.01105, sec. 3.2)
 
 
 def _conv(inputs: int, outputs: int, edge: int) -> nn.Sequential:

@@ -8,6 +8,7 @@ imports inside its functions.
 
 import difflib
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import field, fields, make_dataclass
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from mimscale.errors import ConfigError
 from mimscale.models.activations import Activations
 from mimscale.models.config import EncoderConfig, TargetConfig, VitConfig, mask_grid
-from mimscale.models.flops import Flops
+from mimscale.models.flops import Flops, flops_by_part, repeated
+from mimscale.models.tally import (
+    Tally,
+    activations,
+    masked_loss,
+    masked_loss_bytes,
+    segmentation_loss,
+    segmentation_loss_bytes,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +42,8 @@ E = TypeVar("E", bound=EncoderConfig)
 class Network(ABC, Generic[C]):
     """How a run's network is built, trained and planned. `config` is the run's, `channels` those of the store.
 
-    By default sizes and FLOPs are counted, on a network without numbers, which imports torch; a packaged one says them
-    by formula where the formula is short.
+    Sizes and FLOPs are counted on a network without numbers, which imports torch, but where a network says by formula
+    what its parts are, as the packaged ones do: a login node can plan these.
     """
 
     name: ClassVar[str]  # also of the block of a recipe that holds `settings`
@@ -54,14 +63,22 @@ class Network(ABC, Generic[C]):
         """Rules between keys that the config breaks, in words, before anything starts."""
         return []
 
+    def tally(self, config: C, channels: int) -> Tally | None:
+        """Its parts by formula, without a loss; None where there is none."""
+        return None
+
     def parameter_sizes(self, config: C, channels: int) -> list[int]:
         """Numbers in each weight."""
+        if (tally := self.tally(config, channels)) is not None:
+            return list(tally.sizes)
         from mimscale.train.counted import counted
 
         return counted(config, channels).parameter_sizes
 
     def flops(self, config: C, channels: int) -> dict[str, Flops]:
         """Of one sample, by part of the network."""
+        if (tally := self.tally(config, channels)) is not None:
+            return flops_by_part(tally.products)
         from mimscale.train.counted import counted
 
         return {"network": counted(config, channels).flops}
@@ -84,6 +101,24 @@ class Method(Network["PretrainConfig"]):
     def predicts_voxels(self) -> bool:
         """Whether there is anything to reconstruct."""
         return self.settings is not None and issubclass(self.settings, TargetConfig)
+
+    def flops(self, config: "PretrainConfig", channels: int) -> dict[str, Flops]:
+        """Of one sample with all its masks, by part of the network."""
+        if (tally := self.tally(config, channels)) is None:
+            return super().flops(config, channels)
+        return flops_by_part(repeated(tally.products, config.mask.repeats))
+
+    def activations(self, config: "PretrainConfig", width: int, channels: int) -> Activations:
+        """With a range of mask ratios, at its highest, when the loss covers most."""
+        tally = self.tally(config, channels)
+        if tally is None or config.target is None:
+            return super().activations(config, width, channels)
+        from mimscale.train.size import voxels_of_loss
+
+        numbers, answered = voxels_of_loss(config, channels)
+        loss = masked_loss(config.target, numbers=numbers, answered=answered)
+        one = activations(tally + loss, width, transient=masked_loss_bytes(numbers, answered, width))
+        return one.times(config.mask.repeats)
 
     def objective(self, config: "PretrainConfig") -> "Objective":
         """The prediction of hidden voxels."""
@@ -108,6 +143,14 @@ class Method(Network["PretrainConfig"]):
 
 class Head(Network["FinetuneConfig"]):
     """A network that is fine-tuned: an encoder, and what turns its features into `unetr.num_classes` outputs."""
+
+    def activations(self, config: "FinetuneConfig", width: int, channels: int) -> Activations:
+        """Those of the network, and of Dice and cross-entropy."""
+        if (tally := self.tally(config, channels)) is None:
+            return super().activations(config, width, channels)
+        voxels, outputs = math.prod(config.crop_voxels), config.unetr.num_classes
+        loss = segmentation_loss(voxels, outputs)
+        return activations(tally + loss, width, transient=segmentation_loss_bytes(voxels, outputs, width))
 
     def objective(self, config: "FinetuneConfig") -> "Objective":
         """Segmentation, by Dice and cross-entropy."""

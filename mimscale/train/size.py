@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from mimscale.models.config import mask_grid, patch_grid
-from mimscale.models.flops import CropShape, Flops
+from mimscale.models.flops import CropShape, Flops, answered_patches
 from mimscale.models.masking import hidden_units
 from mimscale.train.config import PretrainConfig, RunConfig
 
@@ -50,6 +50,15 @@ def visible_and_decoded(config: PretrainConfig, ratio: float) -> tuple[int, int]
     visible = visible_patches(config, ratio)
     hidden = math.prod(patch_grid(config.crop_voxels, config.patch_voxels)) - visible
     return visible, visible + max(1, round(config.mask.predicted_share * hidden))
+
+
+def voxels_of_loss(config: PretrainConfig, channels: int) -> tuple[int, int]:
+    """Numbers that a network predicts which sees whole crops, and those of them that the loss asks for at the most."""
+    assert config.target is not None, "the method predicts voxels"
+    shape = crop_shape(config, channels)
+    visible, decoded = visible_and_decoded(config, (config.mask.ratio_range or (config.mask.ratio,))[-1])
+    asked = answered_patches(config.target, visible, decoded)
+    return shape.patches * shape.numbers_a_patch, asked * shape.numbers_a_patch
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

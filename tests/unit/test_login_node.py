@@ -34,6 +34,12 @@ VERBS = {
     ],
     "plan": ["plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"],
     "plan --json": ["plan", "finetune_unetr", "--nodes", "1", "--gpu", "l40s", "--json"],
+    "plan of Swin": ["plan", "pretrain_simmim_swin_b", "--nodes", "1", "--gpu", "h100"],
+    "plan of Swin UNETR": ["plan", "finetune_swin_unetr", "--nodes", "1", "--gpu", "h100"],
+    "plan of a residual encoder": ["plan", "pretrain_mae_resenc_l", "--nodes", "1", "--gpu", "h100"],
+    "plan of a residual-encoder U-Net": ["plan", "finetune_resenc", "--nodes", "1", "--gpu", "h100"],
+    "plan of Primus": ["plan", "finetune_primus", "--nodes", "1", "--gpu", "h100"],
+    "submit Swin --dry-run": ["submit", "pretrain", "pretrain_simmim_swin_b", *RUN, "--dry-run"],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
     "study --dry-run": [

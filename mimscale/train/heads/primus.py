@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import VitConfig, unetr_halvings
+from mimscale.models.primus_tally import primus_head, vit_tally
+from mimscale.models.tally import Tally
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.method import Head, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +30,10 @@ class _Primus(Head):
         except ValueError as error:
             return [str(error)]
         return []
+
+    def tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        vit, shape = model_of(config, VitConfig), crop_shape(config, channels)
+        return vit_tally(vit, shape) + primus_head(vit, shape, config.unetr.num_classes)
 
 
 HEAD = _Primus()

@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import ResencConfig, ResencHeadConfig
+from mimscale.models.resenc_tally import coarse_outputs, resenc_tally
+from mimscale.models.tally import Tally
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.method import Head, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +39,12 @@ class _Resenc(Head):
         except ValueError as error:
             return [str(error)]
         return []
+
+    def tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        resenc, shape = model_of(config, ResencConfig), crop_shape(config, channels)
+        own: ResencHeadConfig = getattr(config, self.name)
+        whole = resenc_tally(resenc, shape, config.unetr.num_classes)
+        return whole + coarse_outputs(resenc, shape, config.unetr.num_classes) if own.deep_supervision else whole
 
 
 HEAD = _Resenc()

@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import SwinConfig
+from mimscale.models.swin_tally import swin_tally, swin_unetr_head
+from mimscale.models.tally import Tally
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.method import Head, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +31,10 @@ class _SwinUnetr(Head):
         except ValueError as error:
             return [str(error)]
         return []
+
+    def tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
+        return swin_tally(swin, shape) + swin_unetr_head(swin, shape, config.unetr.num_classes)
 
 
 HEAD = _SwinUnetr()

@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import SwinConfig, UpernetConfig
+from mimscale.models.swin_tally import swin_tally, upernet_head
+from mimscale.models.tally import Tally
 from mimscale.train.config import FinetuneConfig
 from mimscale.train.method import Head, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +34,11 @@ class _SwinUpernet(Head):
         except ValueError as error:
             return [str(error)]
         return []
+
+    def tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
+        own: UpernetConfig = getattr(config, self.name)
+        return swin_tally(swin, shape) + upernet_head(swin, own, shape, config.unetr.num_classes)
 
 
 HEAD = _SwinUpernet()

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import ResencConfig, TargetConfig
+from mimscale.models.resenc_tally import resenc_tally
+from mimscale.models.tally import Tally
 from mimscale.train.config import PretrainConfig
 from mimscale.train.method import Method, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +42,9 @@ class _ResencMae(Method):
         except ValueError as error:
             problems.append(str(error))
         return problems
+
+    def tally(self, config: PretrainConfig, channels: int) -> Tally:
+        return resenc_tally(model_of(config, ResencConfig), crop_shape(config, channels), channels)
 
 
 METHOD = _ResencMae()

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mimscale.models.config import SwinConfig, TargetConfig
+from mimscale.models.swin_tally import simmim_head, swin_tally
+from mimscale.models.tally import Tally
 from mimscale.train.config import PretrainConfig
 from mimscale.train.method import Method, model_of
+from mimscale.train.size import crop_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +40,10 @@ class _SwinSimmim(Method):
         except ValueError as error:
             problems.append(str(error))
         return problems
+
+    def tally(self, config: PretrainConfig, channels: int) -> Tally:
+        swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
+        return swin_tally(swin, shape) + simmim_head(swin, shape)
 
 
 METHOD = _SwinSimmim()
