@@ -8,6 +8,7 @@ from typing import Literal
 from mimscale.config import require_positive
 
 Zyx = tuple[int, int, int]  # one number for each of Z, Y, X
+POOL_DIM = 128  # numbers of a token by which attention pooling weighs it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
-    from mimscale.train.session import Objective
+    from mimscale.train.objective import Objective
 
 C = TypeVar("C", bound="RunConfig")
 R = TypeVar("R", bound="RunConfig")
@@ -37,10 +37,12 @@ class Network(ABC, Generic[C]):
     by formula where the formula is short.
     """
 
-    name: ClassVar[str]  # also of the block of a recipe that holds `settings`
+    name: ClassVar[str]  # mostly also of the block of a recipe that holds `settings`
     title: ClassVar[str]  # for people; a model card is headed "3D " + title
     model: ClassVar[type[EncoderConfig]] = VitConfig  # class of `model` in a recipe
-    settings: ClassVar[type[Any] | None] = None  # dataclass of the block `name`; None: there is no such block
+    settings: ClassVar[type[Any] | None] = None  # dataclass of that block; None: there is no such block
+    block: ClassVar[str] = ""  # what that block is called, where several share it; empty: as the name
+    absent: ClassVar[tuple[str, ...]] = ()  # keys of other runs that mean nothing here: they are null
 
     @abstractmethod
     def build(self, config: C, channels: int) -> "nn.Module":
@@ -50,9 +52,22 @@ class Network(ABC, Generic[C]):
     def objective(self, config: C) -> "Objective":
         """How it is trained and validated."""
 
+    @property
+    def settings_key(self) -> str:
+        """The key of `settings` in a recipe."""
+        return self.block or self.name
+
     def problems(self, config: C) -> list[str]:
         """Rules between keys that the config breaks, in words, before anything starts."""
         return []
+
+    def resolved(self, config: C) -> C:
+        """The config with what it leaves to other files filled in, when a run begins or continues.
+
+        Raises:
+            DataError: such a file cannot be used, or is not the one that the run began with.
+        """
+        return config
 
     def parameter_sizes(self, config: C, channels: int) -> list[int]:
         """Numbers in each weight."""
@@ -109,6 +124,8 @@ class Method(Network["PretrainConfig"]):
 class Head(Network["FinetuneConfig"]):
     """A network that is fine-tuned: an encoder, and what turns its features into `unetr.num_classes` outputs."""
 
+    segments: ClassVar[bool] = True  # voxels; otherwise it predicts targets of whole volumes
+
     def objective(self, config: "FinetuneConfig") -> "Objective":
         """Segmentation, by Dice and cross-entropy."""
         from mimscale.train.finetune import Segmentation
@@ -157,11 +174,15 @@ def _with_keys_of(cls: Any, network: Network[Any]) -> Any:
     added: list[tuple[str, type, Any]] = []
     if made_by["model"] is not network.model:
         added.append(("model", network.model, field(default_factory=network.model)))
+    added += [(key, type(None), field(default=None)) for key in network.absent]
     if network.settings is not None:
-        if network.name not in made_by:
-            added.append((network.name, network.settings, field(default_factory=network.settings)))
-        elif made_by[network.name] is not network.settings:
-            raise ConfigError(f"{network.name}: is a key of every run, so no method or head can be called that")
+        key = network.settings_key
+        if key not in made_by:
+            needs_nothing = not any(one.default is one.default_factory is MISSING for one in fields(network.settings))
+            default = field(default_factory=network.settings) if needs_nothing else field()
+            added.append((key, network.settings, default))
+        elif made_by[key] is not network.settings:
+            raise ConfigError(f"{key}: is a key of every run, so no method or head can be called that")
     if not added:
         return cls
     name = f"{cls.__name__}_{network.name}"
@@ -174,6 +195,14 @@ def title_of(key: str, name: str) -> str:
         return find_method(name).title if key == "method" else find_head(name).title
     except ConfigError:
         return name
+
+
+def segments(tree: dict[str, Any]) -> bool:
+    """Whether a fine-tuning run of this config tree segments; yes, where this machine has no such head."""
+    try:
+        return find_head(str(tree.get("head", "unetr"))).segments
+    except ConfigError:
+        return True
 
 
 def predicts_voxels(tree: dict[str, Any]) -> bool:
