@@ -60,7 +60,7 @@ class TargetsConfig(TargetColumns):
     unlabelled: Literal["refuse", "skip"] = "refuse"  # volumes without a value in any column: an error, or left out
     # Filled in from the table when a run begins; a table that says something else does not continue it
     classes: dict[str, tuple[str, ...]] | None = None  # column of `classify`: its classes
-    values: str | None = None  # a hash of what the columns say of whom
+    table_hash: str | None = None  # a hash of what the columns say of whom
 
     prefix: ClassVar[str] = "targets."
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,12 +126,18 @@ class TargetTable:
         }
         return f"sha256-{tree_hash(said)}"
 
-    def match(self, volumes: Volumes, classes: Mapping[str, Sequence[str]] | None = None) -> list[Target]:
+    def match(
+        self,
+        volumes: Volumes,
+        classes: Mapping[str, Sequence[str]] | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> list[Target]:
         """The columns, in the order of the config, for these volumes.
 
         Args:
             volumes: which there are.
             classes: column -> its classes, where these are given; otherwise those that the volumes have.
+            rows: of the volumes that matter, where not all do; a column may say nothing of these.
 
         Raises:
             DataError: lines that name no volume; a column without any value for them, with a text where a number is
@@ -141,7 +147,16 @@ class TargetTable:
         known = {key for own in keys for key in own}
         self._refuse_strangers(volumes, known)
         lines = [next((self._lines[key] for key in own if key in self._lines), None) for own in keys]
-        return [self._target(name, lines, volumes, (classes or {}).get(name)) for name in self.columns.columns]
+        if rows is not None:
+            lines = [lines[row] for row in rows]
+        found = [self._target(name, lines, (classes or {}).get(name)) for name in self.columns.columns]
+        for target in found:
+            if not len(target.rows) and rows is None:
+                raise DataError(
+                    f"{self.path}: column {target.name} has no value for any of the {len(lines)} volumes of "
+                    f"{volumes.where}"
+                )
+        return found if rows is None else [replace(target, rows=rows[target.rows]) for target in found]
 
     def _refuse_strangers(self, volumes: Volumes, known: set[str]) -> None:
         strangers = [key for key in self._lines if key not in known]
@@ -159,17 +174,11 @@ class TargetTable:
                 "passed over"
             )
 
-    def _target(
-        self, name: str, lines: Sequence[_Line | None], volumes: Volumes, classes: Sequence[str] | None
-    ) -> Target:
+    def _target(self, name: str, lines: Sequence[_Line | None], classes: Sequence[str] | None) -> Target:
         kind = self.kind(name)
         there = [row for row, line in enumerate(lines) if line is not None and line.texts[name] is not None]
         own = [line for row in there if (line := lines[row]) is not None]
         found = [str(line.texts[name]) for line in own]
-        if not there:
-            raise DataError(
-                f"{self.path}: column {name} has no value for any of the {len(lines)} volumes of {volumes.where}"
-            )
         values: NDArray[Any]
         if kind == "classify":
             names = tuple(sorted(set(found)) if classes is None else classes)
@@ -185,7 +194,7 @@ class TargetTable:
             names = ()
             if problems := self._no_numbers(name, own):
                 raise DataError(f"{self.path}: {problems[0]}")
-            values = np.array([float(text) for text in found])
+            values = np.array([float(text) for text in found], dtype=np.float64)
         return Target(
             name=name,
             kind=kind,

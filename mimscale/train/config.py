@@ -346,7 +346,7 @@ FREE_KEYS = frozenset(
 )
 
 # Keys that --fresh-data lets differ too: they change the order of the data, and not the model.
-DATA_KEYS = frozenset({"seed", "modality", "global_batch", "stream.", "targets.values"})
+DATA_KEYS = frozenset({"seed", "modality", "global_batch", "stream.", "targets.table_hash"})
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:

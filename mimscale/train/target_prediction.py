@@ -88,7 +88,7 @@ class TargetPrediction(Objective):
         Raises:
             DataError: of a target nothing can be learned.
         """
-        assert self._targets.values is not None, "the table is read before a run begins"
+        assert self._targets.table_hash is not None, "the table is read before a run begins"
         manifest = data.manifest
         constants = constants_of(self._targets, self._read, data.train, data.validation)
         # With --fresh-data other volumes may train from now on, but the outputs mean what they meant.

@@ -56,14 +56,14 @@ class TargetsHead(Head):
         targets = targets_of(config)
         table = TargetTable(targets.table, targets)
         found = table.fingerprint()
-        if targets.values is not None and targets.values != found:
+        if targets.table_hash is not None and targets.table_hash != found:
             raise DataError(
                 f"{targets.table}: what it says in {', '.join(targets.columns)} has changed since this run began "
-                f"(targets.values: {targets.values} -> {found}); put the old table back, or begin a new run"
+                f"(targets.table_hash: {targets.table_hash} -> {found}); put the old table back, or begin a new run"
             )
         table.check()
         classes = {name: table.classes(name) for name in targets.classify} if targets.classes is None else {}
-        filled = replace(targets, classes=targets.classes or classes, values=found)
+        filled = replace(targets, classes=targets.classes or classes, table_hash=found)
         changed: dict[str, Any] = {self.block: filled}  # a key of the variant alone
         return replace(config, **changed)
 
