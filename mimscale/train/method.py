@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from mimscale.errors import ConfigError
@@ -170,18 +171,18 @@ def with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
 
 @cache
 def _with_keys_of(cls: Any, network: Network[Any]) -> Any:
-    made_by: dict[str, Any] = {one.name: one.default_factory for one in fields(cls)}
+    there: dict[str, Any] = {one.name: one.type for one in fields(cls)}
     added: list[tuple[str, type, Any]] = []
-    if made_by["model"] is not network.model:
+    if there["model"] is not network.model:
         added.append(("model", network.model, field(default_factory=network.model)))
-    added += [(key, type(None), field(default=None)) for key in network.absent]
+    added += [(key, NoneType, field(default=None)) for key in network.absent if there[key] is not NoneType]
     if network.settings is not None:
         key = network.settings_key
-        if key not in made_by:
+        if key not in there:
             needs_nothing = not any(one.default is one.default_factory is MISSING for one in fields(network.settings))
             default = field(default_factory=network.settings) if needs_nothing else field()
             added.append((key, network.settings, default))
-        elif made_by[key] is not network.settings:
+        elif there[key] is not network.settings:
             raise ConfigError(f"{key}: is a key of every run, so no method or head can be called that")
     if not added:
         return cls
