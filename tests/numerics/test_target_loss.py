@@ -9,7 +9,9 @@ import pytest
 import torch
 from target_samples import bright_rows, bright_store, target_words, targets_table
 
+from mimscale import durable
 from mimscale.config import load_config
+from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import normalise
 from mimscale.train.config import FinetuneConfig
@@ -157,3 +159,18 @@ def test_targets_are_standardised_by_training_subjects_alone(store, tmp_path):
     tone = objective.contract()["targets"]["outputs"][0]
     assert tone["classes"] == ("bright", "dark")
     assert sum(tone["training_volumes"]) == 6
+
+
+def test_a_run_that_goes_on_with_other_volumes_keeps_what_its_outputs_mean(store, tmp_path):
+    config = config_of(store, tmp_path, "stream.fold=0/4")
+    objective, _ = begun(config)
+    contract = {"contract_version": CONTRACT_VERSION, **objective.contract()}
+    durable.write_json(config.run_dir / "checkpoints" / "step_00000010" / CONTRACT_FILE, contract)
+    grown, data = begun(config_of(store, tmp_path))
+    assert len(data.train) == 8
+    assert grown.contract() == objective.contract()
+    age = contract["targets"]["outputs"][2]
+    expected = [(20 + 5 * volume - age["mean"]) / age["deviation"] for volume in range(8)]
+    batch = micro_batches(config, data, 1)[0][0]
+    values, _ = grown._on_device(batch, torch.device("cpu"))
+    assert values[:, 2].tolist() == pytest.approx([expected[int(one[-3:])] for one in batch.volume_ids])

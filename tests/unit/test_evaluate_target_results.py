@@ -33,7 +33,7 @@ def scored(values, predicted, classes=(), rows=range(6), missing=0, **more) -> S
     target = Target(
         name="t",
         kind=kind,
-        rows=np.array(list(rows)),
+        rows=np.array(list(rows), dtype=np.int64),
         values=np.array(values),
         classes=tuple(classes),
         missing=missing,
