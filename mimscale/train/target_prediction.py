@@ -48,7 +48,7 @@ class _Known:
 
     constants: list[Constants]
     expected: Expected
-    row_of: dict[str, int]  # volume id -> row of the store
+    row_of: dict[str, int]  # id of a volume of the run -> row of the store
     plan: SamplePlan
     train: NDArray[np.int64]  # rows of the plan's volumes
 
@@ -89,14 +89,14 @@ class TargetPrediction(Objective):
             DataError: of a target nothing can be learned.
         """
         assert self._targets.table_hash is not None, "the table is read before a run begins"
-        manifest = data.manifest
+        manifest, own = data.manifest, np.concatenate([data.train, data.validation])
         constants = constants_of(self._targets, self._read, data.train, data.validation)
         # With --fresh-data other volumes may train from now on, but the outputs mean what they meant.
         constants = saved_constants(RunDir(self._config.run_dir)) or constants
         self._known = _Known(
             constants=constants,
             expected=expected_values(self._targets, self._read, constants, len(manifest)),
-            row_of={volume_id: row for row, volume_id in enumerate(manifest.column("id").tolist())},
+            row_of=dict(zip(manifest.column("id")[own].tolist(), own.tolist(), strict=True)),
             plan=data.plan,
             train=data.train,
         )

@@ -34,6 +34,16 @@ VERBS = {
     ],
     "plan": ["plan", "pretrain_mae_vit_b", "--nodes", "1", "--gpu", "h100"],
     "plan --json": ["plan", "finetune_unetr", "--nodes", "1", "--gpu", "l40s", "--json"],
+    "plan targets": [
+        "plan",
+        "finetune_targets",
+        "--gpu",
+        "h100",
+        "--gpus-per-node",
+        "4",
+        "targets.table=/none",
+        "targets.classify=[a]",
+    ],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
     "study --dry-run": [
