@@ -114,7 +114,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             networks = {"network": model}
             if best is not None:
                 networks["network, best on validation"], _ = load_model(run_config, best.tag, channels, device)
-            scores = evaluate_targets(config, run_config, targets_of(run_config), networks, contract, *data)
+            scores = evaluate_targets(
+                config, run_config, targets_of(run_config), networks, contract, run.evaluation, *data
+            )
             if best is not None:
                 say(f"{best.tag.name} was best on validation: {best.metric} {best.value:.4f}")
                 scores["best"] = {"checkpoint": best.tag.name, "metric": best.metric, "value": best.value}

@@ -28,11 +28,10 @@ from mimscale.targets.config import TargetsConfig
 from mimscale.targets.results import plain_name
 from mimscale.targets.table import Target, TargetTable, Volumes
 from mimscale.train.config import FinetuneConfig
-from mimscale.train.run_dir import RunDir
 from mimscale.train.target_losses import Task, tasks_of
 from mimscale.train.target_values import Constants, constants_from
 
-FOLDER = "targets"  # of the CSV files, in run_dir/evaluate
+FOLDER = "targets"  # of the CSV files, below that of the results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,7 @@ def evaluate_targets(
     targets: TargetsConfig,
     networks: Mapping[str, nn.Module],
     contract: dict[str, Any],
+    folder: Path,
     device: torch.device,
     store: Path,
     info: StoreInfo,
@@ -87,6 +87,7 @@ def evaluate_targets(
         targets: what the run was told of its table.
         networks: what results call them -> model; the first is the one whose predictions are written.
         contract: of its weights.
+        folder: for results.
         device: where the models are.
         store: of the volumes.
         info: of the store.
@@ -123,14 +124,14 @@ def evaluate_targets(
     }
     predicted, windows = _predict(config, source, ready, indices.tolist())
     ids, subjects = (manifest.column(name)[indices].astype(str) for name in ("id", "subject"))
-    folder, entries = RunDir(config.run_dir).evaluation / FOLDER, []
+    entries = []
     for number, (target, known) in enumerate(zip(found, constants, strict=True)):
         said = {name: answers[number] for name, answers in predicted.items()}
         scored = Scored(target=target, constants=known, ids=ids, subjects=subjects, windows=windows, predicted=said)
         entry = entry_of(scored, own)
         for unit, text in (("volumes", volumes_csv(scored)), ("subjects", subjects_csv(scored))):
             entry[f"{unit}_file"] = f"{FOLDER}/{unit}_{plain_name(number, target.name)}.csv"
-            durable.write_text(folder.parent / entry[f"{unit}_file"], text)
+            durable.write_text(folder / entry[f"{unit}_file"], text)
         entries.append(entry)
     return {
         "targets": entries,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from feature_samples import make_cohort
 from rank_pool import run_ranks
 from target_samples import ENCODERS, bright_store, target_words, targets_table
 
@@ -212,6 +213,27 @@ def test_a_table_without_what_the_run_predicts_is_refused(runs, store, tmp_path,
     command = ["evaluate", f"run_dir={runs[1].path}", f"store={other}", f"targets.table={table}", "split=train"]
     assert main([*command, *words]) == 3
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_of_files_names_the_volumes_of_an_ingested_store_and_scans_of_a_subject_are_one_case(tmp_path):
+    store = make_cohort(tmp_path / "cohort", subjects=3)
+    more = ["targets.classify=[kind]", "targets.regress=[]", "targets.key=image", "patch_voxels=[8, 8, 8]"]
+    journal = store.with_name("store.sources.jsonl")
+    words = target_words(
+        store, tmp_path / "run", tmp_path / "cohort" / "scans.csv", f"targets.journal={journal}", *more
+    )
+    words += ["crop_voxels=[16, 16, 16]", "steps=2", "global_batch=4", "stream.workers=0", "micro_batch=4"]
+    (ended,) = run_ranks(words, size=1)
+    assert ended.code == 0, ended.err
+    assert "target kind: 6 of 6 training volumes have a value" in ended.err
+    assert main(["evaluate", f"run_dir={tmp_path / 'run'}", "threads=1", "targets.replicates=20", "flips=[z, x]"]) == 0
+    (kind,) = json.loads((tmp_path / "run" / "evaluate" / "scores.json").read_text())["targets"]
+    assert (kind["volumes"], kind["subjects"], kind["several_values"]) == (4, 2, 0)
+    assert kind["classes"] == {"ball": 2, "shell": 2}
+    with (tmp_path / "run" / "evaluate" / kind["subjects_file"]).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["volumes"] for line in lines] == ["2", "2"]
+    assert all(float(line["p:ball"]) + float(line["p:shell"]) == pytest.approx(1) for line in lines)
 
 
 def test_a_run_does_not_go_on_with_a_table_that_has_changed(runs, store, table, tmp_path, capsys):
