@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch.profile import Accelerator, Profile, resolve_accelerator, resolve_processes, resolve_threads, slurm_config
 from mimscale import cli
-from mimscale.config import build_config, config_tree, config_yaml, parse_yaml
+from mimscale.config import build_config, config_tree, config_yaml, parse_yaml, tree_yaml
 from mimscale.errors import ConfigError
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation, legal_nodes
 from mimscale.train.memory import estimate_memory
@@ -209,7 +207,7 @@ def make_plan(
     plan = Plan(
         verb=verb,
         tree=config_tree(config) if config else tree,
-        text=config_yaml(config) if config else _yaml_of(tree),
+        text=config_yaml(config) if config else tree_yaml(tree),
         run=RunDir(job.place(tree).absolute()),
         shares=config,
         profile=profile,
@@ -244,7 +242,3 @@ def _refuse_impossible(plan: Plan) -> None:
             f"--nodes {plan.nodes}: {error}; with {plan.processes} process(es) on a node, legal numbers of nodes are "
             f"{', '.join(map(str, nodes))}"
         ) from None
-
-
-def _yaml_of(tree: dict[str, Any]) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)

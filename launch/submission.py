@@ -196,7 +196,9 @@ def _batch_job(
     plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
 ) -> BatchJob:
     keys = ("store", "out", "init_from", "run_dir")
-    folders = [plan.tree[key] for key in keys if plan.tree.get(key) not in (None, "none")]
+    named = [plan.tree.get(key) for key in keys]
+    named += [(plan.tree.get("targets") or {}).get(key) for key in ("table", "journal")]
+    folders = [name for name in named if name not in (None, "none")]
     # What the job makes itself is not there to be mounted yet.
     mounts = [plan.run.path, Path.cwd(), *(_nearest_existing(Path(name).absolute()) for name in folders)]
     return BatchJob(

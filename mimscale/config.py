@@ -28,11 +28,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but `1e-4` is a number, as everybody who writes a learning rate expects."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for such a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def load_config(cls: type[T], recipe: str | None, overrides: Sequence[str] = ()) -> T:
@@ -127,7 +132,12 @@ def config_tree(config: Any) -> dict[str, Any]:
 
 def config_yaml(config: Any) -> str:
     """A resolved config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config_tree(config), sort_keys=False, default_flow_style=None, width=120)
+    return tree_yaml(config_tree(config))
+
+
+def tree_yaml(tree: dict[str, Any]) -> str:
+    """A plain tree as YAML that `parse_yaml` reads back to the same values."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def tree_hash(tree: Any) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(words: list[str]) -> RunConfig:
-    """The recipe, of fine-tuning where it has a `unetr`; store and run_dir may be missing."""
+    """The recipe, of fine-tuning where it has a `unetr` or a `head`; store and run_dir may be missing."""
     positional, overrides = split_arguments(words)
     if len(positional) != 1:
         raise ConfigError(f"expected one RECIPE and key=value overrides, got {positional}; see `mimscale recipes`")
     tree = parse_yaml(recipe_text(positional[0]), positional[0])
-    segments = "unetr" in tree or any(word.startswith(("unetr=", "unetr.")) for word in overrides)
+    finetunes = {"unetr", "head"} & tree.keys() or any(re.match(r"(unetr|head)[.=]", word) for word in overrides)
     for key in ("store", "run_dir"):
         if key not in tree and not any(word.startswith(f"{key}=") for word in overrides):
             overrides.append(f"{key}={_NOWHERE}")
-    kind: type[RunConfig] = FinetuneConfig if segments else PretrainConfig
+    kind: type[RunConfig] = FinetuneConfig if finetunes else PretrainConfig
     return load_config(kind, positional[0], overrides)
 
 

@@ -50,7 +50,7 @@ def find_best(run: RunDir, config: RunConfig) -> BestCheckpoint:
     if metric is None:
         raise ConfigError(
             f"{run.path}: best=true, but checkpoint.keep_best of the run is null, so it kept no such checkpoint; "
-            "train with checkpoint.keep_best=val_dice"
+            "train with checkpoint.keep_best=val_dice, or val_loss"
         )
     scores = read_scores(run, metric)
     # The earliest first: of equals it is the one that training kept.

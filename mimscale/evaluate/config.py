@@ -1,10 +1,11 @@
 """What `mimscale evaluate` may be told. Everything about the model comes from the run's own config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mimscale.config import require_positive
+from mimscale.targets.config import ScoreConfig
 
 EVALUATION = "evaluate"  # folder in a run directory
 
@@ -35,6 +36,18 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateTargetsConfig(ScoreConfig):
+    """A run on a table of targets: what it is scored against, and how."""
+
+    table: Path | None = None  # with the columns of the run; null, here and below: as in the run
+    key: Literal["id", "subject", "image"] | None = None  # what names the cases in the table
+    journal: Path | None = None  # STORE.sources.jsonl
+    unmatched: Literal["refuse", "skip"] | None = None  # lines of the table that name no volume of the store
+    region: Literal["foreground", "volume"] = "foreground"  # what windows cover: the box of what is no air, or all
+    seed: int = 0  # of the draws
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(InferenceConfig):
     """Settings of one evaluation of one run."""
 
@@ -51,6 +64,7 @@ class EvaluateConfig(InferenceConfig):
     store_grid: bool = True  # Dice on the store's grid too, as a second column
     pictures: int = 4  # volumes of which slices are kept for the report
     crops: int = 4  # pretraining runs: fixed crops per volume, each with a fixed mask
+    targets: EvaluateTargetsConfig = field(default_factory=EvaluateTargetsConfig)  # runs on a table of targets
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mimscale.targets.results import SHORT, score_text
 from mimscale.train.method import title_of
 from mimscale.train.run_dir import RunDir
 
 # Of a recipe: where things lay on the machine that trained, which is nobody else's affair.
 PLACES = ("store", "run_dir", "init_from")
+TABLE_KEYS = ("table", "journal", "table_hash")  # of `targets`: where the table lay, and a hash of what it says of whom
 PURPOSES = {
     "pretrain": "starting points of fine-tuning, and features",
     "finetune": "research on segmentation of the classes above",
@@ -24,6 +26,8 @@ def shareable_contract(contract: dict[str, Any], run: RunDir, environment: dict[
         environment: what env.json says of the run's newest job; empty when there is none.
     """
     recipe = {key: value for key, value in run.read_config_tree().items() if key not in PLACES}
+    if isinstance(targets := recipe.get("targets"), dict):
+        recipe["targets"] = {key: value for key, value in targets.items() if key not in TABLE_KEYS}
     return {
         **contract,
         "recipe": _without_places(recipe),
@@ -50,6 +54,8 @@ def model_card(contract: dict[str, Any], scores: dict[str, Any] | None, loading:
     """
     kind = str(contract.get("kind"))
     what, purpose = _what(kind, contract), PURPOSES.get(kind, "research")
+    if _targets(contract):
+        purpose = "research on the targets above"
     lines = [
         f"# 3D {what}",
         "",
@@ -95,8 +101,21 @@ def _architecture(contract: dict[str, Any]) -> dict[str, Any]:
         "spacing, mm": _spacing(contract),
         "intensity": ", ".join(f"{key}: {value}" for key, value in intensity.items() if value is not None) or None,
         "classes": ", ".join(contract.get("class_names") or []) or None,
+        **{f"target {one['name']}": _output(one) for one in _targets(contract)},
     }
     return {key: "unknown" if value is None and key != "classes" else value for key, value in rows.items()}
+
+
+def _targets(contract: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the outputs of a network for targets mean; none of another network."""
+    return (contract.get("targets") or {}).get("outputs") or []
+
+
+def _output(target: dict[str, Any]) -> str:
+    if target["kind"] == "regress":
+        return f"a number, output x {target['deviation']:.6g} + {target['mean']:.6g}"
+    counts = zip(target["classes"], target["training_volumes"], strict=True)
+    return ", ".join(f"{name} ({count} training volumes)" for name, count in counts)
 
 
 def _spacing(contract: dict[str, Any]) -> str | None:
@@ -138,10 +157,26 @@ def _scores(scores: dict[str, Any] | None) -> list[str]:
             f"{scores['error']} of hidden voxels on {len(scores['crops'])} {scores['split']} crops: "
             f"{mean['network']:.4f}; {scores['baseline']}: {mean['baseline']:.4f}."
         ]
+    if "targets" in scores:
+        return _target_scores(scores)
     lines = [f"On {len(scores['cases'])} whole {scores['split']} volumes:", "", "| class | Dice |", "|---|---|"]
     for name, entry in scores["per_class"].items():
         value = entry["dice"]["mean"]
         lines.append(f"| {_cell(name)} | {'not defined' if value is None else f'{value:.4f}'} |")
+    return lines
+
+
+def _target_scores(scores: dict[str, Any]) -> list[str]:
+    lines = [
+        f"On {scores['volumes']} whole {scores['split']} volumes; intervals: {scores['intervals']}.",
+        "",
+        "| target | predictor | over | score | value |",
+        "|---|---|---|---|---|",
+    ]
+    for target in scores["targets"]:
+        for row in target["rows"]:
+            start = " | ".join(_cell(text) for text in (target["name"], row["predictor"], row["of"]))
+            lines += [f"| {start} | {SHORT[name]} | {score_text(score)} |" for name, score in row["scores"].items()]
     return lines
 
 

@@ -1,8 +1,9 @@
 """`mimscale evaluate run_dir=DIR [store=STORE] [key=value ...]`: score a run on whole volumes of a split.
 
-A fine-tuning run is scored on segmentation, a pretraining run on reconstruction; the run's own config says which.
-Results go to run_dir/evaluate, or to `out`: scores.json, and cases.csv, predictions/, slices/ or reconstructions/. The
-headline is the last checkpoint; with `best`, the one that was best on validation is scored too, beside it.
+A fine-tuning run is scored on segmentation or on the targets of its table, a pretraining run on reconstruction; the
+run's own config says which. Results go to run_dir/evaluate, or to `out`: scores.json, and cases.csv, predictions/,
+slices/, targets/ or reconstructions/. The headline is the last checkpoint; with `best`, the one that was best on
+validation is scored too, beside it.
 """
 
 import shutil
@@ -19,6 +20,7 @@ from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.evaluate.metrics import foreground_names
+from mimscale.evaluate.target_results import table_rows
 from mimscale.train.environment import this_commit
 
 LIBRARIES = ("mimscale", "torch", "monai", "numpy")
@@ -26,7 +28,7 @@ LIBRARIES = ("mimscale", "torch", "monai", "numpy")
 
 def main(argv: list[str]) -> int:
     """The verb `evaluate`."""
-    parser = verb_parser("evaluate", "Score a run on whole volumes: segmentation or reconstruction, as the run was.")
+    parser = verb_parser("evaluate", "Score a run on whole volumes: segmentation, targets or reconstruction.")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     parser.add_argument("--check", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_args(argv)
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
     _show(scores)
     if arguments.json:
         shared = ("kind", "checkpoint", "step", "split", "seconds")
-        keys = (*shared, "classes", "regions", "per_class", "mean", "best", "error", "baseline")
+        keys = (*shared, "classes", "regions", "per_class", "mean", "best", "error", "baseline", "targets")
         print_json({key: scores[key] for key in keys if key in scores})
     return 0
 
@@ -56,6 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.evaluate.checkpoints import find_best, find_checkpoint
     from mimscale.evaluate.reconstruction import evaluate_reconstruction
     from mimscale.evaluate.segmentation import best_column, cases_csv, evaluate_segmentation
+    from mimscale.evaluate.targets import evaluate_targets
     from mimscale.evaluate.weights import check_contract, choose_device, cpu_threads, load_model
     from mimscale.models.reconstruction import Reconstructor
     from mimscale.store.layout import read_info
@@ -63,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from mimscale.stream.select import parse_filter
     from mimscale.stream.subjects import in_split
     from mimscale.train.config import FinetuneConfig, PretrainConfig, load_run_config
+    from mimscale.train.heads.targets import targets_of
     from mimscale.train.run_dir import RunDir
 
     started_s = time.perf_counter()
@@ -106,17 +110,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     way_out = "free some space, then give the same command again; pictures=0 save_predictions=false need less"
     with cpu_threads(config.threads), durable.explained(DataError, config.folder, way_out):
         _clear(config.folder)
-        if isinstance(run_config, FinetuneConfig):
-            data = (device, store, info, manifest, indices)
+        data = (device, store, info, manifest, indices)
+        if isinstance(run_config, FinetuneConfig) and not run_config.network.segments:
+            networks = {"network": model}
+            if best is not None:
+                networks["network, best on validation"], _ = load_model(run_config, best.tag, channels, device)
+            scores = evaluate_targets(
+                config, run_config, targets_of(run_config), networks, contract, config.folder, *data
+            )
+            if best is not None:
+                say(f"{best.tag.name} was best on validation: {best.metric} {best.value:.4f}")
+                scores["best"] = {"checkpoint": best.tag.name, "metric": best.metric, "value": best.value}
+        elif isinstance(run_config, FinetuneConfig):
             scores = evaluate_segmentation(config, run_config, model, *data)
             if best is not None:
                 say(f"{best.tag.name} was best on validation: {best.metric} {best.value:.4f}")
-                again = scores
+                other = scores
                 if best.tag != tag:
                     model, _ = load_model(run_config, best.tag, channels, device)
                     numbers_alone = replace(config, save_predictions=False, pictures=0, store_grid=False)
-                    again = evaluate_segmentation(numbers_alone, run_config, model, *data)
-                scores["best"] = best_column(best, again)
+                    other = evaluate_segmentation(numbers_alone, run_config, model, *data)
+                scores["best"] = best_column(best, other)
             durable.write_text(config.folder / "cases.csv", cases_csv(scores))
         else:
             assert isinstance(model, Reconstructor)
@@ -143,7 +157,7 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier evaluation wrote, so that no file of other weights stands beside new scores."""
     for name in ("scores.json", "cases.csv"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("predictions", "slices", "reconstructions"):
+    for name in ("predictions", "slices", "reconstructions", "targets"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -156,6 +170,11 @@ def _show(scores: dict[str, Any]) -> None:
         rows.append(["mean", "", _text(scores["mean"]["network"]), _text(scores["mean"]["baseline"])])
         title = f"{scores['error']} of hidden voxels; baseline: {scores['baseline']}"
         print_table(title, ["volume", "crop", "network", "baseline"], rows)
+        return
+    if "targets" in scores:
+        for target in scores["targets"]:
+            title = f"{target['name']}: {target['volumes']} {scores['split']} volumes with a value"
+            print_table(title, *table_rows(target))
         return
     columns = ["class", "dice", "hd95 mm", "nsd", "cases", "no dice", "no hd95"]
     best = scores.get("best")

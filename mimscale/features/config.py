@@ -6,6 +6,7 @@ from typing import Literal
 
 from mimscale.config import require_positive
 from mimscale.ingest.config import task_share
+from mimscale.targets.config import ScoreConfig, TargetColumns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +78,11 @@ OUTSIDE_PLAN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(TargetColumns, ScoreConfig):
     """What features can tell of a table of targets."""
 
     features: Path  # folder that `mimscale extract` wrote
     targets: Path  # CSV, TSV or Parquet with a line for each volume or subject
-    classify: tuple[str, ...] = ()  # columns that hold a class
-    regress: tuple[str, ...] = ()  # columns that hold a number
-    # What names the cases in the table, in a column of this name. id: volumes as in the store's manifest; subject: all
-    # volumes of a subject; image: files, as the journal beside the store names them
-    key: Literal["id", "subject", "image"] = "id"
-    journal: Path | None = (
-        None  # STORE.sources.jsonl: with it `subject` holds names as in the sources, and `image` works
-    )
-    unmatched: Literal["refuse", "skip"] = "refuse"  # lines of the table that name no volume of the features
     controls: tuple[Path, ...] = ()  # features of the same volumes from other weights (weights=random), for comparison
     out: Path | None = None  # folder for the results; null: FEATURES/probe
     folds: int | None = None  # cross-validate over so many groups of subjects; null: train_split against test_split
@@ -101,31 +93,17 @@ class ProbeConfig:
     # inverse strength of the penalty on a logistic regression to choose from, and strength of the one on a ridge
     logistic_c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     ridge_alpha: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
-    bins: int = 10  # of the expected calibration error, equally wide
-    level: float = 0.95  # of the intervals
-    replicates: int = 2000  # bootstrap draws of subjects
     seed: int = 0  # of folds and draws
 
     def __post_init__(self) -> None:
-        columns = (*self.classify, *self.regress)
-        if not columns:
-            raise ValueError(
-                "classify=[COLUMN, ...] or regress=[COLUMN, ...]: say which columns of the table to predict"
-            )
-        if twice := sorted({name for name in columns if columns.count(name) > 1}):
-            raise ValueError(f"classify and regress: {', '.join(twice)} is listed twice")
-        if self.key in columns:
-            raise ValueError(f"key={self.key}: is what names the cases, and no target")
-        if self.key == "image" and self.journal is None:
-            raise ValueError("key=image: needs journal=STORE.sources.jsonl, which says which file became which volume")
+        TargetColumns.__post_init__(self)
+        ScoreConfig.__post_init__(self)
         for name, least in (("folds", 2), ("inner_folds", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if self.train_split == self.test_split:
             raise ValueError(f"train_split and test_split: both are {self.test_split}; use folds=5 to cross-validate")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level={self.level}: must be above 0 and below 1")
         for name in ("neighbours", "logistic_c", "ridge_alpha"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=[]: needs at least one value")
@@ -134,6 +112,4 @@ class ProbeConfig:
             neighbours=self.neighbours,
             logistic_c=self.logistic_c,
             ridge_alpha=self.ridge_alpha,
-            bins=self.bins,
-            replicates=self.replicates,
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimscale.errors import DataError
-from mimscale.features.targets import Target
+from mimscale.targets.table import Target
 
 Indices = NDArray[np.int64]
 

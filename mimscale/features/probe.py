@@ -10,7 +10,6 @@ table.csv, and a CSV with each case's prediction for each target.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,15 @@ from mimscale import durable
 from mimscale.config import config_tree, config_yaml, load_verb_config, verb_parser
 from mimscale.console import print_json, print_table, say
 from mimscale.errors import ConfigError, DataError
-from mimscale.features import scores
 from mimscale.features.config import ProbeConfig
 from mimscale.features.folds import Fold, cross_folds, split_folds
 from mimscale.features.layout import Features, read_features
 from mimscale.features.probes import BASELINE, OF_KIND, Answer, Cases, Name, answer
 from mimscale.features.results import cases_csv, cases_name, table_csv, table_rows
-from mimscale.features.scores import Drawn
-from mimscale.features.targets import Target, read_targets
+from mimscale.targets.scores import COMPARED, Drawn, drawn_scores
+from mimscale.targets.table import Target, TargetTable, Volumes
 
 LIBRARIES = ("mimscale", "scikit-learn", "numpy")
-# Of these the difference to every other row is given.
-COMPARED = {"classify": ("auc", "balanced_accuracy"), "regress": ("mean_absolute_error", "r2")}
 # Must be the same for features that are compared: the weights alone differ.
 SHARED = ("store_sha256", "ids_sha256", "crop_voxels", "target_spacing_mm", "settings")
 FREE_SETTINGS = ("weights", "seed", "windows", "tokens", "tokens_as", "part_volumes", "max_spacing_ratio")
@@ -72,7 +68,8 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     assert sklearn.__version__, "imported to know that it is there"
     features = read_features(config.features)
     sets = _named([features, *(_control(path, features) for path in config.controls)])
-    targets = read_targets(config, features)
+    volumes = Volumes(ids=features.ids, subjects=features.subjects, where=str(features.folder))
+    targets = TargetTable(config.targets, config).match(volumes)
     folds = _all_folds(config, targets, features)
     out = config.out or config.features / "probe"
     tree: dict[str, Any] = {
@@ -213,22 +210,17 @@ def _row(config: ProbeConfig, target: Target, folds: Sequence[Fold], features: F
         fold=number,
         chosen=[one.chosen for one in answers],
         converged=all(one.converged for one in answers),
-        scores={
-            metric: scores.drawn(partial(function, predicted, truth), tested, config.replicates, config.seed)
-            for metric, function in _metrics(config, target, number).items()
-        },
+        scores=drawn_scores(
+            target.kind,
+            predicted,
+            truth,
+            tested,
+            bins=config.bins,
+            replicates=config.replicates,
+            seed=config.seed,
+            fold=number,
+        ),
     )
-
-
-def _metrics(config: ProbeConfig, target: Target, fold: NDArray[np.int64]) -> dict[str, Any]:
-    if target.kind == "regress":
-        return {"mean_absolute_error": scores.mean_absolute_error, "r2": scores.r2}
-    return {
-        "auc": partial(scores.classes_auc, fold=fold),
-        "balanced_accuracy": scores.balanced_accuracy,
-        "brier": scores.brier,
-        "calibration_error": partial(scores.calibration_error, bins=config.bins),
-    }
 
 
 def _entry(

@@ -6,42 +6,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mimscale.features.layout import Features
-from mimscale.features.targets import Target
-from mimscale.store.layout import is_plain_name
+from mimscale.targets.results import cells, headings, plain_name
+from mimscale.targets.table import Target
 
 if TYPE_CHECKING:
     from mimscale.features.probe import Row
-
-SHORT = {
-    "auc": "AUC",
-    "balanced_accuracy": "balanced accuracy",
-    "brier": "Brier",
-    "calibration_error": "ECE",
-    "mean_absolute_error": "MAE",
-    "r2": "R2",
-}
 
 
 def table_rows(target: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one target's table."""
     metrics = list(target["rows"][0]["scores"])
-    rows = [
-        [row["features"], row["probe"], *(_text(row["scores"][name]) for name in metrics)] for row in target["rows"]
-    ]
+    rows = [[row["features"], row["probe"], *cells(row["scores"], metrics)] for row in target["rows"]]
     for entry in target["differences"]:
         other = entry["minus"]
         name = other["probe"] if other["features"] == "none" else other["features"]
-        cells = [_text(entry["scores"][metric]) if metric in entry["scores"] else "" for metric in metrics]
-        rows.append([f"{entry['features']} - {name}", entry["probe"], *cells])
-    return ["features", "probe", *(SHORT[name] for name in metrics)], rows
-
-
-def _text(score: dict[str, Any]) -> str:
-    if score["value"] is None:
-        return "-"
-    if score["low"] is None:
-        return f"{score['value']:.3f}"
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+        rows.append([f"{entry['features']} - {name}", entry["probe"], *cells(entry["scores"], metrics)])
+    return ["features", "probe", *headings(metrics)], rows
 
 
 def table_csv(targets: Sequence[dict[str, Any]]) -> str:
@@ -60,7 +40,7 @@ def table_csv(targets: Sequence[dict[str, Any]]) -> str:
 
 def cases_name(number: int, target: str) -> str:
     """File of a target's cases; a column may have any name, a file not."""
-    return f"cases_{target}.csv" if is_plain_name(target) else f"cases_target_{number + 1}.csv"
+    return f"cases_{plain_name(number, target)}.csv"
 
 
 def cases_csv(target: Target, rows: Sequence["Row"], features: Features) -> str:

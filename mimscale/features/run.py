@@ -28,7 +28,7 @@ from mimscale.world import World
 if TYPE_CHECKING:
     import torch
 
-    from mimscale.features.extract import Source
+    from mimscale.features.extract import Extraction
 
 LOCK_NAME = "extract.lock"
 # Of `plan.json` what a program that calls the verb wants to know.
@@ -145,11 +145,11 @@ def _compute(
 
     with cpu_threads(config.threads):
         begun = read_plan(folder)
-        source, indices, plan = _prepare(config, begun)
+        extraction, indices, plan = _prepare(config, begun)
         if begun is None:
             begun = first_plan(folder, plan)
             if begun["checkpoint"] != plan["checkpoint"]:  # another task was faster, and the run saved in between
-                source, indices, plan = _prepare(config, begun)
+                extraction, indices, plan = _prepare(config, begun)
         refuse_other(config.out, begun, plan)
         plan = begun
         index, count = (0, 1) if task is None else task_share(task)
@@ -161,7 +161,8 @@ def _compute(
             say(f"{config.out}: {len(parts) - len(todo)} of {len(parts)} parts are finished already")
         remove_leftovers(folder, todo)
         shares = {part: indices[part * config.part_volumes : (part + 1) * config.part_volumes] for part in todo}
-        work = (volume for part, share in shares.items() for volume in extract_part(source, folder, part, share, plan))
+        done = (extract_part(extraction, folder, part, share, plan) for part, share in shares.items())
+        work = (volume for volumes in done for volume in volumes)
         for _ in track(work, "extract, volumes", sum(map(len, shares.values()))):
             pass
     finished = [receipts[part] if part not in shares else read_receipt(folder, part) for part in parts]
@@ -178,7 +179,7 @@ def _own_device(device: "torch.device") -> "torch.device":
     return torch.device("cuda", World.from_environment(os.environ).local_rank % torch.cuda.device_count())
 
 
-def _prepare(config: ExtractConfig, begun: dict[str, Any] | None) -> tuple["Source", Sequence[int], dict[str, Any]]:
+def _prepare(config: ExtractConfig, begun: dict[str, Any] | None) -> tuple["Extraction", Sequence[int], dict[str, Any]]:
     """The encoder, the rows of the volumes, and the plan that follows from them.
 
     A plan that another task has begun decides about the checkpoint: the newest one may be another by now.
@@ -187,8 +188,9 @@ def _prepare(config: ExtractConfig, begun: dict[str, Any] | None) -> tuple["Sour
 
     from mimscale.evaluate.checkpoints import find_checkpoint
     from mimscale.evaluate.weights import check_contract, choose_device
-    from mimscale.features.encoder import frozen_encoder, one_channel_count, refuse_other_spacing
-    from mimscale.features.extract import Source
+    from mimscale.evaluate.windowed import Source, one_channel_count, refuse_other_spacing
+    from mimscale.features.encoder import frozen_encoder
+    from mimscale.features.extract import Extraction
     from mimscale.store import files, layout
     from mimscale.store.manifest import load_manifest
     from mimscale.stream.select import parse_filter
@@ -247,10 +249,9 @@ def _prepare(config: ExtractConfig, begun: dict[str, Any] | None) -> tuple["Sour
         store=store,
         manifest=manifest,
         intensity=info.intensity,
-        encoder=encoder,
         crop_voxels=run_config.crop_voxels,
-        target_spacing_mm=target_mm,
-        config=config,
+        target_mm=target_mm,
+        region=config.region,
     )
     say(f"{encoder.name} encoder of {config.run_dir}, {tag.name}, {len(ids)} volumes of {store} on {device}")
-    return source, indices.tolist(), plan
+    return Extraction(source=source, encoder=encoder, config=config), indices.tolist(), plan

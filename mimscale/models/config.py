@@ -10,6 +10,7 @@ from mimscale.config import require_positive
 Zyx = tuple[int, int, int]  # one number for each of Z, Y, X
 # Voxels along each axis that UperNet's coarsest state is averaged to (arXiv:1612.01105, sec. 3.2).
 POOLED_EDGES = (1, 2, 3, 6)
+POOL_DIM = 128  # numbers of a token by which attention pooling weighs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,7 @@ class VitConfig(EncoderConfig):
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: gated (arXiv:2002.05202), 2/3 as wide, so as many weights
     # fixed table, trained table, rotated queries and keys, or both of these
     positions: Literal["sincos", "learned", "rope", "rope_learned"] = "sincos"
-    layer_scale: float | None = (
-        None  # start value of a factor for each channel of each branch (1e-5 is usual); null: none
-    )
+    layer_scale: float | None = None  # start of a factor for each channel of each branch, 1e-5 is usual; null: none
 
     def __post_init__(self) -> None:
         super().__post_init__()

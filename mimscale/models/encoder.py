@@ -5,11 +5,11 @@ Its weights carry the same names whatever stands behind it: `encoder.blocks.N` f
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mimscale.models.config import EncoderConfig
+from mimscale.models.config import EncoderConfig, Zyx
 
 END = ("blocks.", "norm.")  # of the encoder's names: all but the embedding
 
@@ -39,6 +39,22 @@ class Encoder(nn.Module):
             The tensor as it came, and a reason or nothing, where no rule applies.
         """
         return tensor, ""
+
+
+def tokens_and_grid(answer: Any, grid: Zyx | None) -> tuple[Tensor, Zyx]:
+    """Tokens [B, L, D] of what an encoder answers, and how many lie along Z, Y and X.
+
+    Args:
+        answer: of a ViT its tokens [B, L, D] and something more; of an encoder with stages a map [B, D, z, y, x] of
+            each, the deepest last: that one counts.
+        grid: of a ViT's tokens.
+    """
+    first, last = answer[0], answer[-1]
+    if first.ndim == 3:
+        assert grid is not None, "an encoder that answers with tokens has a grid"
+        return first, grid
+    z, y, x = last.shape[2:]
+    return last.flatten(2).transpose(1, 2), (z, y, x)
 
 
 def spread_channel(tensor: Tensor, theirs: int, ours: int) -> tuple[Tensor, str]:

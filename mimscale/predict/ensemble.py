@@ -95,6 +95,11 @@ def _read(run_dir: Path, config: PredictConfig) -> _Fold:
             f"{run_dir}: has no segmentation model, it pretrained an encoder (method={run_config.method}); fine-tune "
             f"it first: mimscale finetune RECIPE init_from={run_dir} ..., and give the directory of that run"
         )
+    if not run_config.network.segments:
+        raise ConfigError(
+            f"{run_dir}: predicts targets of whole volumes (head={run_config.head}) and no masks; "
+            f"mimscale evaluate run_dir={run_dir} predicts them for the volumes of a store"
+        )
     tag = find_checkpoint(RunDir(run_dir), config.checkpoint)
     contract = read_contract(tag / CONTRACT_FILE)
     if not contract.get("class_names") or not contract.get("intensity") or "channels" not in contract:

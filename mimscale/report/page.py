@@ -13,7 +13,8 @@ from mimscale.report.charts import dice_chart, loss_chart, throughput_chart, yar
 from mimscale.report.data import StoreFacts
 from mimscale.report.facts import WARM_UP_STEPS, RunFacts
 from mimscale.report.pictures import legend, reconstruction_picture, segmentation_picture
-from mimscale.train.method import predicts_voxels
+from mimscale.report.targets import target_tiles, targets_view
+from mimscale.train.method import predicts_voxels, segments
 
 NOTHING = "n/a"
 
@@ -38,17 +39,21 @@ def percent(value: float | None) -> str:
 def write_page(runs: Sequence[RunFacts], stores: Sequence[StoreFacts], folder: Path, footer: str) -> dict[str, Any]:
     """Write charts and pictures into `folder`; the tree for `render`."""
     pretrain = [run for run in runs if run.kind == "pretrain"]
-    finetune = [run for run in runs if run.kind == "finetune"]
+    finetune = [run for run in runs if run.kind == "finetune" and segments(run.config)]
+    of_targets = [run for run in runs if run.kind == "finetune" and not segments(run.config)]
     origins = {volume.id: volume.origin for store in stores for volume in store.volumes}
     return {
         "title": "mimscale report: " + ", ".join(run.name for run in runs),
-        "subtitle": _subtitle(pretrain, finetune),
-        "tiles": _tiles(pretrain, finetune),
+        "subtitle": _subtitle(pretrain, [*finetune, *of_targets]),
+        "tiles": [*_tiles(pretrain, finetune), *target_tiles(of_targets)],
         "warm_up_steps": WARM_UP_STEPS,
         "runs": [_run_row(run) for run in runs],
         "stores": [store.view() for store in stores],
         "pretrain": _pretrain_view(pretrain, origins, folder) if pretrain else None,
         "finetune": _finetune_view(finetune, origins, folder) if finetune else None,
+        "targets": targets_view(of_targets, _loss_chart(of_targets, folder / "targets_loss.png"))
+        if of_targets
+        else None,
         "throughput": _throughput_view(runs, folder),
         "jobs": [{"run": run.name, **job} for run in runs for job in run.jobs],
         "versions": _versions(runs),

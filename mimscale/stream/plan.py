@@ -159,6 +159,10 @@ class SamplePlan:
         """Samples of an epoch's tail that do not fill a global batch; other ones in each epoch."""
         return self._drawn * self._config.crops_per_volume - self.samples_per_epoch
 
+    def volumes_of_batch(self, batch_index: int) -> NDArray[np.int64]:
+        """The volume of each sample of a global batch: [global_batch]. Substitutes of unreadable ones are not here."""
+        return self._volumes(np.arange(self.global_batch, dtype=np.int64) + batch_index * self.global_batch)[0]
+
     def samples(self, global_indices: NDArray[np.int64]) -> Samples:
         """The samples with these global indices [n]."""
         index = np.asarray(global_indices, dtype=np.int64)

@@ -42,7 +42,8 @@ def weights_contract(
     """
     tree = config_tree(config)
     wanted = ["model", *(("method",) if isinstance(config, PretrainConfig) else ("head", "unetr", "regions"))]
-    parts = dict.fromkeys([*wanted, *((config.network.name,) if config.network.settings is not None else ())])
+    wanted = [key for key in wanted if key not in config.network.absent]
+    parts = dict.fromkeys([*wanted, *((config.network.settings_key,) if config.network.settings is not None else ())])
     labelled = isinstance(config, FinetuneConfig) and overlay is not None
     return {
         "contract_version": 1,

@@ -335,6 +335,9 @@ FREE_KEYS = frozenset(
         "stream.max_bad_samples",
         "stream.stage_dir",
         "stream.stage_gib",
+        "targets.table",
+        "targets.journal",
+        "targets.unmatched",
         "checkpoint.",
         "meter.",
         "validation.",
@@ -343,7 +346,7 @@ FREE_KEYS = frozenset(
 )
 
 # Keys that --fresh-data lets differ too: they change the order of the data, and not the model.
-DATA_KEYS = frozenset({"seed", "modality", "global_batch", "stream."})
+DATA_KEYS = frozenset({"seed", "modality", "global_batch", "stream.", "targets.table_hash"})
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:

@@ -16,11 +16,12 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import normalise, to_device
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
+from mimscale.train.objective import Objective
 from mimscale.train.ranks import Ranks
 from mimscale.train.training_data import TrainingData
 
 
-class Contrast:
+class Contrast(Objective):
     """Objective of SimCLR. The pool of a loss is a micro-batch of all ranks; see `simclr.pool_crops`."""
 
     overlay: str | None = None

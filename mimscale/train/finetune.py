@@ -27,12 +27,13 @@ from mimscale.train.losses import (
     overlap_counts,
     region_overlap_counts,
 )
+from mimscale.train.objective import Objective
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
 from mimscale.train.training_data import TrainingData
 
 
-class Segmentation:
+class Segmentation(Objective):
     """Objective of fine-tuning: Dice and cross-entropy against the classes of an overlay."""
 
     def __init__(self, config: FinetuneConfig) -> None:
@@ -51,22 +52,7 @@ class Segmentation:
             DataError: a label that the model has no class for.
         """
         self._set_prior(model, data)
-        source = self._config.init_from
-        if source is None:
-            if ranks.is_first:
-                say("encoder from scratch (init_from is not set)")
-            return
-        # Rank 0 chooses: while the source still trains, another rank might find a newer checkpoint.
-        folder = ranks.first_does(lambda: _weights_folder(source))
-        tensors, contract = load_weights(folder)
-        random = start_weights(model)
-        report = load_encoder(model, tensors, contract, source=str(source))
-        if self._config.init_blocks == "random":
-            model.load_state_dict(random, strict=False)
-        if ranks.is_first:
-            report.show()
-            if self._config.init_blocks == "random":
-                say("init_blocks=random: only the embedding was kept, all blocks start from random weights")
+        load_pretrained(self._config, model, ranks)
 
     def _set_prior(self, model: nn.Module, data: TrainingData) -> None:
         bias = model.output_bias
@@ -157,6 +143,30 @@ class Segmentation:
         foreground = [value for name, value in dice.items() if name != background]
         mean = {"val_dice": sum(foreground) / len(foreground)} if foreground else {}
         return {"val_loss": sums["loss"] / sums["samples"], **mean, **dice}
+
+
+def load_pretrained(config: FinetuneConfig, model: nn.Module, ranks: Ranks) -> None:
+    """Load the pretrained encoder that a config names, strictly. A collective.
+
+    Raises:
+        CheckpointError: `init_from` has no usable checkpoint, or less than the whole encoder would load.
+    """
+    source = config.init_from
+    if source is None:
+        if ranks.is_first:
+            say("encoder from scratch (init_from is not set)")
+        return
+    # Rank 0 chooses: while the source still trains, another rank might find a newer checkpoint.
+    folder = ranks.first_does(lambda: _weights_folder(source))
+    tensors, contract = load_weights(folder)
+    random = start_weights(model)
+    report = load_encoder(model, tensors, contract, source=str(source))
+    if config.init_blocks == "random":
+        model.load_state_dict(random, strict=False)
+    if ranks.is_first:
+        report.show()
+        if config.init_blocks == "random":
+            say("init_blocks=random: only the embedding was kept, all blocks start from random weights")
 
 
 def classes_of_region(regions: dict[str, list[str]], class_names: Sequence[str]) -> Tensor:

@@ -111,4 +111,5 @@ def run_activations(config: RunConfig, width: int, channels: int = 1) -> Activat
 def batch_bytes(config: RunConfig, channels: int = 1) -> int:
     """A crop on the device: as it came (int16), normalised (fp32), which of its voxels are valid, and its label."""
     voxels = config.crop_voxels[0] * config.crop_voxels[1] * config.crop_voxels[2]
-    return voxels * (channels * (2 + _FP32) + 1 + (1 + 8 if isinstance(config, FinetuneConfig) else 0))
+    has_label = isinstance(config, FinetuneConfig) and config.network.segments
+    return voxels * (channels * (2 + _FP32) + 1 + (1 + 8 if has_label else 0))

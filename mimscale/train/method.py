@@ -11,8 +11,9 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from mimscale.errors import ConfigError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig
-    from mimscale.train.session import Objective
+    from mimscale.train.objective import Objective
 
 C = TypeVar("C", bound="RunConfig")
 R = TypeVar("R", bound="RunConfig")
@@ -46,10 +47,12 @@ class Network(ABC, Generic[C]):
     what its parts are, as the packaged ones do: a login node can plan these.
     """
 
-    name: ClassVar[str]  # also of the block of a recipe that holds `settings`
+    name: ClassVar[str]  # mostly also of the block of a recipe that holds `settings`
     title: ClassVar[str]  # for people; a model card is headed "3D " + title
     model: ClassVar[type[EncoderConfig]] = VitConfig  # class of `model` in a recipe
-    settings: ClassVar[type[Any] | None] = None  # dataclass of the block `name`; None: there is no such block
+    settings: ClassVar[type[Any] | None] = None  # dataclass of that block; None: there is no such block
+    block: ClassVar[str] = ""  # what that block is called, where several share it; empty: as the name
+    absent: ClassVar[tuple[str, ...]] = ()  # keys of other runs that mean nothing here: they are null
 
     @abstractmethod
     def build(self, config: C, channels: int) -> "nn.Module":
@@ -59,6 +62,11 @@ class Network(ABC, Generic[C]):
     def objective(self, config: C) -> "Objective":
         """How it is trained and validated."""
 
+    @property
+    def settings_key(self) -> str:
+        """The key of `settings` in a recipe."""
+        return self.block or self.name
+
     def problems(self, config: C) -> list[str]:
         """Rules between keys that the config breaks, in words, before anything starts."""
         return []
@@ -66,6 +74,14 @@ class Network(ABC, Generic[C]):
     def tally(self, config: C, channels: int) -> Tally | None:
         """Its parts by formula, without a loss; None where there is none."""
         return None
+
+    def resolved(self, config: C) -> C:
+        """The config with what it leaves to other files filled in, when a run begins or continues.
+
+        Raises:
+            DataError: such a file cannot be used, or is not the one that the run began with.
+        """
+        return config
 
     def parameter_sizes(self, config: C, channels: int) -> list[int]:
         """Numbers in each weight."""
@@ -144,6 +160,8 @@ class Method(Network["PretrainConfig"]):
 class Head(Network["FinetuneConfig"]):
     """A network that is fine-tuned: an encoder, and what turns its features into `unetr.num_classes` outputs."""
 
+    segments: ClassVar[bool] = True  # voxels; otherwise it predicts targets of whole volumes
+
     def activations(self, config: "FinetuneConfig", width: int, channels: int) -> Activations:
         """Those of the network, and of Dice and cross-entropy."""
         if (tally := self.tally(config, channels)) is None:
@@ -196,15 +214,19 @@ def with_keys_of(cls: type[R], network: Network[Any]) -> type[R]:
 
 @cache
 def _with_keys_of(cls: Any, network: Network[Any]) -> Any:
-    made_by: dict[str, Any] = {one.name: one.default_factory for one in fields(cls)}
+    there: dict[str, Any] = {one.name: one.type for one in fields(cls)}
     added: list[tuple[str, type, Any]] = []
-    if made_by["model"] is not network.model:
+    if there["model"] is not network.model:
         added.append(("model", network.model, field(default_factory=network.model)))
+    added += [(key, NoneType, field(default=None)) for key in network.absent if there[key] is not NoneType]
     if network.settings is not None:
-        if network.name not in made_by:
-            added.append((network.name, network.settings, field(default_factory=network.settings)))
-        elif made_by[network.name] is not network.settings:
-            raise ConfigError(f"{network.name}: is a key of every run, so no method or head can be called that")
+        key = network.settings_key
+        if key not in there:
+            needs_nothing = not any(one.default is one.default_factory is MISSING for one in fields(network.settings))
+            default = field(default_factory=network.settings) if needs_nothing else field()
+            added.append((key, network.settings, default))
+        elif there[key] is not network.settings:
+            raise ConfigError(f"{key}: is a key of every run, so no method or head can be called that")
     if not added:
         return cls
     name = f"{cls.__name__}_{network.name}"
@@ -217,6 +239,14 @@ def title_of(key: str, name: str) -> str:
         return find_method(name).title if key == "method" else find_head(name).title
     except ConfigError:
         return name
+
+
+def segments(tree: dict[str, Any]) -> bool:
+    """Whether a fine-tuning run of this config tree segments; yes, where this machine has no such head."""
+    try:
+        return find_head(str(tree.get("head", "unetr"))).segments
+    except ConfigError:
+        return True
 
 
 def predicts_voxels(tree: dict[str, Any]) -> bool:

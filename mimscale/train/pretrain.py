@@ -15,8 +15,8 @@ from mimscale.stream.batch import Batch
 from mimscale.stream.device import labels, normalise, without_excluded
 from mimscale.train.build import build_pretrain
 from mimscale.train.config import PretrainConfig
+from mimscale.train.objective import Objective
 from mimscale.train.ranks import Ranks
-from mimscale.train.session import Objective
 from mimscale.train.training_data import TrainingData
 from mimscale.train.yardsticks import yardstick_metrics, yardstick_sums
 
@@ -26,7 +26,7 @@ def pretrain_objective(config: PretrainConfig) -> Objective:
     return config.network.objective(config)
 
 
-class MaskedReconstruction:
+class MaskedReconstruction(Objective):
     """Objective of MAE, SimMIM and the like: predict the voxels of hidden patches."""
 
     def __init__(self, config: PretrainConfig) -> None:

@@ -256,7 +256,7 @@ class RunDir:
                     f"{self.path}: holds a run with another config; these may not change when it continues:\n  "
                     + "\n  ".join(differing)
                     + "\nUse another run_dir, put the old values back, or start over with --fresh; --fresh-data "
-                    "accepts another seed, modality, global_batch and stream.*"
+                    "accepts another seed, modality, global_batch and stream.*, and other values in a table of targets"
                 )
         durable.write_text(self.config, text)
 

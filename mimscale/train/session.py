@@ -5,13 +5,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimscale import durable
 from mimscale.config import config_tree, config_yaml
@@ -19,7 +19,6 @@ from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
-from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.stream.plan import Position, SamplePlan
 from mimscale.train.checkpoint import Checkpoints, Saved
@@ -30,6 +29,7 @@ from mimscale.train.garbage import collected_between_steps
 from mimscale.train.health import Health
 from mimscale.train.loop import train
 from mimscale.train.meter import Meter
+from mimscale.train.objective import Objective
 from mimscale.train.preflight import preflight
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import Outcome, RunDir
@@ -42,33 +42,6 @@ from mimscale.world import StopRequest, World
 STOP_AT_VARIABLE = "MIMSCALE_STOP_AT_UNIX_S"
 # What torch says when the process at the other end of a collective is gone.
 LOST_PEER_TEXTS = ("Connection closed", "Connection reset", "remote process", "Broken pipe", "Timed out")
-
-
-class Objective(Protocol):
-    """What distinguishes pretraining from fine-tuning."""
-
-    overlay: str | None  # of the store, when the loss needs labels
-
-    def build(self, channels: int) -> nn.Module:
-        """The model, its weights drawn from torch's generator, which is seeded the same on every rank."""
-
-    def prepare(self, model: nn.Module, data: TrainingData, ranks: Ranks) -> None:
-        """Bring a model to its state at step 0 (transfer, class prior), the same on every rank. A collective.
-
-        Not called when a run continues.
-        """
-
-    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """[] the mean loss of a micro-batch on the device."""
-
-    def take_yardsticks(self) -> dict[str, Tensor | float]:
-        """Trivial losses of the micro-batches since the last call, each [] and comparable with theirs; by name."""
-
-    def validation_sums(self, forward: Callable[..., Any], batch: Batch) -> dict[str, Tensor | float]:
-        """Sums (numbers or arrays) over a batch that add up over batches and ranks; `samples` among them."""
-
-    def validation_metrics(self, sums: dict[str, Any]) -> dict[str, float]:
-        """The sums over all validation crops -> metrics."""
 
 
 def run_session(
@@ -172,7 +145,8 @@ def _train(
     fresh_data: bool,
 ) -> tuple[Outcome, dict[str, Any]]:
     world = ranks.world
-    data = TrainingData(config, objective.overlay)
+    data = TrainingData(config, objective.overlay, objective.usable)
+    objective.begin(data)
     torch.manual_seed(config.seed)
     model = objective.build(data.channels)
     if not any(run.checkpoints.glob("step_*")):
@@ -181,7 +155,7 @@ def _train(
     startup.ends("build_s")
 
     def write_weights(folder: Path, step: int, weights: dict[str, Tensor]) -> list[Path]:
-        save_weights(folder, weights, data.contract(step, engine.precision))
+        save_weights(folder, weights, {**data.contract(step, engine.precision), **objective.contract()})
         return [folder / WEIGHTS_FILE, folder / CONTRACT_FILE]
 
     checkpoints = Checkpoints(run, config.checkpoint, engine, ranks, write_weights)

@@ -15,8 +15,8 @@ from mimscale.errors import LaunchError
 from mimscale.train.config import WandbConfig
 from mimscale.train.run_dir import RunDir
 
-# Keys of a config that name places: they may hold a patient's or a colleague's name.
-PRIVATE_KEYS = frozenset({"store", "run_dir", "init_from", "stage_dir"})
+# Keys of a config that name places, which may hold a patient's or a colleague's name, or say what a table holds.
+PRIVATE_KEYS = frozenset({"store", "run_dir", "init_from", "stage_dir", "table", "journal", "table_hash"})
 
 
 class Tracker(Protocol):

@@ -1,6 +1,6 @@
 """The store as one run sees it: which volumes, in which order, and what travels with weights that learned from them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,18 +24,31 @@ from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.volume_facts import VolumeFacts
 from mimscale.world import World
 
+Indices = NDArray[np.int64]
+
 
 class TrainingData:
     """The store as one run sees it: its train and validation volumes and the order of the samples.
+
+    Args:
+        config: of the run.
+        overlay: labels that every volume must have, or None.
+        usable: those of some rows of the manifest that the run can learn from.
 
     Raises:
         DataError: no store, or no volume that the config selects.
         ConfigError: labels on the grid of the sources.
     """
 
-    def __init__(self, config: RunConfig, overlay: str | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        overlay: str | None,
+        usable: Callable[[Manifest, Indices], Indices] = lambda manifest, indices: indices,
+    ) -> None:
         self.config = config
         self.overlay = overlay
+        self._usable = usable
         self.info: StoreInfo = read_info(config.store)
         if overlay is not None and overlay not in self.info.overlays:
             known = ", ".join(self.info.overlays) or "none, so ingest the volumes with their labels"
@@ -83,10 +96,9 @@ class TrainingData:
         wanted = {} if self.config.modality is None else {"modality": self.config.modality}
         in_its_split = in_split(self.manifest, split, self.config.stream)
         indices: NDArray[np.int64] = np.flatnonzero(self._kept & in_its_split & self.manifest.equal(**wanted))
-        if self.overlay is None:
-            return indices
-        labelled: NDArray[np.int64] = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
-        return labelled
+        if self.overlay is not None:
+            indices = indices[self.manifest.overlay_parts(self.overlay)[indices] >= 0]
+        return self._usable(self.manifest, indices)
 
     @cached_property
     def stage(self) -> Stage | None:

@@ -24,6 +24,7 @@ def pretrain_main(argv: list[str]) -> int:
         return 0
     from mimscale.train.session import session_main
 
+    config = config.network.resolved(config)
     return session_main(
         config,
         config.network.objective(config),
@@ -35,7 +36,7 @@ def pretrain_main(argv: list[str]) -> int:
 
 def finetune_main(argv: list[str]) -> int:
     """`mimscale finetune RECIPE store=STORE run_dir=DIR [init_from=RUN_DIR] [key=value ...]`."""
-    parser = verb_parser("finetune", "Train a segmentation, from a pretrained encoder or from scratch.")
+    parser = verb_parser("finetune", "Train a segmentation, or targets of whole volumes, from a pretrained encoder.")
     _add_flags(parser)
     arguments = parser.parse_intermixed_args(argv)
     config = load_verb_config(FinetuneConfig, arguments.words, needs_recipe=True)
@@ -45,6 +46,7 @@ def finetune_main(argv: list[str]) -> int:
         return 0
     from mimscale.train.session import session_main
 
+    config = config.network.resolved(config)
     return session_main(
         config,
         config.network.objective(config),
@@ -86,8 +88,9 @@ def _stream_problems(config: RunConfig) -> list[str]:
     region = stream.region_voxels
     if region is not None and any(edge < crop for edge, crop in zip(region, config.crop_voxels, strict=True)):
         problems.append(f"stream.region_voxels={region}: must hold a crop of crop_voxels={config.crop_voxels}")
-    if stream.origins == "labelled" and not isinstance(config, FinetuneConfig):
-        problems.append("stream.origins=labelled: only fine-tuning reads labels; use occupied")
+    segments = isinstance(config, FinetuneConfig) and config.network.segments
+    if stream.origins == "labelled" and not segments:
+        problems.append("stream.origins=labelled: only a run that segments reads labels; use occupied")
     return problems
 
 

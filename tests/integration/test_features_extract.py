@@ -16,12 +16,12 @@ from mimscale.cli import main
 from mimscale.errors import ConfigError, DataError
 from mimscale.evaluate.planes import Normalised
 from mimscale.evaluate.weights import load_model
+from mimscale.evaluate.windows import covered_box, sliding_origins
 from mimscale.features.config import ExtractConfig
 from mimscale.features.layout import read_features
 from mimscale.features.plan import read_plan
 from mimscale.features.run import extract
 from mimscale.features.tokens import read_tokens
-from mimscale.features.windows import covered_box, sliding_origins
 from mimscale.store.intensity import normalisation
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest

@@ -129,6 +129,11 @@ def test_every_packaged_recipe_has_a_description_and_is_printed(capsys):
     assert "crop_voxels" in capsys.readouterr().out
 
 
+def test_a_text_that_looks_like_a_number_stays_a_text_in_the_resolved_config():
+    text = config.tree_yaml({"site": ["1e5", "2.5E-3", "yes", "07"], "lr": 1e-5})
+    assert config.parse_yaml(text, "test") == {"site": ["1e5", "2.5E-3", "yes", "07"], "lr": 1e-5}
+
+
 def test_check_prints_the_resolved_config_and_starts_nothing(tmp_path, capsys):
     assert main(["pretrain", recipe(tmp_path, COMPLETE), "steps=7", "--check"]) == 0
     assert "steps: 7" in capsys.readouterr().out

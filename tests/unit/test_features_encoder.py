@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mimscale.features.encoder import FrozenEncoder, tokens_and_grid
+from mimscale.features.encoder import FrozenEncoder
 from mimscale.features.extract import _narrowed
+from mimscale.models.encoder import tokens_and_grid
 
 
 def test_a_token_that_float16_cannot_hold_is_an_error_of_its_volume():

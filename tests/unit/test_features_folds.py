@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mimscale.errors import DataError
 from mimscale.features.folds import cross_folds, split_folds
-from mimscale.features.targets import Target
+from mimscale.targets.table import Target
 
 
 def target(values, classes=("a", "b")):

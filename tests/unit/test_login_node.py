@@ -40,6 +40,16 @@ VERBS = {
     "plan of a residual-encoder U-Net": ["plan", "finetune_resenc", "--nodes", "1", "--gpu", "h100"],
     "plan of Primus": ["plan", "finetune_primus", "--nodes", "1", "--gpu", "h100"],
     "submit Swin --dry-run": ["submit", "pretrain", "pretrain_simmim_swin_b", *RUN, "--dry-run"],
+    "plan targets": [
+        "plan",
+        "finetune_targets",
+        "--gpu",
+        "h100",
+        "--gpus-per-node",
+        "4",
+        "targets.table=/none",
+        "targets.classify=[a]",
+    ],
     "submit --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--dry-run"],
     "submit to Slurm --dry-run": ["submit", "pretrain", "demo/pretrain", *RUN, "--profile", PROFILE, "--dry-run"],
     "study --dry-run": [

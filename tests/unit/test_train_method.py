@@ -47,6 +47,18 @@ def test_every_packaged_name_finds_itself():
     assert all(find_head(name).name == name for name in packaged("head"))
 
 
+def test_a_head_for_targets_has_their_block_and_no_keys_of_segmentation():
+    words = ["store=s", "run_dir=r", "targets.table=t.csv", "targets.classify=[a]"]
+    for recipe in ("finetune_targets", "finetune_targets_swin", "finetune_targets_resenc"):
+        config = load_config(FinetuneConfig, recipe, words)
+        assert (config.overlay, config.regions, config.unetr) == (None, None, None)
+        assert not config.network.segments
+        assert isinstance(config.model, config.network.model)
+        # Of the same class, however often a tree goes through it: a network is counted from such a tree.
+        assert build_config(type(config), config_tree(config), "again") == config
+        assert build_config(FinetuneConfig, config_tree(config), "again") == config
+
+
 def test_a_method_of_another_file_brings_its_own_keys():
     config = own(model={"width": 4}, fill={"loss": "l2"})
     assert isinstance(config, PretrainConfig)

@@ -20,7 +20,7 @@ RUN = ["pretrain", "demo/pretrain", "store=/none", "run_dir=/none/run"]
             "stream.weights.by=spacing_mm: spacing_mm holds 3 numbers",
         ),
         (["stream.region_voxels=[16, 96, 96]"], "stream.region_voxels=(16, 96, 96): must hold a crop of crop_voxels="),
-        (["stream.origins=labelled"], "stream.origins=labelled: only fine-tuning reads labels; use occupied"),
+        (["stream.origins=labelled"], "stream.origins=labelled: only a run that segments reads labels; use occupied"),
         (["stream.pos_neg=[0, 1]"], "stream.pos_neg=(0.0, 1.0): must be two numbers, the first above 0"),
         (["stream.target_spacing_mm=[1, 0, 1]"], "stream.target_spacing_mm=(1.0, 0.0, 1.0): must be above 0"),
         (["stream.max_spacing_ratio=-1"], "stream.max_spacing_ratio=-1.0: must be above 0"),

@@ -14,7 +14,7 @@ from mimscale.train.size import crop_shape
 if TYPE_CHECKING:
     from torch import nn
 
-    from mimscale.train.session import Objective
+    from mimscale.train.objective import Objective
 
 VIEWS = 2  # of each crop
 

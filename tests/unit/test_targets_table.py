@@ -9,7 +9,7 @@ from feature_samples import write_csv, write_features
 from mimscale.errors import ConfigError, DataError
 from mimscale.features.config import ProbeConfig
 from mimscale.features.layout import read_features
-from mimscale.features.targets import read_targets
+from mimscale.targets.table import TargetTable, Volumes
 
 
 @pytest.fixture
@@ -19,7 +19,9 @@ def features(tmp_path):
 
 def targets_of(features, tmp_path, rows, **options):
     table = write_csv(tmp_path / "t.csv", rows)
-    return read_targets(ProbeConfig(features=features.folder, targets=table, **options), features)
+    config = ProbeConfig(features=features.folder, targets=table, **options)
+    volumes = Volumes(ids=features.ids, subjects=features.subjects, where=str(features.folder))
+    return TargetTable(table, config).match(volumes)
 
 
 def test_classes_and_numbers_are_read_and_missing_values_counted_for_each_target(features, tmp_path):

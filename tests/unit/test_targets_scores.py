@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from mimscale.features.scores import (
+from mimscale.targets.scores import (
     auc,
     balanced_accuracy,
     brier,

@@ -1,4 +1,4 @@
-"""Scores of a probe, each for many draws of its cases at once, and intervals from these draws.
+"""Scores of predicted targets, each for many draws of the cases at once, and intervals from these draws.
 
     N cases | K classes | R draws
 
@@ -10,13 +10,24 @@ counts them as such is too narrow. A score that a draw does not define (a class 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimscale.targets.table import Kind
+
 Floats = NDArray[np.float64]
 Score = Callable[[Floats], Floats]  # weights [R, N] -> [R]
 _MOST_WEIGHTS = 20_000_000  # held at once
+
+
+# Of these the difference to another predictor is given.
+COMPARED: dict[Kind, tuple[str, ...]] = {
+    "classify": ("auc", "balanced_accuracy"),
+    "regress": ("mean_absolute_error", "r2"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +111,43 @@ def r2(predicted: Floats, truth: Floats, weights: Floats) -> Floats:
     spread = _mean(np.square(centred), weights) - np.square(_mean(centred, weights))
     spread[spread <= 1e-12 * np.square(centred).max(initial=0.0)] = 0.0  # of a constant: what rounding has left
     return 1 - _divided(_mean(np.square(predicted - truth), weights), spread)
+
+
+def drawn_scores(
+    kind: Kind,
+    predicted: Floats,
+    truth: NDArray[Any],
+    subjects: Sequence[str],
+    *,
+    bins: int,
+    replicates: int,
+    seed: int,
+    fold: NDArray[np.int64] | None = None,
+) -> dict[str, "Drawn"]:
+    """All scores of a kind of target, all of the same draws of subjects.
+
+    Args:
+        kind: of the target.
+        predicted: [N, K] probabilities, or [N] numbers.
+        truth: [N] class numbers, or numbers.
+        subjects: [N].
+        bins: of the expected calibration error.
+        replicates: draws of subjects.
+        seed: of the draws.
+        fold: [N], where there were several predictors; see `auc`.
+    """
+    functions: dict[str, Any] = {"mean_absolute_error": mean_absolute_error, "r2": r2}
+    if kind == "classify":
+        functions = {
+            "auc": partial(classes_auc, fold=fold),
+            "balanced_accuracy": balanced_accuracy,
+            "brier": brier,
+            "calibration_error": partial(calibration_error, bins=bins),
+        }
+    return {
+        name: drawn(partial(function, predicted, truth), subjects, replicates, seed)
+        for name, function in functions.items()
+    }
 
 
 def draw_weights(subjects: Sequence[str], replicates: int, seed: int) -> Iterator[Floats]:

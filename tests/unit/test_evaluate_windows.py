@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimscale.features.windows import covered_box, drawn_origins, sliding_origins
+from mimscale.evaluate.windows import covered_box, drawn_origins, sliding_origins
 
 EDGE = st.integers(1, 40)
 
