@@ -1,6 +1,6 @@
 """Charts of benchmarks: bars of contenders, and lines over ranks or volumes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Lines:
     title: str
     x: str
     y: str
-    lines: dict[str, Sequence[tuple[float, float]]]
-    dashed: dict[str, Sequence[tuple[float, float]]] = field(default_factory=dict)  # beside the line of its name
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    dashed: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)  # beside the line of its name
     logarithmic: bool = False
 
 

@@ -96,8 +96,8 @@ def surroundings() -> dict[str, Any]:
     cpu_info = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    packages = ("numpy", "numcodecs", "crc32c", "imagecodecs", "zarr", "pyarrow", "nibabel", "isal", "mimscale")
-    packages += ("torch", "deepspeed", "monai")
+    libraries = ("numpy", "numcodecs", "crc32c", "imagecodecs", "zarr", "pyarrow", "nibabel", "isal")
+    packages = (*libraries, "torch", "deepspeed", "monai", "mimscale")
     return {
         "cpu": cpu[1] if cpu else "unknown",
         "cores_used": sorted(os.sched_getaffinity(0)),

@@ -3,7 +3,7 @@
 STORE VOLUME out.nii.gz [overlay=NAME]     a volume, or its labels, on the grid of the source file
 STORE part-00042 out_dir                   a pack, unzipped: a Zarr v3 group that any Zarr reader opens
 RUN_DIR out_dir [checkpoint=NAME]          weights.safetensors, contract.json and a model card
-RUN_DIR out_dir --to-monai                 the encoder of a run, for MONAI's ViT and UNETR
+RUN_DIR out_dir --to-monai                 the encoder of a run, for MONAI's ViT, UNETR and Swin UNETR
 RUN_DIR out_dir --to-nnunet                a residual-encoder U-Net of a run, for nnU-Net's
 --from-monai FILE out_dir heads=12 crop_voxels=[96,96,96] patch_voxels=[16,16,16]
                                            a MONAI ViT's weights, for init_from of `mimscale finetune`
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     """The verb `export`."""
     parser = verb_parser("export", "A volume as NIfTI, a pack unzipped, or a run's weights.")
     parser.add_argument("--json", action="store_true", help="print the written paths as JSON")
-    parser.add_argument("--to-monai", action="store_true", help="a run's encoder under the names of MONAI's ViT")
+    parser.add_argument(
+        "--to-monai", action="store_true", help="a run's encoder under the names of MONAI's ViT or Swin"
+    )
     parser.add_argument("--to-nnunet", action="store_true", help="a run's U-Net under the names of nnU-Net's ResEnc")
     parser.add_argument("--from-monai", action="store_true", help="weights of a MONAI ViT under our names")
     arguments = parser.parse_args(argv)

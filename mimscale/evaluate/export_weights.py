@@ -14,6 +14,13 @@ from mimscale.console import say
 from mimscale.errors import CheckpointError, DataError
 from mimscale.evaluate.checkpoints import find_checkpoint
 from mimscale.evaluate.model_card import model_card, shareable_contract
+from mimscale.evaluate.monai_loading import (
+    SWIN_LAYOUT,
+    SWIN_UNETR_LAYOUT,
+    VIT_LAYOUT,
+    swin_loading,
+    vit_loading,
+)
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE, read_contract
 from mimscale.train.run_dir import RunDir
 
@@ -66,29 +73,28 @@ def export_weights(run_dir: Path, out: Path, checkpoint: str = "newest") -> list
 
 
 def export_to_monai(run_dir: Path, out: Path, checkpoint: str = "newest", *, axes: "Axes" = "xyz") -> list[Path]:
-    """Write a run's encoder as the state dict of MONAI's ViT, which is also the `vit` of its UNETR.
+    """Write a run's encoder as the state dict of MONAI's ViT, which is also the `vit` of its UNETR, or of its Swin.
 
-    A whole UNETR of ours cannot be one of MONAI's: ours takes its skips after blocks 3, 6 and 9 of 12, as the paper
-    says, and MONAI's after blocks 4, 7 and 10.
+    A Swin UNETR goes as a whole. A whole UNETR of ours cannot be one of MONAI's: ours takes its skips after blocks 3, 6
+    and 9 of 12, as the paper says, and MONAI's after blocks 4, 7 and 10.
 
     Raises:
         ConfigError: no run directory.
         CheckpointError: no usable checkpoint, an architecture that MONAI's ViT does not have, or a folder that cannot
             be written.
     """
-    from mimscale.models.monai_names import to_monai
     from mimscale.models.transfer import load_weights, save_weights
 
     run = RunDir(run_dir)
     run.read_config_tree()
     tag = find_checkpoint(run, checkpoint)
     tensors, contract = load_weights(tag)
-    theirs = to_monai(tensors, contract, axes)
+    theirs, layout, loading = _for_monai(tensors, contract, axes)
     contract = shareable_contract(contract, run, _environment(run))
-    contract |= {"layout": MONAI_LAYOUT, "axis_order": f"C{axes.upper()}, RAS+"}
+    contract |= {"layout": layout, "axis_order": f"C{axes.upper()}, RAS+"}
     save_weights(out, theirs, contract)
     with durable.explained(CheckpointError, out, WAY_OUT):
-        durable.write_text(out / CARD_FILE, model_card(contract, _scores(run, tag), _monai_loading(contract, axes)))
+        durable.write_text(out / CARD_FILE, model_card(contract, _scores(run, tag), loading))
     return [out / name for name in (WEIGHTS_FILE, CONTRACT_FILE, CARD_FILE)]
 
 
@@ -220,37 +226,19 @@ def read_tensors(file: Path) -> "dict[str, Tensor]":
     return dict(tree)
 
 
-def _monai_loading(contract: dict[str, Any], axes: "Axes") -> list[str]:
-    model = contract["model"]
-    crop, patch = (
-        tuple(contract[key] if axes == "zyx" else contract[key][::-1]) for key in ("crop_voxels", "patch_voxels")
-    )
-    shape = (
-        f"hidden_size={model['dim']}, mlp_dim={int(model['dim'] * model['mlp_ratio'])}, num_heads={model['heads']}, "
-        "qkv_bias=True"
-    )
-    lines = [
-        f"The encoder, for volumes [B, C, {', '.join(axes.upper())}] in RAS+:",
-        "",
-        "```python",
-        "from monai.networks.nets import ViT",
-        "from safetensors.torch import load_file",
-        "",
-        f"vit = ViT({contract['channels']}, img_size={crop}, patch_size={patch}, num_layers={model['depth']}, {shape})",
-        'vit.load_state_dict(load_file("weights.safetensors"))',
-        "```",
-    ]
-    if patch == (16, 16, 16) and model["depth"] == 12:
-        lines += [
-            "",
-            "Inside a UNETR:",
-            "",
-            "```python",
-            f"net = UNETR({contract['channels']}, CLASSES, img_size={crop}, {shape})",
-            'net.vit.load_state_dict(load_file("weights.safetensors"))',
-            "```",
-        ]
-    return lines
+def _for_monai(
+    tensors: "dict[str, Tensor]", contract: dict[str, Any], axes: "Axes"
+) -> "tuple[dict[str, Tensor], str, list[str]]":
+    """Weights under MONAI's names, which of its networks they are for, and the lines of a card that load them."""
+    from mimscale.models.monai_names import to_monai
+    from mimscale.models.monai_swin_names import is_swin_unetr, to_monai_swin
+
+    if "window" not in contract["model"]:
+        return to_monai(tensors, contract, axes), VIT_LAYOUT, vit_loading(contract, axes)
+    theirs = to_monai_swin(tensors, contract, axes)
+    if not is_swin_unetr(tensors, contract):
+        return theirs, SWIN_LAYOUT, swin_loading(contract, axes, None)
+    return theirs, SWIN_UNETR_LAYOUT, swin_loading(contract, axes, len(theirs["out.conv.conv.bias"]))
 
 
 def _environment(run: RunDir) -> dict[str, Any]:
