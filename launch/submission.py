@@ -195,12 +195,12 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
 def _batch_job(
     plan: Plan, folder: Path, job_name: str, exported: dict[str, str], depends_on: Sequence[str]
 ) -> BatchJob:
-    keys = ("store", "out", "init_from", "run_dir")
-    named = [plan.tree.get(key) for key in keys]
-    named += [(plan.tree.get("targets") or {}).get(key) for key in ("table", "journal")]
-    folders = [name for name in named if name not in (None, "none")]
     # What the job makes itself is not there to be mounted yet.
-    mounts = [plan.run.path, Path.cwd(), *(_nearest_existing(Path(name).absolute()) for name in folders)]
+    mounts = [
+        plan.run.path,
+        Path.cwd(),
+        *(_nearest_existing(Path(name).absolute()) for name in named_places(plan.tree)),
+    ]
     return BatchJob(
         folder=folder,
         profile=plan.profile,
@@ -212,6 +212,13 @@ def _batch_job(
         dependency=slurm_commands.after_success(depends_on) if depends_on else None,
         array=plan.array,
     )
+
+
+def named_places(tree: dict[str, Any]) -> list[str]:
+    """Folders and files that a config names and a job must see, also from inside a container."""
+    named = [tree.get(key) for key in ("store", "out", "init_from", "run_dir")]
+    named += [(tree.get("targets") or {}).get(key) for key in ("table", "journal")]
+    return [name for name in named if name not in (None, "none")]
 
 
 def _nearest_existing(path: Path) -> Path:

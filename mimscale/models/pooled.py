@@ -58,7 +58,8 @@ class PooledPredictor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Scores before softmax, and numbers in standard deviations: [B, C, Z, Y, X] -> fp32 [B, K]."""
-        tokens, _ = tokens_and_grid(self.encoder(image), getattr(self.encoder, "grid", None))
-        pooled = self.pool(tokens).to(self.head.weight.dtype)
+        dtype = self.head.weight.dtype  # a model cast to bf16 is fed normalised fp32 crops
+        tokens, _ = tokens_and_grid(self.encoder(image.to(dtype)), getattr(self.encoder, "grid", None))
+        pooled = self.pool(tokens).to(dtype)
         scores: Tensor = self.head(pooled)
         return scores.float()

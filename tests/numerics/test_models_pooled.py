@@ -69,6 +69,16 @@ def test_both_poolings_begin_as_the_mean_of_the_tokens(name):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_weights_in_bf16_answer_in_fp32_what_those_in_fp32_do(name, pool):
+    model, image = network(name, pool), torch.randn(2, 1, *CROP, generator=torch.Generator().manual_seed(1))
+    expected = model(image)
+    answer = model.to(torch.bfloat16)(image)
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, expected, rtol=0.1, atol=0.1)  # 8 bits of mantissa through a few layers
+
+
 def test_attention_pooling_is_a_softmax_over_tokens():
     pool = AttentionPool(5)
     torch.nn.init.normal_(pool.weigh.weight)

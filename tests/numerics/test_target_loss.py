@@ -4,14 +4,16 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from target_samples import bright_rows, bright_store, target_words, targets_table
+from target_samples import ENCODERS, bright_rows, bright_store, target_words, targets_table
 
 from mimscale import durable
-from mimscale.config import load_config
+from mimscale.config import config_tree, load_config
 from mimscale.models.contract import CONTRACT_FILE, CONTRACT_VERSION
+from mimscale.models.transfer import save_weights
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import normalise
 from mimscale.train.config import FinetuneConfig
@@ -29,8 +31,9 @@ def store(tmp_path_factory) -> Path:
     return bright_store(tmp_path_factory.mktemp("bright") / "store")
 
 
-def config_of(store: Path, folder: Path, *more: str, **cells) -> FinetuneConfig:
-    words = target_words(store, folder / "run", targets_table(folder, **cells), "stream.crops_per_volume=4", *more)
+def config_of(store: Path, folder: Path, *more: str, head: str = "targets", **cells) -> FinetuneConfig:
+    table, crops = targets_table(folder, **cells), "stream.crops_per_volume=4"
+    words = target_words(store, folder / "run", table, crops, *more, head=head)
     config = load_config(
         FinetuneConfig, words[1], [word.replace("drop_path: 0.2", "drop_path: 0.0") for word in words[2:]]
     )
@@ -174,3 +177,23 @@ def test_a_run_that_goes_on_with_other_volumes_keeps_what_its_outputs_mean(store
     batch = micro_batches(config, data, 1)[0][0]
     values, _ = grown._on_device(batch, torch.device("cpu"))
     assert values[:, 2].tolist() == pytest.approx([expected[int(one[-3:])] for one in batch.volume_ids])
+
+
+@pytest.mark.parametrize("head", ENCODERS)
+def test_a_run_starts_from_a_pretrained_encoder_and_the_shares_of_its_classes(store, tmp_path, head):
+    config = config_of(store, tmp_path, f"init_from={tmp_path / 'source'}", "targets.class_weights=none", head=head)
+    torch.manual_seed(5)
+    source = config.network.build(config, 1)
+    contract = {"model": config_tree(config.model), "patch_voxels": list(config.patch_voxels), "channels": 1}
+    save_weights(tmp_path / "source", source.state_dict(), contract)
+    objective, data = begun(config)
+    torch.manual_seed(6)
+    model = objective.build(1)
+    objective.prepare(model, data, SimpleNamespace(is_first=False, first_does=lambda action: action()))
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, source.encoder.state_dict()[name])
+    assert not torch.equal(model.head.weight, source.head.weight)
+    tone, site, age = model.head.bias[:2], model.head.bias[2:5], model.head.bias[5]
+    torch.testing.assert_close(tone.softmax(dim=0), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(site.softmax(dim=0), torch.tensor([3.0, 3.0, 2.0]) / 8)
+    assert age == 0

@@ -13,6 +13,7 @@ from launch.profile import Profile
 from launch.slurm import BatchExecutor, BatchJob, new_job_name
 from launch.slurm_commands import after_success
 from launch.slurm_profile import ContainerConfig, SlurmConfig
+from launch.submission import named_places
 from launch.unpack import environment_folder
 from mimscale.errors import ConfigError, LaunchError
 
@@ -260,6 +261,12 @@ def test_a_job_array_numbers_its_logs_by_task() -> None:
     options = _options(BatchExecutor(_job(array=8, nodes=1, processes=1)).script())
     assert options["array"] == "0-7%8"
     assert options["output"] == "/runs/a/logs/001/%A_%a_0_log.out"
+
+
+def test_a_job_must_see_the_store_the_weights_and_the_table_that_its_config_names() -> None:
+    tree = {"store": "/s", "run_dir": "/r", "init_from": None, "targets": {"table": "/t/t.csv", "journal": None}}
+    assert named_places(tree) == ["/s", "/r", "/t/t.csv"]
+    assert named_places({"store": "none", "out": "/o", "targets": None}) == ["/o"]
 
 
 def test_in_a_container_srun_or_apptainer_mounts_what_the_job_needs(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_weights_and_biases_hears_numbers_and_no_place_or_host(run):
 
 def test_places_are_left_out_of_a_config_at_any_depth():
     assert without_places({"store": "/a", "stream": {"stage_dir": "/b", "workers": 2}}) == {"stream": {"workers": 2}}
+    targets = {"table": "/clinic/ada.csv", "journal": "/j", "table_hash": "sha256-0", "pool": "mean"}
+    assert without_places({"targets": targets}) == {"targets": {"pool": "mean"}}
 
 
 def test_without_the_package_a_run_says_how_to_get_it(run, monkeypatch):
