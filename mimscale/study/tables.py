@@ -8,6 +8,7 @@ from mimscale.study.results import Comparison, Group
 from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
 
 NOTHING = "n/a"
+_SAID_OF_SCORING = ("crop_voxels", "overlap", "blending", "flips", "nsd_tolerance_mm")
 
 
 def heading(experiment: str) -> str:
@@ -51,10 +52,22 @@ def score_table(groups: Sequence[Group]) -> Table:
         rows=rows,
         note="Mean +/- standard deviation over runs, which differ by their seeds. Each run is scored on whole volumes, "
         "on the grid and against the labels of the source files; a mean over classes leaves out the background unless "
-        "it says otherwise. Validation Dice is that of fixed crops; the best of it chose nothing"
+        "it says otherwise. A class that a run misses or invents has Dice and NSD 0 there and no HD95, which is then a "
+        f"mean over fewer.{_scoring(groups)} Validation Dice is that of fixed crops; the best of it chose nothing"
         + (" but the checkpoint of the column that names it, which looks better than it is." if has_best else "."),
         text_columns=2,
     )
+
+
+def _scoring(groups: Sequence[Group]) -> str:
+    """How whole volumes were scored, in a sentence; where groups differ in it, only what they share."""
+    shared: set[tuple[str, str]] | None = None
+    for settings in (result.scores["settings"] for group in groups for result in group.results if result.scores):
+        said = {(key, str(settings[key])) for key in _SAID_OF_SCORING if settings.get(key) not in (None, [])}
+        shared = said if shared is None else shared & said
+    values = dict(shared or ())
+    said_of_all = ", ".join(f"{key} {values[key]}" for key in _SAID_OF_SCORING if key in values)
+    return f" Scoring: {said_of_all}." if values else ""
 
 
 def comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
@@ -128,12 +141,14 @@ def class_tables(groups: Sequence[Group]) -> list[Table]:
         dict.fromkeys(name for group in scored for r in group.results if r.scores for name in r.scores["classes"])
     )
     tables = []
-    for metric, title, digits in (("dice", "Dice", 3), ("hd95_mm", "HD95, mm", 2), ("nsd", "NSD", 3)):
+    for metric, title, digits in (
+        ("dice", "Dice of each class", 3),
+        ("hd95_mm", "HD95 of each class, mm", 2),
+        ("nsd", "NSD of each class", 3),
+    ):
         rows = [[name, *(_spread(group.class_spread(name, metric), digits) for group in scored)] for name in names]
         rows = [row for row in rows if set(row[1:]) != {NOTHING}]  # HD95 and NSD are of no background
-        tables.append(
-            Table(title=f"{title} of each class", columns=["class", *(group.name for group in scored)], rows=rows)
-        )
+        tables.append(Table(title=title, columns=["class", *(group.name for group in scored)], rows=rows))
     return tables
 
 

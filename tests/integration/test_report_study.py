@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import skip_unless
-from fake_runs import add_reconstruction_scores, add_segmentation_scores, fake_run
+from fake_runs import CLASSES, add_reconstruction_scores, add_segmentation_scores, fake_run
 from small_segmentation import make_store
 from small_study import study_tree
 
@@ -145,6 +145,14 @@ def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(s
     (difference,) = [row for row in main.tables[1].rows if row[0] == "mae"]
     assert difference[1:5] == ["scratch", "+0.250", "[+0.250, +0.250]", "2 x 2, 2 cases"]
     assert "not measured yet" in " ".join(main.answers)
+    assert "Scoring: crop_voxels [64, 64, 64], overlap 0.5, nsd_tolerance_mm 2.0." in main.tables[0].note
+    assert [table.title for table in main.classes] == [
+        "Dice of each class",
+        "HD95 of each class, mm",
+        "NSD of each class",
+    ]
+    # The background has no surface: no line of nothing but n/a.
+    assert [[row[0] for row in table.rows] for table in main.classes] == [CLASSES, CLASSES[1:], CLASSES[1:]]
 
 
 def test_every_number_leads_to_its_runs_seeds_commit_and_volumes(study):
