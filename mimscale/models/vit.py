@@ -92,7 +92,9 @@ class Branch(nn.Module):
         self.drop_path, self.drops = drop_path, drop_path > 0
         # A tensor, so that blocks that differ in their chance alone share compiled code; and its bits as an integer,
         # because casting a model to bf16 casts its float buffers too.
-        self.register_buffer("keep_bits", torch.tensor(1 - drop_path).view(torch.int32), persistent=False)
+        self.register_buffer(
+            "keep_bits", torch.tensor(1 - drop_path, dtype=torch.float32).view(torch.int32), persistent=False
+        )
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, tokens: Tensor, branch: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ METHODS = {
 
 def config_of(recipe):
     kind = FinetuneConfig if recipe.startswith("finetune") else PretrainConfig
-    return load_config(kind, recipe, ["store=none", "run_dir=none"])
+    table = ["targets.table=none", "targets.classify=[class]"] if "targets" in recipe else []
+    return load_config(kind, recipe, ["store=none", "run_dir=none", *table])
 
 
 @pytest.mark.parametrize("method", METHODS)
