@@ -59,7 +59,7 @@ def utilisation(
     sheet = peak_flops_per_s(name)
 
     def share(numerator: float, peak: float | None) -> float | None:
-        return None if peak is None else round(numerator / seconds / (peak * devices), 4)
+        return None if peak is None else float(f"{numerator / seconds / (peak * devices):.4g}")
 
     return {
         "mfu": share(flops, sheet),

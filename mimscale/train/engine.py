@@ -159,6 +159,12 @@ def check_norms(leave_out_bad_updates: bool) -> None:
     """
     for optimizer in (stage_1_and_2, stage3):
         optimizer.is_invalid_grad_norm = is_invalid_grad_norm if leave_out_bad_updates else lambda norm: False
+        optimizer.mask_nan_or_inf_with_val_inplace = _mark_not_finite
+
+
+def _mark_not_finite(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
+    # DeepSpeed's own takes -1 as a tensor on the device, and masked_fill_ makes the host wait to read it.
+    norm.masked_fill_(~norm.isfinite(), val)
 
 
 class Engine:
