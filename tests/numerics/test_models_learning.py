@@ -36,6 +36,7 @@ from mimscale.train.losses import (
     overlap_counts,
     region_overlap_counts,
 )
+from mimscale.train.method import packaged
 
 
 def two_volumes(crop):
@@ -199,6 +200,11 @@ def test_a_unetr_learns_the_regions_of_one_volume_by_heart():
     descend(model, lambda step: dice_binary_cross_entropy(model(image), label, members), 50, lr=6e-3)
     with torch.no_grad():
         assert_dice_above_95(*region_overlap_counts(model(image), label, members))
+
+
+def test_every_packaged_method_and_head_is_among_those_that_learn_by_heart_here():
+    assert packaged("method") == ["mae", "resenc_mae", "simclr", "simmim", "swin_simmim"]
+    assert packaged("head") == ["linear", "primus", "resenc", "swin_unetr", "swin_upernet", "unetr"]
 
 
 def test_a_linear_probe_reads_one_volume_from_a_frozen_encoder():

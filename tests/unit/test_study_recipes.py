@@ -73,6 +73,26 @@ def test_the_small_study_has_simclr_in_the_time_of_mae_too_and_its_other_runs_ar
     assert own == {"simclr, same time"}
 
 
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [
+        ("small", "main"),
+        ("e01_main_ct", "main"),
+        ("e02_main_mr", "contrasts"),
+        ("e03_convergence", "main"),
+    ],
+)
+def test_masked_methods_are_compared_with_scratch_and_by_the_same_runs_with_simclr(name, experiment):
+    study = load_study([f"studies/{name}", "run_dir=x"])
+    graph = expand(study)
+    runs = {}
+    for trial in graph.trials:
+        runs.setdefault(trial.experiment, set()).add(trial.finetune)
+    assert study.experiments[experiment].arms[0] == "scratch"
+    assert study.experiments["against_simclr"].arms[0] == "simclr"
+    assert runs["against_simclr"] < runs[experiment]
+
+
 def test_the_control_of_monai_has_the_twin_that_make_looks_for():
     (label,) = re.findall(r'n\["label"\] == "(.*?)"', (Path(__file__).parents[2] / "Makefile").read_text())
     study = load_study(["studies/small_monai", "run_dir=x", "data.monai.path=/weights"])
