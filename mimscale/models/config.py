@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mimscale.config import require_positive
 
@@ -15,6 +15,8 @@ POOLED_EDGES = (1, 2, 3, 6)
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """What every encoder has: the class of `model` in a recipe is that of the method's encoder."""
+
+    compiles: ClassVar[bool] = False  # whether its blocks can be compiled, `engine.compile_blocks`
 
     drop_path: float = 0.0  # chance that a sample skips the last block while training; earlier blocks less, linearly
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: about 1.3 x time, far less memory
@@ -32,6 +34,8 @@ class EncoderConfig:
 @dataclass(frozen=True, kw_only=True)
 class VitConfig(EncoderConfig):
     """The encoder: a plain 3D vision transformer, pre-norm, without class token."""
+
+    compiles = True
 
     dim: int = 768  # embedding, numbers a token
     depth: int = 12  # transformer blocks; 0 leaves the embedding of patches alone, for a control without a transformer
@@ -82,6 +86,8 @@ class VitConfig(EncoderConfig):
 @dataclass(frozen=True, kw_only=True)
 class ResencConfig(EncoderConfig):
     """A U-Net with a residual encoder, in the manner of nnU-Net's ResEnc: the defaults are those of ResEnc-L."""
+
+    compiles = True
 
     features: tuple[int, ...] = (32, 64, 128, 256, 320, 320)  # channels of each stage; the stem has those of the first
     blocks: tuple[int, ...] = (1, 3, 4, 6, 6, 6)  # residual blocks of each stage

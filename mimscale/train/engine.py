@@ -26,6 +26,7 @@ from torch import Tensor, distributed, nn
 
 from mimscale.errors import LaunchError
 from mimscale.models.contract import WEIGHTS_FILE
+from mimscale.models.resenc import ResidualBlock
 from mimscale.models.vit import Block
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
@@ -102,7 +103,7 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block in its place: the names of its weights stay.
+    """Compile each transformer or residual block in its place: the names of its weights stay.
 
     Blocks of one shape share their code, so it is built once. What cannot be compiled here (no compiler, an operation
     that it does not know) runs as it is, and torch says so in a warning.
@@ -111,7 +112,7 @@ def compile_blocks(model: nn.Module) -> None:
     # Else the backward pass is compiled when it first runs, and what fails there ends the run.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | ResidualBlock):
             module.compile(dynamic=False)
 
 

@@ -68,6 +68,11 @@ def check_run(config: RunConfig) -> None:
     problems += _stream_problems(config)
     if isinstance(config, PretrainConfig) and config.optim.schedule != "full":
         problems.append(f"optim.schedule={config.optim.schedule}: is for fine-tuning; pretraining trains all weights")
+    if config.engine.compile_blocks and not config.model.compiles:
+        problems.append(
+            f"engine.compile_blocks=true: blocks of {type(config.model).__name__.removesuffix('Config')} are not "
+            "compiled, only those of a ViT or a residual encoder; set it to false"
+        )
     problems += config.network.problems(config)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -17,11 +17,15 @@ def train_compiled_and_plain(words):
     from mimscale.world import World
 
     warnings.simplefilter("default")  # the compiler warns of its own ways, and an error would be a fall back
-    if words == ["without a compiler"]:
+    if "without a compiler" in words:
         import torch._inductor.config
 
         torch._inductor.config.cpp.cxx = ("no-such-compiler",)
-    small = ["crop_voxels=[16,16,16]", "model={dim: 24, depth: 1, heads: 2}", "micro_batch=2", "global_batch=2"]
+    small = ["crop_voxels=[16,16,16]", "micro_batch=2", "global_batch=2"]
+    if "residual encoder" in words:
+        small += ["method=resenc_mae", "model={features: [4, 8], blocks: [1, 1]}"]
+    else:
+        small += ["model={dim: 24, depth: 1, heads: 2}"]
     decoder = "mae={decoder_dim: 24, decoder_depth: 1, decoder_heads: 2}"
     config = bench_config(["demo/pretrain", *small, decoder], needs_store=False)
     setting = Setting(config, 1, Ranks(World(), torch.device("cpu")))
@@ -33,9 +37,12 @@ def train_compiled_and_plain(words):
     return 0
 
 
-@pytest.mark.parametrize("compiler", ["with a compiler", "without a compiler"])
-def test_compiled_blocks_train_as_plain_ones_do_with_and_without_a_compiler(compiler):
-    (ended,) = run_ranks([compiler], size=1, body=train_compiled_and_plain)
+@pytest.mark.parametrize(
+    ("encoder", "compiler"),
+    [("vit", "with a compiler"), ("vit", "without a compiler"), ("residual encoder", "with a compiler")],
+)
+def test_compiled_blocks_train_as_plain_ones_do_with_and_without_a_compiler(encoder, compiler):
+    (ended,) = run_ranks([encoder, compiler], size=1, body=train_compiled_and_plain)
     assert ended.code == 0, ended.err
     told = json.loads(ended.out.splitlines()[-1])
     plain, compiled = told["losses"]

@@ -14,6 +14,7 @@ from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.counted import counted
 from mimscale.train.method import _with_keys_of, find_head, find_method, packaged, predicts_voxels, title_of
 from mimscale.train.size import count_parameters, run_flops, visible_patches
+from mimscale.train.verbs import check_run
 
 OWN = "fill_method:METHOD"
 SHAPE = {"steps": 1, "global_batch": 2, "micro_batch": 1, "crop_voxels": [16, 16, 16], "patch_voxels": [4, 4, 4]}
@@ -134,3 +135,12 @@ def test_what_is_counted_is_what_the_formulas_say(name):
         # What a convolution keeps of the image counts here, and by formula with the batch.
         assert seen.activations(width).kept == pytest.approx(formula.kept, rel=0.08)
     assert replace(config, seed=1).network is config.network
+
+
+def test_an_encoder_whose_blocks_are_not_compiled_says_so():
+    shape = {"crop_voxels": [16, 16, 16], "patch_voxels": [2, 2, 2], "mask": {"unit_voxels": [4, 4, 4]}}
+    swin = {"method": "swin_simmim", "model": {"dim": 12, "depths": [2], "heads": [2]}, **PLACES, **shape}
+    tree = {**SHAPE, **swin, "engine": {"compile_blocks": True}}
+    with pytest.raises(ConfigError, match=r"engine\.compile_blocks=true: blocks of Swin are not compiled, .* to false"):
+        check_run(build_config(PretrainConfig, tree, "test"))
+    check_run(build_config(PretrainConfig, {**tree, "engine": {}}, "test"))
