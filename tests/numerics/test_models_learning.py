@@ -60,11 +60,12 @@ def descend(model, loss_of, steps, lr=2e-3):
 CROP, PATCH = (16, 16, 16), (4, 8, 8)
 VIT = VitConfig(dim=96, depth=2, heads=4)
 SHAPE = {"crop_voxels": CROP, "patch_voxels": PATCH, "channels": 1}
+PRIMUS_VIT = VitConfig(dim=96, depth=2, heads=4, positions="rope_learned", mlp="swiglu", layer_scale=0.1)
 RESENC = ResencConfig(features=(8, 16, 32), blocks=(1, 1, 1))
 SWIN = SwinConfig(dim=24, depths=(2, 2), heads=(2, 4), window=(4, 4, 4))
 MAE = {"decoder_dim": 96, "decoder_heads": 4, "loss": "l2"}
-# Predicting the mean gives about 1; measured were 0.04, 0.2, 0.70, 0.06 and 0.14. A linear decoder can hold the mean of
-# each place and pass on what its neighbours say, and no more: that is its floor.
+# Predicting the mean gives about 1; measured were 0.04, 0.2, 0.70, 0.06, 0.14 and, of the residual encoder, 0.05. A
+# linear decoder can hold the mean of each place and pass on what its neighbours say, and no more: that is its floor.
 RECONSTRUCTIONS = {
     "mae": (lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=2, **MAE), **SHAPE), 500, 1.0, 0.08),
     "mae, half of the hidden patches": (
@@ -76,7 +77,7 @@ RECONSTRUCTIONS = {
     "mae, linear decoder": (lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=0, **MAE), **SHAPE), 350, 1.0, 0.8),
     "simmim, linear head": (lambda: Simmim(VIT, SimmimConfig(loss="l2"), **SHAPE), 400, 1.0, 0.1),
     "simmim, mlp head": (lambda: Simmim(VIT, SimmimConfig(loss="l2", head="mlp"), **SHAPE), 300, 1.0, 0.25),
-    "residual encoder": (lambda: MaskedUnet(RESENC, TargetConfig(loss="l2"), **SHAPE), 200, 1.0, 0.3),
+    "residual encoder": (lambda: MaskedUnet(RESENC, TargetConfig(loss="l2"), **SHAPE), 200, 1.0, 0.08, 2e-2),
     "swin": (
         lambda: SwinSimmim(SWIN, TargetConfig(loss="l2"), crop_voxels=CROP, patch_voxels=(1, 2, 2), channels=1),
         200,
@@ -88,7 +89,7 @@ RECONSTRUCTIONS = {
 
 @pytest.mark.parametrize("name", RECONSTRUCTIONS)
 def test_hidden_patches_of_two_volumes_are_learned_by_heart(name):
-    build, steps, share, most = RECONSTRUCTIONS[name]
+    build, steps, share, most, *lr = RECONSTRUCTIONS[name]
     torch.manual_seed(0)
     model, image = build(), two_volumes(CROP)
     mask = MaskConfig(ratio=0.5, unit_voxels=PATCH)
@@ -99,10 +100,36 @@ def test_hidden_patches_of_two_volumes_are_learned_by_heart(name):
         predicted = None if share == 1 else torch.from_numpy(draw_predicted(seeds, hidden, share))
         return model(image, torch.from_numpy(hidden), None, predicted).loss
 
-    descend(model, loss_of, steps)
+    descend(model, loss_of, steps, *lr)
     unseen = torch.from_numpy(draw_masks([10_001, 10_002], CROP, model.patch_voxels, mask))
     with torch.no_grad():
         assert model(image, unseen).loss < most
+
+
+# With the same patches hidden in every step nothing is unknown, so the floor is 0; each began at 1.4 to 1.6. Measured
+# were 0.02 to 0.04, and the rest is how few the steps are: all were still falling.
+FLOORS = {
+    "mae": (lambda: MaskedAutoencoder(VIT, MaeConfig(decoder_depth=2, **MAE), **SHAPE), 120, 4e-3),
+    "mae of Primus": (lambda: MaskedAutoencoder(PRIMUS_VIT, MaeConfig(decoder_depth=2, **MAE), **SHAPE), 120, 4e-3),
+    "simmim": (lambda: Simmim(VIT, SimmimConfig(loss="l2"), **SHAPE), 120, 4e-3),
+    "residual encoder": (lambda: MaskedUnet(RESENC, TargetConfig(loss="l2"), **SHAPE), 60, 2e-2),
+    "swin": (
+        lambda: SwinSimmim(SWIN, TargetConfig(loss="l2"), crop_voxels=CROP, patch_voxels=(1, 2, 2), channels=1),
+        100,
+        6e-3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_loss_of_two_volumes_falls_to_its_floor(name):
+    build, steps, lr = FLOORS[name]
+    torch.manual_seed(0)
+    model, image = build(), two_volumes(CROP)
+    hidden = torch.from_numpy(draw_masks([1, 2], CROP, model.patch_voxels, MaskConfig(ratio=0.5, unit_voxels=PATCH)))
+    descend(model, lambda step: model(image, hidden).loss, steps, lr=lr)
+    with torch.no_grad():
+        assert model(image, hidden).loss < 0.05
 
 
 def test_simclr_tells_two_volumes_apart_under_augmentations_that_it_has_not_seen():
