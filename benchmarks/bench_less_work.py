@@ -206,18 +206,21 @@ def _as_markdown(tree: dict[str, Any]) -> str:
     text += "MNI152 and subjects derived from it, three of four. Loss of all hidden patches of the fourth, by that of "
     text += "the mean voxel.\n\n"
     sizes = list(tree["speed"])
+    columns = ["way", *sizes, "views in that time", "loss after that time"]
     cells = [
         [
             row["way"],
             *(f"{row['times'][size]:.2f}x" for size in sizes),
             row["views"],
             f"{row['loss_after_time']:.3f}",
-            "" if row["loss_after_views"] is None else f"{row['loss_after_views']:.3f}",
         ]
         for row in tree["rows"]
     ]
     views = tree["rows"][0]["common_views"]
-    columns = ["way", *sizes, "views in that time", "loss after that time", f"loss after {views} views"]
+    if views is not None:  # a short run has no number of views after which all ways were validated
+        columns.append(f"loss after {views} views")
+        for cell, row in zip(cells, tree["rows"], strict=True):
+            cell.append(f"{row['loss_after_views']:.3f}")
     return text + measure.table(columns, cells)
 
 
