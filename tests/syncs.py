@@ -62,3 +62,20 @@ def _caller():
     inside = (str(Path(torch.__file__).parent), __file__)
     frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(inside)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].name}"
+
+
+# Kernels of the CPU that read a number themselves; those of CUDA read it on the device.
+HOST_KERNELS = {"aten::_fused_adamw_"}
+
+
+def waiting_events(profile):
+    """What waits in a profile of torch, below what a dispatch mode sees too: (operation, the one that called it)."""
+    found = set()
+    for event in profile.events():
+        name, parents, parent = event.name.removeprefix("aten::"), [], event.cpu_parent
+        while parent is not None:
+            parents.append(parent.name)
+            parent = parent.cpu_parent
+        if name in WAITING and not HOST_KERNELS & set(parents):
+            found.add((name, parents[0] if parents else ""))
+    return sorted(found)

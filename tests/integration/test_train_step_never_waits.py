@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rank_pool import run_ranks
-from syncs import WAITING, SyncWatch
+from syncs import SyncWatch, waiting_events
 
 from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
@@ -37,16 +37,6 @@ def run_config(words):
     return load_config(kind, recipe, overrides)
 
 
-def waits(event):
-    """A profiled operation that waits. Fused AdamW on a CPU reads its count of steps; on a GPU its kernel does that."""
-    inside_of = event.cpu_parent
-    own = event.name in {f"aten::{name}" for name in WAITING}
-    while own and inside_of is not None:
-        own = inside_of.name != "aten::_fused_adamw_"
-        inside_of = inside_of.cpu_parent
-    return own
-
-
 def watch_steps(_words):
     """In a process of its own: what waits in a step of each case, and the step's gradient norm."""
     from mimscale.train.engine import Engine, join_ranks, leave_ranks
@@ -71,7 +61,7 @@ def watch_steps(_words):
             step().wait()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             step()
-        profiled = sorted({event.name for event in profile.events() if waits(event)})
+        profiled = waiting_events(profile)
         with SyncWatch() as watch:
             sums = step()
         seen.append((watch.places, profiled, sums.wait()["grad_norm"]))
@@ -153,6 +143,9 @@ def test_the_watch_sees_what_waits():
         values.sum().item()
         values.nonzero()
     assert [name for name, _ in watch.places] == ["_local_scalar_dense", "nonzero"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        values[values > 0].sum().item()
+    assert {name for name, _ in waiting_events(profile)} == {"_local_scalar_dense", "item", "nonzero"}
     assert all(place.endswith("test_the_watch_sees_what_waits") for _, place in watch.places)
     with pytest.raises(NotImplementedError), SyncWatch() as watch:
         torch.ones(2, device="meta").cpu()
