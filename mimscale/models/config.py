@@ -29,6 +29,9 @@ class EncoderConfig:
         """Blocks between the embedding and the end, their weights being encoder.blocks.N; what layer decay counts."""
         raise NotImplementedError
 
+    def check_crop(self, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> None:
+        """Raise ValueError where its stages do not divide such a crop."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig(EncoderConfig):
@@ -123,6 +126,10 @@ class ResencConfig(EncoderConfig):
         """Of each stage."""
         return self.kernels or len(self.features) * ((3, 3, 3),)
 
+    def check_crop(self, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> None:
+        """See `stage_voxels`."""
+        self.stage_voxels(crop_voxels)
+
     def stage_voxels(self, crop_voxels: Sequence[int]) -> list[Zyx]:
         """Z, Y, X edges of the features of each stage.
 
@@ -171,6 +178,10 @@ class SwinConfig(EncoderConfig):
     def layers(self) -> int:
         """The stages."""
         return len(self.depths)
+
+    def check_crop(self, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> None:
+        """See `cell_voxels`."""
+        self.cell_voxels(crop_voxels, patch_voxels)
 
     def cell_voxels(self, crop_voxels: Sequence[int], patch_voxels: Sequence[int]) -> Zyx:
         """Z, Y, X edges of what one token stands for at the end: a patch, doubled by each stage.

@@ -68,7 +68,11 @@ class Network(ABC, Generic[C]):
         return self.block or self.name
 
     def problems(self, config: C) -> list[str]:
-        """Rules between keys that the config breaks, in words, before anything starts."""
+        """Rules between keys that the config breaks, in words, before anything starts; here, those of the encoder."""
+        try:
+            config.model.check_crop(config.crop_voxels, config.patch_voxels)
+        except ValueError as error:
+            return [str(error)]
         return []
 
     def tally(self, config: C, channels: int) -> Tally | None:
@@ -144,13 +148,13 @@ class Method(Network["PretrainConfig"]):
 
     def problems(self, config: "PretrainConfig") -> list[str]:
         """A mask that does not fit the crop, where voxels are hidden."""
-        if not self.predicts_voxels:
-            return []
-        try:
-            mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
-        except ValueError as error:
-            return [str(error)]
-        return []
+        problems = super().problems(config)
+        if self.predicts_voxels:
+            try:
+                mask_grid(config.crop_voxels, config.patch_voxels, config.mask)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
 
     def problem_of_ranks(self, config: "PretrainConfig", world_size: int) -> str | None:
         """Why it cannot be computed on so many ranks; None where it can."""

@@ -25,11 +25,12 @@ class _Primus(Head):
 
     def problems(self, config: FinetuneConfig) -> list[str]:
         """A patch whose resolution cannot be doubled up to that of voxels."""
+        problems = super().problems(config)
         try:
             unetr_halvings(config.patch_voxels)
         except ValueError as error:
-            return [str(error)]
-        return []
+            problems.append(str(error))
+        return problems
 
     def tally(self, config: FinetuneConfig, channels: int) -> Tally:
         vit, shape = model_of(config, VitConfig), crop_shape(config, channels)

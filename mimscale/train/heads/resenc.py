@@ -32,14 +32,6 @@ class _Resenc(Head):
             deep_supervision=own.deep_supervision,
         )
 
-    def problems(self, config: FinetuneConfig) -> list[str]:
-        """Strides that do not fit the crop."""
-        try:
-            model_of(config, ResencConfig).stage_voxels(config.crop_voxels)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
     def tally(self, config: FinetuneConfig, channels: int) -> Tally:
         resenc, shape = model_of(config, ResencConfig), crop_shape(config, channels)
         own: ResencHeadConfig = getattr(config, self.name)

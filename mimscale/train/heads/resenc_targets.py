@@ -22,13 +22,5 @@ class _ResencTargets(TargetsHead):
         resenc = model_of(config, ResencConfig)
         return ResidualEncoder(resenc, channels=channels), resenc.features[-1]
 
-    def problems(self, config: FinetuneConfig) -> list[str]:
-        """Strides that do not fit the crop."""
-        try:
-            model_of(config, ResencConfig).stage_voxels(config.crop_voxels)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
 
 HEAD = _ResencTargets()

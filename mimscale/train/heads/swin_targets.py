@@ -22,13 +22,5 @@ class _SwinTargets(TargetsHead):
         swin, crop, patch = model_of(config, SwinConfig), config.crop_voxels, config.patch_voxels
         return Swin(swin, crop_voxels=crop, patch_voxels=patch, channels=channels), swin.dim * 2**swin.layers
 
-    def problems(self, config: FinetuneConfig) -> list[str]:
-        """Stages that do not fit the crop."""
-        try:
-            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
 
 HEAD = _SwinTargets()

@@ -24,14 +24,6 @@ class _SwinUnetr(Head):
         swin, crop, patch = model_of(config, SwinConfig), config.crop_voxels, config.patch_voxels
         return SwinUnetr(swin, config.unetr, crop_voxels=crop, patch_voxels=patch, channels=channels)
 
-    def problems(self, config: FinetuneConfig) -> list[str]:
-        """Stages that do not fit the crop."""
-        try:
-            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
     def tally(self, config: FinetuneConfig, channels: int) -> Tally:
         swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
         return swin_tally(swin, shape) + swin_unetr_head(swin, shape, config.unetr.num_classes)

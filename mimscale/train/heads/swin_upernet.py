@@ -27,14 +27,6 @@ class _SwinUpernet(Head):
         own: UpernetConfig = getattr(config, self.name)
         return Upernet(swin, config.unetr, own, crop_voxels=crop, patch_voxels=patch, channels=channels)
 
-    def problems(self, config: FinetuneConfig) -> list[str]:
-        """Stages that do not fit the crop."""
-        try:
-            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
     def tally(self, config: FinetuneConfig, channels: int) -> Tally:
         swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
         own: UpernetConfig = getattr(config, self.name)

@@ -26,11 +26,12 @@ class _Unetr(Head):
 
     def problems(self, config: FinetuneConfig) -> list[str]:
         """A patch whose resolution cannot be doubled up to that of voxels."""
+        problems = super().problems(config)
         try:
             unetr_halvings(config.patch_voxels)
         except ValueError as error:
-            return [str(error)]
-        return []
+            problems.append(str(error))
+        return problems
 
     def parameter_sizes(self, config: FinetuneConfig, channels: int) -> list[int]:
         shape, vit = crop_shape(config, channels), model_of(config, VitConfig)

@@ -34,15 +34,6 @@ class _ResencMae(Method):
             model_of(config, ResencConfig), config.target, crop_voxels=crop, patch_voxels=patch, channels=channels
         )
 
-    def problems(self, config: PretrainConfig) -> list[str]:
-        """A mask or strides that do not fit the crop."""
-        problems = super().problems(config)
-        try:
-            model_of(config, ResencConfig).stage_voxels(config.crop_voxels)
-        except ValueError as error:
-            problems.append(str(error))
-        return problems
-
     def tally(self, config: PretrainConfig, channels: int) -> Tally:
         return resenc_tally(model_of(config, ResencConfig), crop_shape(config, channels), channels)
 

@@ -32,15 +32,6 @@ class _SwinSimmim(Method):
         swin, crop, patch = model_of(config, SwinConfig), config.crop_voxels, config.patch_voxels
         return SwinSimmim(swin, config.target, crop_voxels=crop, patch_voxels=patch, channels=channels)
 
-    def problems(self, config: PretrainConfig) -> list[str]:
-        """A mask or stages that do not fit the crop."""
-        problems = super().problems(config)
-        try:
-            model_of(config, SwinConfig).cell_voxels(config.crop_voxels, config.patch_voxels)
-        except ValueError as error:
-            problems.append(str(error))
-        return problems
-
     def tally(self, config: PretrainConfig, channels: int) -> Tally:
         swin, shape = model_of(config, SwinConfig), crop_shape(config, channels)
         return swin_tally(swin, shape) + simmim_head(swin, shape)
