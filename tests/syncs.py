@@ -64,10 +64,8 @@ def _caller():
     return f"{Path(frames[-1].filename).name}:{frames[-1].name}"
 
 
-# Kernels of the CPU that read a number themselves. That of AdamW reads it on the device on CUDA. masked_fill_ with a
-# tensor as value does not: DeepSpeed's norm of bf16 gradients (runtime/utils.py) waits there once a step, a known
-# gap.
-HOST_KERNELS = {"aten::_fused_adamw_", "aten::masked_fill_"}
+# Kernels of the CPU that read a number themselves; those of CUDA read it on the device.
+HOST_KERNELS = {"aten::_fused_adamw_"}
 
 
 def waiting_events(profile):
