@@ -15,7 +15,9 @@ def resenc_tally(resenc: ResencConfig, shape: CropShape, outputs: int) -> Tally:
     voxels, width = math.prod(shape.crop_voxels), resenc.features[0]
     # Of the finest features, before and behind the norm, and of what the first convolution of the decoder is given.
     last = Tally(gradients=3 * voxels * width)
-    return tallied([_encoder(resenc, shape), _decoder(resenc, shape), linear("head", voxels, width, outputs), last])
+    return tallied(
+        [resenc_encoder(resenc, shape), _decoder(resenc, shape), linear("head", voxels, width, outputs), last]
+    )
 
 
 def coarse_outputs(resenc: ResencConfig, shape: CropShape, outputs: int) -> Tally:
@@ -35,7 +37,8 @@ def stage_voxel_counts(resenc: ResencConfig, shape: CropShape) -> list[int]:
     return [math.prod(edges) for edges in resenc.stage_voxels(shape.crop_voxels)]
 
 
-def _encoder(resenc: ResencConfig, shape: CropShape) -> Tally:
+def resenc_encoder(resenc: ResencConfig, shape: CropShape) -> Tally:
+    """The encoder alone."""
     voxels, widths = math.prod(shape.crop_voxels), resenc.features
     image = Tally(numbers=voxels * shape.channels)
     stem = _conv_norm("encoder", voxels, shape.channels, widths[0], resenc.stage_kernels[0], of_image=True)

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mimscale.errors import DataError
-from mimscale.models.activations import FP32_BYTES, Activations, encoder_activations
-from mimscale.models.config import POOL_DIM, VitConfig
-from mimscale.models.flops import Flops, Product, encoder_products, flops_by_part
-from mimscale.models.parameters import linear_sizes, vit_sizes
+from mimscale.models.activations import Activations
+from mimscale.models.config import VitConfig
+from mimscale.models.pooled_tally import pooled_head
+from mimscale.models.primus_tally import vit_tally
+from mimscale.models.tally import Tally, activations
 from mimscale.targets.config import TargetsConfig
 from mimscale.targets.table import TargetTable
 from mimscale.train.config import FinetuneConfig
@@ -68,49 +69,53 @@ class TargetsHead(Head):
         return replace(config, **changed)
 
     @abstractmethod
-    def encoder(self, config: FinetuneConfig, channels: int) -> "tuple[Encoder, int]":
-        """The encoder, and the numbers of each token at its end."""
+    def encoder(self, config: FinetuneConfig, channels: int) -> "Encoder":
+        """The encoder."""
+
+    @abstractmethod
+    def last_tokens(self, config: FinetuneConfig) -> tuple[int, int]:
+        """Tokens of a crop at the encoder's end, and the numbers of each."""
+
+    @abstractmethod
+    def encoder_tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        """The encoder's parts by formula, up to its last tokens."""
 
     def build(self, config: FinetuneConfig, channels: int) -> "nn.Module":
         """The encoder with pooling and one linear layer."""
         from mimscale.models.pooled import PooledPredictor
 
         targets = targets_of(config)
-        encoder, dim = self.encoder(config, channels)
+        _, dim = self.last_tokens(config)
+        encoder = self.encoder(config, channels)
         return PooledPredictor(encoder, dim=dim, outputs=num_outputs(targets), pool=targets.pool)
+
+    def tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        """The encoder, pooling and one linear layer."""
+        targets, (tokens, dim) = targets_of(config), self.last_tokens(config)
+        return self.encoder_tally(config, channels) + pooled_head(tokens, dim, num_outputs(targets), targets.pool)
+
+    def activations(self, config: FinetuneConfig, width: int, channels: int) -> Activations:
+        """Those of the network: the loss of a few numbers a crop is nothing beside them."""
+        return activations(self.tally(config, channels), width, transient=0)
 
 
 class _VitTargets(TargetsHead):
     name = "targets"
     title = "vision transformer for targets of whole volumes"
 
-    def encoder(self, config: FinetuneConfig, channels: int) -> "tuple[Encoder, int]":
+    def encoder(self, config: FinetuneConfig, channels: int) -> "Encoder":
         from mimscale.models.vit import Vit
 
-        vit, crop, patch = model_of(config, VitConfig), config.crop_voxels, config.patch_voxels
-        return Vit(vit, crop_voxels=crop, patch_voxels=patch, channels=channels), vit.dim
+        crop, patch = config.crop_voxels, config.patch_voxels
+        return Vit(model_of(config, VitConfig), crop_voxels=crop, patch_voxels=patch, channels=channels)
 
-    def parameter_sizes(self, config: FinetuneConfig, channels: int) -> list[int]:
-        vit, targets = model_of(config, VitConfig), targets_of(config)
-        pool = [*linear_sizes(vit.dim, POOL_DIM), POOL_DIM] if targets.pool == "attention" else []
-        return vit_sizes(vit, crop_shape(config, channels)) + pool + linear_sizes(vit.dim, num_outputs(targets))
+    def last_tokens(self, config: FinetuneConfig) -> tuple[int, int]:
+        return crop_shape(config, 1).patches, model_of(config, VitConfig).dim
 
-    def flops(self, config: FinetuneConfig, channels: int) -> dict[str, Flops]:
-        vit, targets, shape = model_of(config, VitConfig), targets_of(config), crop_shape(config, channels)
-        head = [Product(part="head", rows=1, inner=vit.dim, columns=num_outputs(targets))]
-        if targets.pool == "attention":
-            view = Product(part="head", rows=shape.patches, inner=vit.dim, columns=POOL_DIM)
-            head = [view, replace(view, inner=POOL_DIM, columns=1), *head]
-        return flops_by_part([*encoder_products(vit, shape, tokens=shape.patches), *head])
-
-    def activations(self, config: FinetuneConfig, width: int, channels: int) -> Activations:
-        """The encoder's; attention pooling keeps what it looks at, besides."""
-        vit, targets, shape = model_of(config, VitConfig), targets_of(config), crop_shape(config, channels)
-        whole = encoder_activations(vit, numbers_a_patch=shape.numbers_a_patch, tokens=shape.patches, width=width)
-        if targets.pool == "mean":
-            return whole
-        tokens = vit.dim * (width + (FP32_BYTES if width < FP32_BYTES else 0)) + POOL_DIM * width + 2 * FP32_BYTES
-        return replace(whole, kept=whole.kept + shape.patches * tokens)
+    def encoder_tally(self, config: FinetuneConfig, channels: int) -> Tally:
+        """Without what the last norm gives: pooling keeps its own copy or none."""
+        tokens, dim = self.last_tokens(config)
+        return vit_tally(model_of(config, VitConfig), crop_shape(config, channels)) + Tally(numbers=-tokens * dim)
 
 
 HEAD = _VitTargets()
