@@ -85,8 +85,8 @@ def test_a_run_whose_checkpoints_are_all_broken_stops_with_exit_code_4_and_names
 
 def fill_the_disk(words: list[str]) -> int:
     """`mimscale WORDS` on a disk that somebody else fills after the look at its free space."""
-    make_room = checkpoint._make_room
-    checkpoint._make_room = lambda temporary, needed_bytes: make_room(temporary, 0)
+    make_room = checkpoint.Checkpoints._make_room
+    checkpoint.Checkpoints._make_room = lambda self, temporary, needed_bytes: make_room(self, temporary, 0)
     return main(words)
 
 
