@@ -97,9 +97,11 @@ class Result:
         return compute_s(self.run)
 
     @property
-    def pretrain_s(self) -> float:
-        """Computing time of its pretraining, 0 from scratch."""
-        return (compute_s(self.pretraining) or 0.0) if self.pretraining else 0.0
+    def pretrain_s(self) -> float | None:
+        """Computing time of its pretraining, 0 from scratch; None of weights that no node of the study made."""
+        if self.pretraining is None:
+            return 0.0 if self.run.config.get("init_from") is None else None
+        return compute_s(self.pretraining) or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +149,9 @@ class Group:
         """The same in seconds of computing, pretraining included."""
         found = []
         for result, time in zip([r for r in self.results if r.curve], self.times(target), strict=True):
-            step_s = result.run.percentile("step_s", 50) or 0.0
-            found.append(Time(value=result.pretrain_s + step_s * time.value, censored=time.censored))
+            step_s, before_s = result.run.percentile("step_s", 50) or 0.0, result.pretrain_s
+            if before_s is not None:
+                found.append(Time(value=before_s + step_s * time.value, censored=time.censored))
         return found
 
     @property

@@ -118,6 +118,20 @@ def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
         assert groups[0].results[0].case_dice == {"a": pytest.approx(dice)}
 
 
+def test_weights_from_outside_of_the_study_have_no_time_of_pretraining(tmp_path):
+    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
+    graph = expand(config)
+    trial = graph.trials[0]
+    run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+    fake_run(run, "finetune")
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    for init_from, known in ((None, 1), ("/weights", 0)):
+        (run / "config.yaml").write_text(yaml.safe_dump({**tree, "init_from": init_from}))
+        group = read_groups(config, graph, tmp_path, {trial.finetune})[0]
+        assert len(group.times(0.0)) == 1
+        assert len(group.seconds_to(0.0)) == known
+
+
 def test_costs_hold_each_run_once_with_the_size_of_what_is_trained_first(tmp_path):
     store = make_store(tmp_path / "data")
     question = {"question": "?", "arms": ["scratch"]}
