@@ -36,11 +36,14 @@ study-small: .venv/op-built-demo debian-packages ## the paper's claims on deform
 study-small-quick: .venv/op-built-demo debian-packages ## the same in about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_quick run_dir=$(STUDY_DIR)_quick
 
-# The control trains on the same crops as one node of the study, by that node's config.
-MONAI_TWIN = import json, sys; print(next(n["folder"] for n in json.load(sys.stdin)["nodes"] if n["label"] == "pretrain mae, seed 11"))
+# The control trains on the same crops as nodes of the study, by those nodes' configs.
+MONAI_TWIN = import json, sys; print(next(n["folder"] for n in json.load(sys.stdin)["nodes"] if n["label"] == "pretrain mae, seed $*"))
+$(STUDY_DIR)/monai/%/contract.json:
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pretrain_monai_mae.py \
+	  "$$($(BIN)/mimscale study studies/small run_dir=$(STUDY_DIR) --dry-run --json | $(BIN)/python -c '$(MONAI_TWIN)')" $(@D)
+
 study-small-monai: study-small ## MONAI's masked autoencoder as a control, after study-small and in its folder
-	test -e $(STUDY_DIR)/monai/contract.json || OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pretrain_monai_mae.py \
-	  "$$($(BIN)/mimscale study studies/small run_dir=$(STUDY_DIR) --dry-run --json | $(BIN)/python -c '$(MONAI_TWIN)')" $(STUDY_DIR)/monai
+	$(MAKE) --jobs 2 $(foreach seed,11 12 13,$(STUDY_DIR)/monai/$(seed)/contract.json)
 	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_monai run_dir=$(STUDY_DIR) data.monai.path=$(abspath $(STUDY_DIR))/monai
 
 # Elsewhere the tests that need them skip; in CI a skip is a failure.

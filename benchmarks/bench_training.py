@@ -22,6 +22,8 @@ from mimscale.ingest.run import ingest
 
 VOLUMES = 16  # an epoch must hold the global batch of all ranks
 SETTINGS = ["crop_voxels=[64,64,64]", "patch_voxels=[8,8,8]", "micro_batch=4", "global_batch=16", "engine.zero_stage=1"]
+# Of a network of 3 million weights: with the recipes' buckets, stage 3 would hold little else.
+BUCKETS = "engine.bucket_elements=1000000"
 SMALL = ["model={dim: 192, depth: 6, heads: 6}", "mae={decoder_dim: 96, decoder_depth: 1, decoder_heads: 3}"]
 STREAM = "stream={workers: 1, crops_per_volume: 4, region_voxels: [96,96,96], align_voxels: 32}"
 
@@ -39,7 +41,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench_training_") as name:
         folder = Path(name)
         store = _store(folder, arguments.edge)
-        words = ["demo/pretrain", *SETTINGS, *SMALL, STREAM, f"store={store}", "modality=null"]
+        words = ["demo/pretrain", *SETTINGS, *SMALL, BUCKETS, STREAM, f"store={store}", "modality=null"]
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(_tree(words, folder / "run")))
         print("training in three modes ...", file=sys.stderr, flush=True)

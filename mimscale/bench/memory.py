@@ -93,6 +93,7 @@ def states_of(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
         "parameters": parameters,
         "bytes_of_rank": of_rank,
         "theory_bytes": round(expected),
+        "bucket_bytes": config.engine.bucket_elements * (2 if bf16 else 4),
         "of_theory": round(max(of_rank) / expected, 3),
     }
 

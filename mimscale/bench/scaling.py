@@ -173,12 +173,16 @@ def as_markdown(result: dict[str, Any]) -> str:
                 f"{row['theory_bytes'] / 1e6:.1f}",
                 f"{max(row['bytes_of_rank']) / row['parameters']:.2f}",
                 f"{row['of_theory']:.2f}",
+                f"{row['bucket_bytes'] / 1e6:.1f}",
             ]
             for row in result["memory"]
         ]
         columns = ["ZeRO stage", "ranks", "precision", "MB of the largest rank", "theory, MB", "bytes a parameter"]
         text += "Weights, gradients and optimizer after the backward pass\n\n"
-        text += measure.table([*columns, "of theory"], cells)
+        text += measure.table([*columns, "of theory", "a bucket, MB"], cells)
+        text += (
+            "\nStage 3 holds buckets as well at that moment, which theory leaves out; `mimscale plan` counts them.\n"
+        )
     return text
 
 

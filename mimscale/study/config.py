@@ -66,11 +66,26 @@ class ArmConfig:
     """One way to come to an encoder."""
 
     pretrain: dict[str, Any] | None = None  # on top of the study's pretraining; null: from scratch
+    # In place of pretrain: weights from outside of the study, `{seed}` standing for the pretraining seed: @other/{seed}
+    weights: str | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the common plan: `may_differ` says why
     # Arm whose pretraining time this one gets, where others get as many crops: its steps follow from what that arm's
     # pretraining and its own with as many crops have measured; put both into the experiment
     same_time_as: str | None = None
     note: str = ""  # for the report
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        if "{seed}" not in self.weights:
+            raise ValueError(f"weights={self.weights}: must have {{seed}} in it; other seeds are other weights")
+        if self.pretrain is not None or "init_from" in self.finetune:
+            raise ValueError(f"weights={self.weights}: leave out pretrain and finetune.init_from, they stand for both")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether it has no pretraining, and so no pretraining seeds."""
+        return self.pretrain is None and self.weights is None
 
 
 @dataclass(frozen=True, kw_only=True)

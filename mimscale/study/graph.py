@@ -52,7 +52,7 @@ class Trial:
     arm: str
     pretrain_seed: int | None  # None: from scratch
     finetune_seed: int
-    pretrain: str | None  # node
+    pretrain: str | None  # node; None: from scratch, or from weights that no node of the study made
     finetune: str
     evaluate: str
 
@@ -165,7 +165,9 @@ def expand(config: StudyConfig) -> Graph:
             tree = _stage_tree(config, arm, keys, "finetune", finetune_seed)
             if pretrain is not None:
                 tree["init_from"] = f"@{pretrain}"
-            seeds = f"seed {finetune_seed}" if pretrain is None else f"seeds {pretrain_seed}, {finetune_seed}"
+            elif arm.weights is not None:
+                tree["init_from"] = arm.weights.replace("{seed}", str(pretrain_seed))
+            seeds = f"seed {finetune_seed}" if arm.from_scratch else f"seeds {pretrain_seed}, {finetune_seed}"
             finetune = builder.add("finetune", f"finetune {label}, {seeds}", tree)
             evaluation = _evaluation(config, keys)
             # One run may be scored in several ways, by settings of `evaluate`; each has its own scores.
@@ -212,7 +214,7 @@ def _points(config: StudyConfig, experiment: ExperimentConfig) -> Iterator[tuple
         for finetune_seed in finetune_seeds:
             for setting in experiment.points:
                 for arm in experiment.arms:
-                    if config.arms[arm].pretrain is not None:
+                    if not config.arms[arm].from_scratch:
                         yield setting, arm, pretrain_seed, finetune_seed
                     elif place == 0:
                         yield setting, arm, None, finetune_seed

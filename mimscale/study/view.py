@@ -202,7 +202,7 @@ def _trials_table(graph: Graph, study_dir: Path, groups: Sequence[Group], uses: 
                 [
                     heading(group.experiment),
                     group.name,
-                    str(trial.pretrain_seed) if trial.pretrain else "",
+                    "" if trial.pretrain_seed is None else str(trial.pretrain_seed),
                     str(trial.finetune_seed),
                     three(result.mean("dice")),
                     result.scores["checkpoint"] if result.scores else NOTHING,
@@ -300,6 +300,12 @@ def _notes(
         differing = [name for name, arm in config.arms.items() if name in used and key in dotted_keys(arm.finetune)]
         if differing:
             notes.append(f"{key} of fine-tuning differs in {'; '.join(differing)}: {reason}")
+    notes += [
+        f"{name} starts from weights that no run of this study made: what they were trained on was not looked at, and "
+        "what that took is in no number."
+        for name, arm in config.arms.items()
+        if name in used and arm.weights is not None
+    ]
     notes += _matched_notes(graph, study_dir)
     if compared > UNCORRECTED:
         by_chance = (1 - config.bootstrap.level) * compared

@@ -72,6 +72,43 @@ def test_an_arm_may_differ_from_the_plan_only_where_the_recipe_says_why(tmp_path
     assert [graph.nodes[trial.finetune].config.get("optim") for trial in graph.trials] == [{"lr": 1e-3}, None]
 
 
+def test_weights_from_outside_are_of_a_pretraining_seed_and_of_no_node(tmp_path):
+    tree = study_tree(tmp_path)
+    tree["data"]["hub"] = {"path": "/hub"}
+    arms = {**tree["arms"], "theirs": {"weights": "@hub/seed_{seed}"}}
+    question = experiment(["scratch", "mae", "theirs"])
+    graph = graph_of(
+        tmp_path,
+        data=tree["data"],
+        arms=arms,
+        pretrain_seeds=[3, 4],
+        finetune_seeds=[0],
+        experiments={"main": question},
+    )
+    found = {
+        (trial.arm, trial.pretrain_seed): graph.nodes[trial.finetune].config.get("init_from") for trial in graph.trials
+    }
+    assert found["theirs", 3] == "/hub/seed_3"
+    assert found["theirs", 4] == "/hub/seed_4"
+    assert found["scratch", None] is None
+    assert all(trial.pretrain is None for trial in graph.trials if trial.arm == "theirs")
+    labels = [graph.nodes[trial.finetune].label for trial in graph.trials if trial.arm == "theirs"]
+    assert labels == ["finetune theirs, seeds 3, 0", "finetune theirs, seeds 4, 0"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"weights": "@hub"}, r"arms.theirs.*weights=@hub: must have \{seed\} in it"),
+        ({"weights": "@hub/{seed}", "pretrain": {}}, r"arms.theirs.*leave out pretrain"),
+        ({"weights": "@hub/{seed}", "finetune": {"init_from": "/x"}}, r"leave out pretrain and finetune.init_from"),
+    ],
+)
+def test_weights_from_outside_stand_alone(arm, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        graph_of(tmp_path, arms={**study_tree(tmp_path)["arms"], "theirs": arm})
+
+
 def test_a_changed_recipe_makes_new_nodes_only_where_it_matters(tmp_path):
     before, after = graph_of(tmp_path), graph_of(tmp_path, evaluate={"overlap": 0.25})
     changed = {after.nodes[node_id].verb for node_id in after.nodes.keys() - before.nodes.keys()}

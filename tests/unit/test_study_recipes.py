@@ -94,14 +94,18 @@ def test_masked_methods_are_compared_with_scratch_and_by_the_same_runs_with_simc
 
 
 def test_the_control_of_monai_has_the_twin_that_make_looks_for():
-    (label,) = re.findall(r'n\["label"\] == "(.*?)"', (Path(__file__).parents[2] / "Makefile").read_text())
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    (label,) = re.findall(r'n\["label"\] == "(.*?)"', makefile)
+    (seeds,) = re.findall(r"foreach seed,(.*?),", makefile)
     study = load_study(["studies/small_monai", "run_dir=x", "data.monai.path=/weights"])
     graph = expand(study)
-    trials = {trial.arm: trial for trial in graph.trials if trial.experiment == "monai_control"}
-    assert graph.nodes[trials["mae"].pretrain].label == label
-    twins = [graph.nodes[trials[arm].finetune].config for arm in ("mae", "mae of MONAI")]
-    assert twins[1]["init_from"] == "/weights"
-    assert {key for key in twins[0] if twins[0][key] != twins[1][key]} == {"init_from", "model"}
+    trials = {(trial.arm, trial.pretrain_seed): trial for trial in graph.trials if trial.experiment == "monai_control"}
+    assert {seed for _, seed in trials} == {int(seed) for seed in seeds.split()}
+    for seed in seeds.split():
+        assert graph.nodes[trials["mae", int(seed)].pretrain].label == label.replace("$*", seed)
+        twins = [graph.nodes[trials[arm, int(seed)].finetune].config for arm in ("mae", "mae of MONAI")]
+        assert twins[1]["init_from"] == f"/weights/{seed}"
+        assert {key for key in twins[0] if twins[0][key] != twins[1][key]} == {"init_from", "model"}
 
 
 def test_every_study_that_is_run_here_scores_with_flips_and_the_quick_one_the_best_checkpoint_too():
