@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mimscale.bench import measure
+from mimscale.bench.charts import Lines, draw_lines
 from mimscale.bench.step import Build, Setting, measure_steps, own_step, plain_step
 from mimscale.bench.verbs import bench_config
 from mimscale.config import load_verb_config
@@ -75,6 +76,7 @@ def main() -> int:
         "rows": rows_of(speed, curves),
     }
     path = measure.write_result(arguments.out, "less_work", arguments.hardware, tree, _as_markdown(tree))
+    draw(curves, path.with_suffix(".png"))
     print(path.read_text())
     return 0
 
@@ -193,6 +195,20 @@ def rows_of(speed: dict[str, list[dict[str, Any]]], curves: dict[str, list[dict[
             }
         )
     return rows
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """The validation loss of every way, over processor seconds and over views."""
+    panels = [
+        Lines(
+            title="A subject that was left out",
+            x=name,
+            y="loss, by that of the mean voxel",
+            lines={way: [(point[key], point["loss"]) for point in curve] for way, curve in curves.items()},
+        )
+        for key, name in (("cpu_s", "processor seconds"), ("views", "views"))
+    ]
+    draw_lines([panels], path)
 
 
 def _as_markdown(tree: dict[str, Any]) -> str:

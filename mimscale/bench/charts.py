@@ -47,11 +47,12 @@ def draw_bars(panels: Sequence[Bars], path: Path) -> None:
 
 
 def draw_lines(panels: Sequence[Sequence[Lines]], path: Path) -> None:
-    """A grid of panels, row by row; the first one has the legend of all that have the same lines."""
+    """A grid of panels, row by row; panels with the same lines have one legend, beside the first row of them."""
     figure, axes = _figure(len(panels), len(panels[0]), (6 * len(panels[0]), 4 * len(panels)))
     shown: set[tuple[str, ...]] = set()
     for row_of_axes, row in zip(axes, panels, strict=True):
-        for axis, panel in zip(row_of_axes, row, strict=True):
+        names = [tuple(panel.lines) for panel in row]
+        for axis, panel, following in zip(row_of_axes, row, [*names[1:], ()], strict=True):
             plot = axis.loglog if panel.logarithmic else axis.plot
             for name, points in panel.lines.items():
                 (line,) = plot(*zip(*points, strict=True), "o-", label=name)
@@ -60,9 +61,10 @@ def draw_lines(panels: Sequence[Sequence[Lines]], path: Path) -> None:
             axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
             if not panel.logarithmic:
                 axis.set_ylim(0, None)
+                axis.locator_params(axis="x", integer=True)
             axis.grid(visible=True, which="major", alpha=0.3)
-            if tuple(panel.lines) not in shown:
-                axis.legend(fontsize="small")
+            if tuple(panel.lines) not in (*shown, following):
+                axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # lines fill the panel itself
                 shown.add(tuple(panel.lines))
     _save(figure, path)
 
