@@ -130,10 +130,10 @@ def monai_step(setting: Setting) -> Step:
     return plain_step(setting, model, loss_of, clip=config.engine.clip_grad_norm)
 
 
-def monai_step_alone(setting: Setting) -> Step:
-    """The same as in a process of its own, on a CPU: there glibc gives large blocks back to the kernel.
+def monai_step_giving_back(setting: Setting) -> Step:
+    """The same with glibc as it is by itself on a CPU: it gives large blocks back to the kernel.
 
-    All other contenders are spared that, because `join_ranks` sets it for the process.
+    All other contenders are spared that, because `join_ranks` sets that for the process; a script of MONAI is not.
     """
     step, mallopt = monai_step(setting), ctypes.CDLL(None).mallopt
 
