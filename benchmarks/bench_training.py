@@ -32,7 +32,7 @@ def main() -> int:
     parser = measure.results_arguments("Benchmark of training and its scaling.")
     parser.add_argument("--steps", type=int, default=20, help="of a window")
     parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--memory-ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--threads", type=int, default=1, help="of a rank")
     parser.add_argument("--edge", type=int, default=192, help="of the CTs, voxels")

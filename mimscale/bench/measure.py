@@ -135,6 +135,12 @@ def write_result(folder: Path, benchmark: str, hardware: str, tree: dict[str, An
     return stem.with_suffix(".md")
 
 
+def range_text(values: Sequence[float]) -> str:
+    """Of a table: [low, median, high] as the median, and in brackets the others."""
+    low, median, high = values
+    return f"{median:.3f} ({low:.2f} to {high:.2f})"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table."""
     lines = [list(map(str, columns)), ["---"] * len(columns), *(list(map(str, row)) for row in rows)]

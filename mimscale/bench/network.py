@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mimscale.bench.gpus import Gpu
 from mimscale.errors import ConfigError
 from mimscale.train.config import RunConfig
@@ -47,9 +49,18 @@ def transfer_s(sent_bytes: float, nodes: int, gpus_per_node: int, gpu: Gpu) -> f
     return max(within, between) * (ranks - 1) / ranks
 
 
+@dataclass(frozen=True)
+class WeakStep:
+    """A measured step of n ranks with a fixed batch each."""
+
+    ranks: int
+    step_s: float
+    ranks_a_core: float = 1.0  # above 1 where ranks share cores, and so compute in turns
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScalingFit:
-    """step_s(n) = alone_s + sent_bytes * (n - 1) / n / bandwidth, fitted to measured runs of a fixed batch a rank."""
+    """step_s(n) = alone_s * ranks_a_core + sent_bytes * (n - 1) / n / bandwidth, fitted to measured runs."""
 
     alone_s: float  # of one rank
     gb_per_s: float | None  # what the step waits for, so after overlap; None: more ranks took no longer
@@ -62,35 +73,33 @@ class ScalingFit:
         return 0.0 if self.gb_per_s is None else sent_bytes / (self.gb_per_s * 1e9) * (ranks - 1) / ranks
 
 
-def fit_scaling(steps: Sequence[tuple[int, float]], sent_bytes: float, nodes: int = 1) -> ScalingFit:
-    """Least squares over (ranks, seconds a step).
+def fit_scaling(steps: Sequence[WeakStep], sent_bytes: float, nodes: int = 1) -> ScalingFit:
+    """Least squares over the measured steps.
 
     Raises:
         ConfigError: fewer than two numbers of ranks.
     """
-    if len({ranks for ranks, _ in steps}) < 2:
-        raise ConfigError(f"runs on {[ranks for ranks, _ in steps]} ranks: a fit needs two or more numbers of ranks")
-    shares = [(ranks - 1) / ranks for ranks, _ in steps]
-    mean_share = sum(shares) / len(steps)
-    mean_s = sum(seconds for _, seconds in steps) / len(steps)
-    spread = sum((share - mean_share) ** 2 for share in shares)
-    slope_s = sum((share - mean_share) * seconds for share, (_, seconds) in zip(shares, steps, strict=True)) / spread
-    slope_s = max(slope_s, 0.0)
-    alone_s = mean_s - slope_s * mean_share
-    misses = [
-        abs(alone_s + slope_s * share - seconds) / seconds for share, (_, seconds) in zip(shares, steps, strict=True)
-    ]
+    ranks = tuple(step.ranks for step in steps)
+    if len(set(ranks)) < 2:
+        raise ConfigError(f"runs on {list(ranks)} ranks: a fit needs two or more numbers of ranks")
+    crowding = np.array([step.ranks_a_core for step in steps])
+    shares = np.array([(step.ranks - 1) / step.ranks for step in steps])
+    seconds = np.array([step.step_s for step in steps])
+    (alone_s, slope_s), *_ = np.linalg.lstsq(np.stack([crowding, shares], axis=1), seconds, rcond=None)
+    if slope_s < 0:  # more ranks took no longer
+        alone_s, slope_s = float(crowding @ seconds / (crowding @ crowding)), 0.0
+    misses = np.abs(alone_s * crowding + slope_s * shares - seconds) / seconds
     return ScalingFit(
-        alone_s=alone_s,
-        gb_per_s=sent_bytes / slope_s / 1e9 if slope_s > 0 else None,
-        worst_miss_percent=round(100 * max(misses), 1),
-        ranks=tuple(ranks for ranks, _ in steps),
+        alone_s=float(alone_s),
+        gb_per_s=float(sent_bytes / slope_s / 1e9) if slope_s > 0 else None,
+        worst_miss_percent=round(100 * float(misses.max()), 1),
+        ranks=ranks,
         nodes=nodes,
     )
 
 
-def weak_steps(result: dict[str, Any], origin: Path) -> tuple[list[tuple[int, float]], int]:
-    """(ranks, seconds a step) of the weak rows of `bench scaling`, on synthetic batches, and the nodes of the largest.
+def weak_steps(result: dict[str, Any], origin: Path) -> tuple[list[WeakStep], int]:
+    """The weak rows of `bench scaling`, on synthetic batches, and the nodes of the largest.
 
     Raises:
         ConfigError: another kind of result, or one without weak scaling.
@@ -98,6 +107,10 @@ def weak_steps(result: dict[str, Any], origin: Path) -> tuple[list[tuple[int, fl
     rows = result.get("scaling", {}).get("weak") if result.get("benchmark") == "scaling" else None
     if not rows:
         raise ConfigError(f"{origin}: no weak scaling in it; expected the JSON of `mimscale bench scaling`")
-    # Without a loader: what ranks wait for there is each other.
-    steps = [(row["ranks"], row["global_batch"] / row["modes"]["synthetic"]["samples_per_s"]) for row in rows]
-    return steps, max(row["nodes"] for row in rows)
+    return [weak_step(row) for row in rows], max(row["nodes"] for row in rows)
+
+
+def weak_step(row: dict[str, Any]) -> WeakStep:
+    """Of a weak row of `bench scaling`, without a loader: what ranks wait for there is each other."""
+    step_s = row["global_batch"] / row["modes"]["synthetic"]["samples_per_s"]
+    return WeakStep(row["ranks"], step_s, row.get("ranks_a_core", 1.0))

@@ -169,7 +169,7 @@ def _fit(path: Path, config: RunConfig) -> ScalingFit:
             if "words" in tree
             else build_config(PretrainConfig, tree, str(path))
         )
-    ranks = min(count for count, _ in steps)
+    ranks = min(step.ranks for step in steps)
     micro_batches = max(1, measured.global_batch // (measured.micro_batch * ranks))
     sent = traffic(measured, count_parameters(measured), micro_batches, bf16=uses_bf16(measured))
     return fit_scaling(steps, sent.behind_backward + sent.alone, nodes)

@@ -18,6 +18,7 @@ import yaml
 from mimscale import console
 from mimscale.bench import measure, results
 from mimscale.bench.charts import Lines, draw_lines
+from mimscale.bench.network import fit_scaling, weak_step
 from mimscale.bench.results import RESULT_FILE, read_result
 from mimscale.bench.verbs import bench_config
 from mimscale.config import config_yaml, verb_parser
@@ -67,6 +68,7 @@ def efficiency_table(results: Sequence[dict[str, Any]], *, kind: str) -> list[di
             {
                 "ranks": result["ranks"],
                 "nodes": len(result["nodes"]),
+                "ranks_a_core": _ranks_a_core(result),
                 "global_batch": result["config"]["global_batch"],
                 "modes": modes,
                 "mfu": result["utilisation"]["mfu"],
@@ -74,6 +76,32 @@ def efficiency_table(results: Sequence[dict[str, Any]], *, kind: str) -> list[di
             }
         )
     return rows
+
+
+def _ranks_a_core(result: dict[str, Any]) -> float:
+    """Above 1 where the ranks of a node compute in turns, on fewer cores than they have threads."""
+    if result["device"] != "cpu":
+        return 1.0
+    threads = result["ranks"] / len(result["nodes"]) * result["threads"]
+    return float(max(1.0, threads / len(result["surroundings"]["cores_used"])))
+
+
+def foretold(result: dict[str, Any]) -> str:
+    """How well a fit to all weak rows but the largest foretells that one; empty with fewer than three rows."""
+    rows = sorted(result["scaling"].get("weak", []), key=lambda row: int(row["ranks"]))
+    if len(rows) < 3:
+        return ""
+    steps = [weak_step(row) for row in rows]
+    last = steps[-1]
+    fit = fit_scaling(steps[:-1], 1e9)  # as many bytes as one likes: it foretells seconds
+    seconds = fit.alone_s * last.ranks_a_core + fit.exposed_s(1e9, last.ranks)
+    fewer = " and ".join(str(step.ranks) for step in steps[:-1])
+    crowded = f", {last.ranks_a_core:g} of which share a core," if last.ranks_a_core > 1 else ""
+    return (
+        f"A fit of the synthetic step to {fewer} ranks (`mimscale plan --scaling` makes it) foretells "
+        f"{1e3 * seconds:.0f} ms a step for {last.ranks} ranks{crowded} and {1e3 * last.step_s:.0f} ms were measured: "
+        f"{100 * (seconds / last.step_s - 1):+.1f} %.\n"
+    )
 
 
 def kind_of(results: Sequence[dict[str, Any]]) -> str:
@@ -144,6 +172,12 @@ def measure_memory(config: PretrainConfig, counts: Sequence[int], *, threads: in
     return rows
 
 
+def ranks_text(row: dict[str, Any]) -> str:
+    """Of a table: the number of ranks, and how many of them share a core."""
+    crowding = row.get("ranks_a_core", 1.0)
+    return f"{row['ranks']} ({crowding:g} a core)" if crowding > 1 else str(row["ranks"])
+
+
 def as_markdown(result: dict[str, Any]) -> str:
     """Tables of efficiency, then of memory."""
     text = ""
@@ -151,7 +185,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         modes = list(rows[0]["modes"])
         cells = [
             [
-                row["ranks"],
+                ranks_text(row),
                 row["global_batch"],
                 *(
                     f"{row['modes'][mode]['samples_per_s']:.2f} ({100 * row['modes'][mode]['efficiency']:.0f} %)"
@@ -163,6 +197,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         ]
         columns = ["ranks", "global batch", *(f"{mode.replace('_', ' ')}, samples/s" for mode in modes), "limited by"]
         text += f"{kind.capitalize()} scaling; in brackets the efficiency\n\n{measure.table(columns, cells)}\n"
+    if told := foretold(result):
+        text += f"{told}\n"
     if result.get("memory"):
         cells = [
             [
@@ -187,9 +223,9 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`mimscale bench scaling RECIPE [store=STORE] --ranks 1 2` here, or `--from RUN_DIR ...` of jobs that ran."""
+    """`mimscale bench scaling RECIPE [store=STORE] --ranks 1 2 4` here, or `--from RUN_DIR ...` of jobs that ran."""
     parser = verb_parser("bench scaling", "Weak and strong scaling, and memory of a rank by ZeRO stage.")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks on this machine")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks on this machine")
     parser.add_argument("--memory-ranks", type=int, nargs="*", default=[1, 2, 4], help="of the table of memory")
     parser.add_argument("--steps", type=int, default=20, help="of a window")
     parser.add_argument("--windows", type=int, default=3, help="of which median and spread are told")

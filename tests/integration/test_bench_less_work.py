@@ -42,8 +42,8 @@ def test_every_way_is_timed_and_trained_from_one_seed(tmp_path):
     assert [row["way"] for row in tree["rows"]] == list(ways) == [row["name"] for row in tree["speed"]["tiny"]]
     assert tree["rows"][0]["times"] == {"tiny": 1.0}
     for row in tree["rows"]:
-        assert row["loss_after_time"] > 0
-        assert row["loss_after_views"] is None or row["loss_after_views"] > 0
+        assert 0 < row["loss_after_time"][0] <= row["loss_after_time"][1] <= row["loss_after_time"][2]
+        assert row["loss_after_views"] is None or row["loss_after_views"][0] > 0
         curve = tree["curves"][row["way"]]
         assert curve[-1]["cpu_s"] >= 0.3
         assert [point["views"] for point in curve] == sorted(point["views"] for point in curve)
@@ -55,11 +55,16 @@ def test_losses_are_compared_after_the_most_views_at_which_every_way_was_looked_
     first, second = list(bench.WAYS)[:2]
     speed = {"size": [{"name": first, "cpu_s": 3.0}, {"name": second, "cpu_s": 2.0}]}
     curves = {
-        first: [{"views": 100, "loss": 0.9}, {"views": 210, "loss": 0.7}],
-        second: [{"views": 100, "loss": 0.95}, {"views": 200, "loss": 0.8}, {"views": 300, "loss": 0.65}],
+        first: [{"views": v, "cpu_s": c, "loss": x} for v, c, x in ((70, 3, 1.3), (100, 6, 0.9), (210, 9, 0.7))],
+        second: [
+            {"views": v, "cpu_s": c, "loss": x}
+            for v, c, x in ((60, 1, 2.0), (80, 2, 0.97), (100, 3, 0.95), (200, 7, 0.8), (250, 8, 0.5), (300, 9, 0.65))
+        ],
     }
     rows = bench.rows_of(speed, curves)
     assert [row["times"]["size"] for row in rows] == [1.0, pytest.approx(1.5)]
-    assert [row["loss_after_time"] for row in rows] == [0.7, 0.65]
+    # Lowest, median and highest of the last quarter of nine seconds.
+    assert [row["loss_after_time"] for row in rows] == [[0.7, 0.7, 0.7], [0.5, 0.65, 0.8]]
     # Both were looked at after 100 views, and later never after as many.
-    assert [(row["common_views"], row["loss_after_views"]) for row in rows] == [(100, 0.9), (100, 0.95)]
+    assert [row["common_views"] for row in rows] == [100, 100]
+    assert [row["loss_after_views"] for row in rows] == [[0.9, 0.9, 0.9], [0.95, 0.96, 0.97]]

@@ -10,7 +10,7 @@ import pytest
 
 from mimscale.bench.estimate import Assumptions, Cluster, Reading, best_interval_s, estimate, usable_bytes
 from mimscale.bench.gpus import GPUS
-from mimscale.bench.network import fit_scaling, traffic, transfer_s
+from mimscale.bench.network import WeakStep, fit_scaling, traffic, transfer_s
 from mimscale.cli import main
 from mimscale.config import load_config
 from mimscale.train.config import PretrainConfig
@@ -156,7 +156,10 @@ def test_a_ring_is_as_slow_as_its_slowest_link():
 
 def test_a_fit_finds_the_bandwidth_that_made_the_runs():
     sent, alone_s, gb_per_s = 4e9, 0.5, 10.0
-    steps = [(ranks, alone_s + sent / (gb_per_s * 1e9) * (ranks - 1) / ranks) for ranks in (1, 2, 4)]
+    steps = [
+        WeakStep(ranks, alone_s * crowding + sent / (gb_per_s * 1e9) * (ranks - 1) / ranks, crowding)
+        for ranks, crowding in ((1, 1.0), (2, 1.0), (4, 2.0))  # the last on two cores
+    ]
     fit = fit_scaling(steps, sent)
     assert (fit.alone_s, fit.gb_per_s) == (pytest.approx(alone_s), pytest.approx(gb_per_s))
     assert fit.worst_miss_percent == 0
@@ -164,8 +167,10 @@ def test_a_fit_finds_the_bandwidth_that_made_the_runs():
 
 
 def test_runs_that_no_rank_slows_down_have_no_bandwidth():
-    fit = fit_scaling([(1, 1.0), (2, 0.98)], 1e9)
+    fit = fit_scaling([WeakStep(1, 1.0), WeakStep(2, 0.98), WeakStep(4, 1.98, 2.0)], 1e9)
     assert fit.gb_per_s is None
+    assert fit.alone_s == pytest.approx(0.99)
+    assert fit.worst_miss_percent == 1.0
     assert fit.exposed_s(1e9, 64) == 0
 
 
