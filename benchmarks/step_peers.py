@@ -3,7 +3,6 @@
 B batch | C channels | L patches a crop | K visible patches | P numbers a patch | D, E embeddings
 """
 
-import ctypes
 import math
 
 import torch
@@ -14,11 +13,6 @@ from torch.nn import functional as F
 from mimscale.bench.step import Setting, Step, plain_step
 from mimscale.models.config import patch_grid
 from mimscale.stream.device import normalise
-from mimscale.train.environment import keep_freed_memory
-
-# mallopt(3): parameters, and what glibc comes to by itself in a process that has freed large blocks.
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
-_GLIBC_BY_ITSELF = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 
 class FullEmbedding(nn.Module):
@@ -128,24 +122,6 @@ def monai_step(setting: Setting) -> Step:
         return (error * hidden).sum() / hidden.sum()
 
     return plain_step(setting, model, loss_of, clip=config.engine.clip_grad_norm)
-
-
-def monai_step_giving_back(setting: Setting) -> Step:
-    """The same with glibc as it is by itself on a CPU: it gives large blocks back to the kernel.
-
-    All other contenders are spared that, because `join_ranks` sets that for the process; a script of MONAI is not.
-    """
-    step, mallopt = monai_step(setting), ctypes.CDLL(None).mallopt
-
-    def with_memory_given_back() -> Tensor:
-        for parameter, value in _GLIBC_BY_ITSELF.items():
-            mallopt(parameter, value)
-        try:
-            return step()
-        finally:
-            keep_freed_memory()
-
-    return with_memory_given_back
 
 
 def _patches(image: Tensor, patch_voxels: tuple[int, int, int]) -> Tensor:
