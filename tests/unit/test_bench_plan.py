@@ -199,7 +199,7 @@ def test_a_recorded_result_of_scaling_knows_its_own_recipe(capsys):
     words = ["pretrain_mae_vit_b", "--nodes", "1", "--gpu", "a100-80g", "--scaling", str(measured)]
     code, result, error = plan(capsys, *words)
     assert code == 0, error
-    assert result["scaling_fit"]["ranks"] == [1, 2]
+    assert result["scaling_fit"]["ranks"] == [1, 2, 4]
     assert result["scaling_fit"]["nodes"] == 1
 
 

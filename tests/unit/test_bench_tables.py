@@ -3,7 +3,7 @@
 import pytest
 
 from mimscale.bench import hardware, memory, simulate
-from mimscale.bench.scaling import efficiency_table, kind_of
+from mimscale.bench.scaling import efficiency_table, foretold, kind_of, ranks_text
 from mimscale.bench.training import blame
 from mimscale.bench.verbs import bench_config
 from mimscale.config import recipe_text
@@ -28,6 +28,9 @@ def result(ranks, samples_per_s, global_batch):
     return {
         "ranks": ranks,
         "nodes": ["a"],
+        "device": "cpu",
+        "threads": 1,
+        "surroundings": {"cores_used": [0, 1]},
         "config": {"global_batch": global_batch},
         "modes": {"synthetic": mode},
         "utilisation": {"mfu": None},
@@ -39,6 +42,20 @@ def test_weak_scaling_is_the_rate_by_ranks_over_that_of_one():
     rows = efficiency_table([result(2, 15.0, 16), result(1, 10.0, 8)], kind="weak")
     assert [row["ranks"] for row in rows] == [1, 2]
     assert [row["modes"]["synthetic"]["efficiency"] for row in rows] == [1.0, 0.75]
+
+
+def test_a_fit_that_knows_which_ranks_share_a_core_foretells_the_largest_number():
+    # A step of 0.4 s alone, and a wait of 0.1 s x (n - 1) / n; four ranks of two cores compute in turns.
+    step_s = {1: 0.4, 2: 0.45, 4: 2 * 0.4 + 0.075}
+    rows = efficiency_table([result(n, 8 * n / seconds, 8 * n) for n, seconds in step_s.items()], kind="weak")
+    assert [row["ranks_a_core"] for row in rows] == [1, 1, 2]
+    assert [ranks_text(row) for row in rows] == ["1", "2", "4 (2 a core)"]
+    text = foretold({"scaling": {"weak": rows}})
+    assert "fit of the synthetic step to 1 and 2 ranks" in text
+    assert "foretells 875 ms a step for 4 ranks, 2 of which share a core, and 875 ms were measured: +0.0 %" in text
+    assert foretold({"scaling": {"weak": rows[:2]}}) == foretold({"scaling": {"strong": rows}}) == ""
+    on_gpus = {**result(4, 30.0, 32), "device": "NVIDIA H200"}
+    assert efficiency_table([result(1, 8.0, 8), on_gpus], kind="weak")[1]["ranks_a_core"] == 1
 
 
 def test_strong_scaling_keeps_the_batch_and_counts_from_the_fewest_ranks():
