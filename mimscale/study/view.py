@@ -233,20 +233,29 @@ class _Uses:
 
 def _commit(result: Result) -> str:
     """Of the code that pretrained, trained and scored; -dirty where it was none that is committed."""
-    runs = (result.run, result.pretraining)
-    said = [run.environment.get("commit") for run in runs if run is not None and run.environment]
-    if result.scores and "commit" in result.scores:
-        said.append(result.scores["commit"])
+    said = [(run.environment or {}).get("commit") for run in (result.pretraining, result.run) if run is not None]
+    if result.scores:
+        said.append(result.scores.get("commit"))
     short = [str(commit or "unknown").partition("-") for commit in said]
-    return ", ".join(sorted({f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in short})) or "unknown"
+    return ", ".join(sorted({f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in short}))
 
 
 def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
     return Table(
         title="",
-        columns=["node", "what", "state", "reason"],
-        rows=[[node.id, node.label, states[node.id].name, states[node.id].reason] for node in graph.nodes.values()],
-        text_columns=4,
+        columns=["node", "what", "after", "state", "reason"],
+        rows=[
+            [
+                node.id,
+                node.label,
+                "; ".join(graph.nodes[parent].label for parent in node.parents),
+                states[node.id].name,
+                states[node.id].reason,
+            ]
+            for node in graph.nodes.values()
+        ],
+        note="After: the nodes whose results a node reads; it starts when they are done.",
+        text_columns=5,
     )
 
 
