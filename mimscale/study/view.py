@@ -1,6 +1,7 @@
 """What a study's nodes have measured -> the tables and sentences of its report."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -241,6 +242,12 @@ def _commit(result: Result) -> str:
 
 
 def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
+    labels = Counter(node.label for node in graph.nodes.values())
+
+    def name(parent: str) -> str:
+        label = graph.nodes[parent].label
+        return label if labels[label] == 1 else f"{label} ({parent})"
+
     return Table(
         title="",
         columns=["node", "what", "after", "state", "reason"],
@@ -248,7 +255,7 @@ def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
             [
                 node.id,
                 node.label,
-                "; ".join(graph.nodes[parent].label for parent in node.parents),
+                "; ".join(map(name, node.parents)),
                 states[node.id].name,
                 states[node.id].reason,
             ]

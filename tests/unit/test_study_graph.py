@@ -12,6 +12,7 @@ from mimscale.errors import ConfigError
 from mimscale.study.config import StudyConfig, load_study
 from mimscale.study.graph import expand
 from mimscale.study.nodes import resolve
+from mimscale.study.view import NodeState, study_view
 
 
 def graph_of(folder, **changes):
@@ -210,6 +211,20 @@ def test_a_dry_run_shows_what_each_node_comes_after(tmp_path, capsys, monkeypatc
     assert after["ingest store"] == "cohort phantoms"
     assert after["finetune mae, seeds 0, 0"] == "ingest store; pretrain mae, seed 0"
     assert after["evaluate mae, seeds 0, 0"] == "finetune mae, seeds 0, 0"
+
+
+def test_nodes_of_one_label_are_told_apart_in_what_comes_after_them(tmp_path):
+    mask = {"pretrain.mask.ratio": 0.5}
+    config = build_config(
+        StudyConfig,
+        study_tree(tmp_path, experiments={"main": experiment(), "mask": experiment(["mae"], config=mask)}),
+        "test",
+    )
+    graph = expand(config)
+    states = {node_id: NodeState("to do", "") for node_id in graph.nodes}
+    after = {row[0]: row[2] for row in study_view(config, graph, tmp_path, states).nodes.rows}
+    for trial in (trial for trial in graph.trials if trial.arm == "mae"):
+        assert after[trial.finetune] == f"ingest store; pretrain mae, seed 0 ({trial.pretrain})"
 
 
 def test_scoring_the_best_checkpoint_needs_runs_that_keep_it(tmp_path):
