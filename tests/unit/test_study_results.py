@@ -85,7 +85,7 @@ def test_how_much_sooner_an_arm_is_has_an_interval_over_seeds(tmp_path):
         "scratch": {(0, 0): 20, (0, 1): 30, (0, 2): never},
         "mae": {(p, f): 10 for p in range(2) for f in range(3)},
     }
-    config, _, found = made_up(tmp_path, reached, pretrain_seeds=[0, 1], finetune_seeds=[0, 1, 2])
+    config, groups, found = made_up(tmp_path, reached, pretrain_seeds=[0, 1], finetune_seeds=[0, 1, 2])
     assert (found.steps.ratio, found.steps.pretrain_seeds, found.steps.finetune_seeds) == (Ratio(value=3.0), 2, 3)
     # Three draws of scratch's seeds are all of the first one in 1 of 27, and mostly of the last one in 7 of 27.
     assert (found.steps.low, found.steps.high) == (Ratio(value=2.0), Ratio(value=4.0, bound="at least"))
@@ -95,6 +95,9 @@ def test_how_much_sooner_an_arm_is_has_an_interval_over_seeds(tmp_path):
     assert found.seconds.high == Ratio(value=pytest.approx(20 / 25), bound="at least")
     row = comparison_table(config, [found]).rows[0]
     assert row[4:] == ["2 x 3, 2 cases", "3.00 [2.00, at least 4.00]", "0.60 [0.40, at least 0.80]"]
+    (said,) = _section(config, "main", groups, [found]).answers
+    assert "3.00 [2.00, at least 4.00] times as fast in steps, sooner, and 0.60 [0.40, at least 0.80] with" in said
+    assert said.endswith("with the time of pretraining, not shown to differ.")
 
 
 def test_of_one_seed_there_is_no_interval_of_a_ratio(tmp_path):
