@@ -350,13 +350,10 @@ def _show(study: Study, view: StudyView, report: Path | None, *, everything: boo
     counts: dict[str, int] = {}
     for state in study.states.values():
         counts[state.name] = counts.get(state.name, 0) + 1
-    rows = [
-        [node.id, node.label, study.states[node.id].name, study.states[node.id].reason]
-        for node in study.graph.nodes.values()
-        if everything or study.states[node.id].name != "done"
-    ]
+    place = view.nodes.columns.index("state")
+    rows = [row for row in view.nodes.rows if everything or row[place] != "done"]
     if rows:
-        console.print_table(study.config.title, ["node", "what", "state", "reason"], rows)
+        console.print_table(study.config.title, view.nodes.columns, rows)
     console.say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for table in view.tables if any(state.name == "done" for state in study.states.values()) else []:
         console.print_table(table.title, table.columns, table.rows)

@@ -19,7 +19,8 @@ def study_markdown(view: StudyView) -> str:
     parts += ["## Cost", _table(view.costs)]
     parts += ["## Where each number comes from", *(_table(table) for table in view.provenance)]
     parts += [_list([f"{name}: {', '.join(ids)}" for name, ids in view.volumes])] if view.volumes else []
-    missing = [row for row in view.nodes.rows if row[2] != "done"]
+    place = view.nodes.columns.index("state")
+    missing = [row for row in view.nodes.rows if row[place] != "done"]
     if missing:
         parts += ["## Nodes that are not done", _table(Table(title="", columns=view.nodes.columns, rows=missing))]
     return "\n\n".join([*parts, view.footer]) + "\n"

@@ -4,7 +4,7 @@ P pretraining seeds | F fine-tuning seeds | N cases
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from mimscale.study.statistics import (
     Floats,
     Interval,
     Ratio,
+    RatioInterval,
     Spread,
     Time,
-    median_time,
     paired_bootstrap,
+    ratio_bootstrap,
     spread,
-    time_ratio,
     time_to_target,
 )
 
@@ -98,10 +98,10 @@ class Result:
 
     @property
     def pretrain_s(self) -> float | None:
-        """Computing time of its pretraining, 0 from scratch; None of weights that no node of the study made."""
+        """Computing time of its pretraining, 0 from scratch; None where it is not known, as of weights from outside."""
         if self.pretraining is None:
             return 0.0 if self.run.config.get("init_from") is None else None
-        return compute_s(self.pretraining) or 0.0
+        return compute_s(self.pretraining)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,29 +137,35 @@ class Group:
         """Over the runs."""
         return spread([result.last_validation for result in self.results])
 
-    def times(self, target: float) -> list[Time]:
-        """Of every run the step at which it reached a validation Dice."""
+    def timed(self, target: float) -> list[tuple[Trial, Time]]:
+        """Every run that was validated, with the step at which it reached a validation Dice."""
         return [
-            time_to_target(result.curve, target, int(result.run.config["steps"]))
+            (result.trial, time_to_target(result.curve, target, int(result.run.config["steps"])))
             for result in self.results
             if result.curve
         ]
 
-    def seconds_to(self, target: float) -> list[Time]:
-        """The same in seconds of computing, pretraining included."""
+    def timed_s(self, target: float) -> list[tuple[Trial, Time]]:
+        """The same in seconds of computing, pretraining included; without runs whose seconds are not known."""
         found = []
-        for result, time in zip([r for r in self.results if r.curve], self.times(target), strict=True):
-            step_s, before_s = result.run.percentile("step_s", 50) or 0.0, result.pretrain_s
-            if before_s is not None:
-                found.append(Time(value=before_s + step_s * time.value, censored=time.censored))
+        for result, (trial, time) in zip([r for r in self.results if r.curve], self.timed(target), strict=True):
+            step_s, before_s = result.run.percentile("step_s", 50), result.pretrain_s
+            if step_s is not None and before_s is not None:
+                found.append((trial, Time(value=before_s + step_s * time.value, censored=time.censored)))
         return found
 
+    def times(self, target: float) -> list[Time]:
+        """Of every run the step at which it reached a validation Dice."""
+        return [time for _, time in self.timed(target)]
+
+    def seconds_to(self, target: float) -> list[Time]:
+        """The same in seconds of computing, pretraining included."""
+        return [time for _, time in self.timed_s(target)]
+
     @property
-    def seeds(self) -> tuple[list[int | None], list[int]]:
-        """Pretraining and fine-tuning seeds of the runs that were scored."""
-        scored = [result.trial for result in self.results if result.scores]
-        first = dict.fromkeys(trial.pretrain_seed for trial in scored)
-        return list(first), list(dict.fromkeys(trial.finetune_seed for trial in scored))
+    def scored(self) -> list[Trial]:
+        """The trials that have scores."""
+        return [result.trial for result in self.results if result.scores]
 
     def scores(self, pretrain: Sequence[int | None], finetune: Sequence[int], cases: Sequence[str]) -> Floats:
         """[P, F, N] Dice of these seeds and cases; NaN where there is none."""
@@ -182,8 +188,37 @@ class Comparison:
     theirs: Group
     dice: Interval
     target: float | None  # validation Dice; None where the arm that sets it has no run
-    steps: Ratio  # how many times sooner ours reaches the target
-    seconds: Ratio  # the same with what pretraining took
+    steps: RatioInterval  # how many times sooner ours reaches the target
+    seconds: RatioInterval  # the same with what pretraining took
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSeeds:
+    """The seeds that a comparison draws: of pretraining each group's own, of fine-tuning those that both have."""
+
+    ours: list[int | None]  # None: not pretrained
+    theirs: list[int | None]
+    finetune: list[int]
+
+    @property
+    def same_pretraining(self) -> bool:
+        """Whether pretraining seeds are drawn for both groups together."""
+        return self.ours == self.theirs
+
+    @property
+    def pretrained(self) -> int:
+        """Pretraining seeds of the group that has fewer; 0 where none of the two was pretrained."""
+        return min((len(seeds) for seeds in (self.ours, self.theirs) if seeds != [None]), default=0)
+
+
+def shared_seeds(ours: Sequence[Trial], theirs: Sequence[Trial]) -> SharedSeeds | None:
+    """The seeds of two groups of trials, in rising order; None where no fine-tuning seed is in both."""
+    finetune = {trial.finetune_seed for trial in ours} & {trial.finetune_seed for trial in theirs}
+    if not finetune:
+        return None
+    of_both = [[trial for trial in trials if trial.finetune_seed in finetune] for trials in (ours, theirs)]
+    first, second = (sorted({t.pretrain_seed for t in ts}, key=lambda seed: seed or 0) for ts in of_both)
+    return SharedSeeds(ours=first, theirs=second, finetune=sorted(finetune))
 
 
 def read_groups(config: StudyConfig, graph: Graph, study_dir: Path, done: Collection[str]) -> list[Group]:
@@ -233,37 +268,53 @@ def target_dice(config: StudyConfig, groups: Sequence[Group], place: Group) -> f
 
 
 def compare(config: StudyConfig, ours: Group, theirs: Group, target: float | None) -> Comparison:
-    """The difference of two groups on the cases and fine-tuning seeds that both have."""
-    our_pretrain, our_finetune = ours.seeds
-    their_pretrain, their_finetune = theirs.seeds
-    paired = set(our_pretrain) == set(their_pretrain)
-    if paired:
-        their_pretrain = our_pretrain
-    finetune = [seed for seed in our_finetune if seed in their_finetune]
+    """Two groups on the fine-tuning seeds, and for scores the cases, that both have: how high, and how soon."""
+    seeds = shared_seeds(ours.scored, theirs.scored)
     cases = sorted(set(_cases(ours)) & set(_cases(theirs)))
     interval = Interval(difference=None, low=None, high=None, pretrain_seeds=0, finetune_seeds=0, cases=0)
-    if our_pretrain and their_pretrain and finetune and cases:
+    if seeds and cases:
         interval = paired_bootstrap(
-            ours.scores(our_pretrain, finetune, cases),
-            theirs.scores(their_pretrain, finetune, cases),
-            replicates=config.bootstrap.replicates,
-            seed=config.bootstrap.seed,
-            level=config.bootstrap.level,
-            same_pretraining=paired,
+            ours.scores(seeds.ours, seeds.finetune, cases),
+            theirs.scores(seeds.theirs, seeds.finetune, cases),
+            **asdict(config.bootstrap),
+            same_pretraining=seeds.same_pretraining,
         )
-    none = Ratio(value=None)
+        interval = replace(interval, pretrain_seeds=seeds.pretrained)
+    none = RatioInterval(ratio=Ratio(value=None))
     return Comparison(
         ours=ours,
         theirs=theirs,
         dice=interval,
         target=target,
-        steps=none
-        if target is None
-        else time_ratio(median_time(theirs.times(target)), median_time(ours.times(target))),
-        seconds=none
-        if target is None
-        else time_ratio(median_time(theirs.seconds_to(target)), median_time(ours.seconds_to(target))),
+        steps=none if target is None else _sooner(config, ours.timed(target), theirs.timed(target)),
+        seconds=none if target is None else _sooner(config, ours.timed_s(target), theirs.timed_s(target)),
     )
+
+
+def _sooner(
+    config: StudyConfig, ours: Sequence[tuple[Trial, Time]], theirs: Sequence[tuple[Trial, Time]]
+) -> RatioInterval:
+    """How many times sooner our trials reached the target, on the fine-tuning seeds that both have."""
+    seeds = shared_seeds([trial for trial, _ in ours], [trial for trial, _ in theirs])
+    if seeds is None:
+        return RatioInterval(ratio=Ratio(value=None))
+    found = ratio_bootstrap(
+        _by_seed(ours, seeds.ours, seeds.finetune),
+        _by_seed(theirs, seeds.theirs, seeds.finetune),
+        **asdict(config.bootstrap),
+        same_pretraining=seeds.same_pretraining,
+    )
+    return replace(found, pretrain_seeds=seeds.pretrained, finetune_seeds=len(seeds.finetune))
+
+
+def _by_seed(
+    timed: Sequence[tuple[Trial, Time]], pretrain: Sequence[int | None], finetune: Sequence[int]
+) -> list[list[list[Time]]]:
+    """The times of each pair of seeds, [P, F]: several where runs differ by their fold."""
+    found: dict[tuple[int | None, int], list[Time]] = {}
+    for trial, time in timed:
+        found.setdefault((trial.pretrain_seed, trial.finetune_seed), []).append(time)
+    return [[found.get((first, second), []) for second in finetune] for first in pretrain]
 
 
 def _cases(group: Group) -> list[str]:

@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 from mimscale.report.study import Table
 from mimscale.study.config import StudyConfig
 from mimscale.study.results import Comparison, Group
-from mimscale.study.statistics import Interval, Ratio, Spread, Time, median_time, spread
+from mimscale.study.statistics import Interval, Ratio, RatioInterval, Spread, Time, median_time, spread
 
 NOTHING = "n/a"
+_TIMES_SOONER = (
+    " Times sooner: steps (or seconds of computing) of the other arm over those of this one until validation Dice "
+    "reaches the target, medians over the runs with fine-tuning seeds that both have; at least or at most where half "
+    "of an arm's runs or more never reach it. In brackets the interval, from the same draws of seeds; an end of it is "
+    "at least or at most a number, or unknown, where that is so of the draws that decide it. The target is held fixed, "
+    "and a time is that of the validation at which it was reached. Where an arm has runs of one seed alone there is no "
+    "interval."
+)
 _SAID_OF_SCORING = ("crop_voxels", "overlap", "blending", "flips", "nsd_tolerance_mm")
 
 
@@ -16,8 +24,13 @@ def heading(experiment: str) -> str:
     return experiment.replace("_", " ").capitalize()
 
 
-def score_table(groups: Sequence[Group]) -> Table:
-    """Test scores of every arm and setting."""
+def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
+    """Test scores of every arm and setting.
+
+    Args:
+        groups: of an experiment.
+        folds: how many of them are in each group; None where its settings are no folds.
+    """
     rows, has_best = [], any(group.best.count for group in groups)
     for group in groups:
         best = [result.best_validation for result in group.results if result.best_validation is not None]
@@ -50,12 +63,23 @@ def score_table(groups: Sequence[Group]) -> Table:
             "validation Dice, best",
         ],
         rows=rows,
-        note="Mean +/- standard deviation over runs, which differ by their seeds. Each run is scored on whole volumes, "
-        "on the grid and against the labels of the source files; a mean over classes leaves out the background unless "
-        "it says otherwise. A class that a run misses or invents has Dice and NSD 0 there and no HD95, which is then a "
+        note=f"Mean +/- standard deviation over runs, {_runs_differ(folds)} Each run is scored on whole volumes, on "
+        "the grid and against the labels of the source files; a mean over classes leaves out the background unless it "
+        "says otherwise. A class that a run misses or invents has Dice and NSD 0 there and no HD95, which is then a "
         f"mean over fewer.{_scoring(groups)} Validation Dice is that of fixed crops; the best of it chose nothing"
         + (" but the checkpoint of the column that names it, which looks better than it is." if has_best else "."),
         text_columns=2,
+    )
+
+
+def _runs_differ(folds: int | None) -> str:
+    """By what the runs of a group do, and so what their deviation is one of."""
+    if folds is None:
+        return "which differ by their seeds."
+    return (
+        f"which differ by their fold, of {folds}, and within a fold by their seeds. A run is trained without the "
+        "volumes of its fold and scored on these alone: most of the deviation is how much harder one fold is than "
+        "another. It is none of seeds, and does not say how sure the mean is."
     )
 
 
@@ -70,17 +94,24 @@ def _scoring(groups: Sequence[Group]) -> str:
     return f" Scoring: {said_of_all}." if values else ""
 
 
-def comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
-    """Differences with their intervals."""
+def comparison_table(config: StudyConfig, found: Sequence[Comparison], folds: int | None = None) -> Table:
+    """Differences and ratios of times with their intervals.
+
+    Args:
+        config: of the study.
+        found: what was compared.
+        folds: how many of them are in each group; None where its settings are no folds.
+    """
+    level = f"{100 * config.bootstrap.level:g} % interval"
     rows = [
         [
             one.ours.name,
             one.theirs.name,
             signed(one.dice.difference),
             interval_text(one.dice),
-            f"{one.dice.pretrain_seeds} x {one.dice.finetune_seeds}, {one.dice.cases} cases",
-            ratio_text(one.steps),
-            ratio_text(one.seconds),
+            f"{seeds_text(one.dice)}, {one.dice.cases} cases" if one.dice.cases else NOTHING,
+            with_interval(one.steps),
+            with_interval(one.seconds),
         ]
         for one in found
     ]
@@ -90,18 +121,28 @@ def comparison_table(config: StudyConfig, found: Sequence[Comparison]) -> Table:
             "arm",
             "against",
             "difference in Dice",
-            f"{100 * config.bootstrap.level:g} % interval",
+            level,
             "seeds and cases",
-            "sooner at the target, steps",
-            "sooner, pretraining included",
+            "times sooner at the target, steps",
+            "times sooner, pretraining included",
         ],
         rows=rows,
-        note=f"Paired percentile bootstrap, {config.bootstrap.replicates} replicates: pretraining seeds are drawn, "
-        "fine-tuning seeds within them, and cases, the same for both arms. Of two or three seeds it is rather too "
-        "narrow, and none is corrected for how many there are. Sooner: steps (or seconds of computing) of "
-        "the other arm over those of this one until validation Dice reaches the target, medians over runs; at least "
-        "and at most where one of them never did.",
+        note=_how_drawn(config, folds) + _TIMES_SOONER,
         text_columns=2,
+    )
+
+
+def _how_drawn(config: StudyConfig, folds: int | None) -> str:
+    """What an interval is."""
+    of_folds = (
+        f" All {folds} folds are in every replicate, so that they differ is not in the interval." if folds else ""
+    )
+    return (
+        f"Paired percentile bootstrap, {config.bootstrap.replicates} replicates: pretraining seeds, fine-tuning seeds "
+        "and cases are drawn, the same for both arms. One draw of fine-tuning seeds holds for all pretraining seeds, "
+        "since each of them is fine-tuned with the same ones; so does one draw of cases for all runs."
+        f"{of_folds} Seeds: of pretraining, where any arm has them, x of fine-tuning. Of two or three seeds an "
+        "interval is rather too narrow, and none is corrected for how many there are."
     )
 
 
@@ -176,6 +217,19 @@ def interval_text(interval: Interval) -> str:
 def ratio_text(ratio: Ratio) -> str:
     """A ratio of times, and whether it is only a bound."""
     return NOTHING if ratio.value is None else f"{ratio.bound} {ratio.value:.2f}".strip()
+
+
+def with_interval(one: RatioInterval) -> str:
+    """A ratio of times and, where there is one, its interval in brackets."""
+    if one.low is None or one.high is None:
+        return ratio_text(one.ratio)
+    low, high = (ratio_text(end) if end.value is not None else "unknown" for end in (one.low, one.high))
+    return f"{ratio_text(one.ratio)} [{low}, {high}]"
+
+
+def seeds_text(interval: Interval | RatioInterval) -> str:
+    """How many seeds, of pretraining x of fine-tuning; the latter alone where no arm was pretrained."""
+    return " x ".join(str(count) for count in (interval.pretrain_seeds, interval.finetune_seeds) if count)
 
 
 def time_text(time: Time | None) -> str:

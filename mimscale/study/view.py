@@ -1,6 +1,7 @@
 """What a study's nodes have measured -> the tables and sentences of its report."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,8 +15,9 @@ from mimscale.report.facts import RunFacts, read_run
 from mimscale.report.study import Curve, Point, Section, StudyView, Table, write_study_page
 from mimscale.report.study_markdown import study_markdown
 from mimscale.store.manifest import Manifest, load_manifest
+from mimscale.study.answers import answers, question
 from mimscale.study.checks import VolumeUse, used_rows
-from mimscale.study.config import ExperimentConfig, StudyConfig, dotted_keys
+from mimscale.study.config import StudyConfig, dotted_keys
 from mimscale.study.cost import cost_table
 from mimscale.study.graph import Graph
 from mimscale.study.matched import is_matched, measured_steps
@@ -35,10 +37,7 @@ from mimscale.study.tables import (
     class_tables,
     comparison_table,
     heading,
-    interval_text,
-    ratio_text,
     score_table,
-    signed,
     three,
     time_table,
     time_text,
@@ -121,17 +120,18 @@ def _section(config: StudyConfig, experiment: str, everything: list[Group], foun
         ]
         for arm in recipe.arms
     }
+    folds = len(recipe.points) if recipe.pool_settings else None
     curves = [curve for group in groups if (curve := _curve(group, targets[group.setting])) is not None]
     tables = [
-        score_table(groups),
-        comparison_table(config, found),
+        score_table(groups, folds),
+        comparison_table(config, found, folds),
         time_table(groups, targets),
     ]
     return Section(
         name=experiment,
         heading=heading(experiment),
-        question=_question(recipe),
-        answers=_answers(found),
+        question=question(recipe),
+        answers=answers(found),
         tables=tables,
         classes=class_tables(groups),
         curves=curves,
@@ -140,44 +140,6 @@ def _section(config: StudyConfig, experiment: str, everything: list[Group], foun
         settings=settings,
         measured=any(result.scores for group in groups for result in group.results),
     )
-
-
-def _answers(found: Sequence[Comparison]) -> list[str]:
-    if not found:
-        return ["One arm under one setting: there is nothing to compare."]
-    measured = [_answer(one) for one in found if one.dice.difference is not None]
-    missing = len(found) - len(measured)
-    if missing:
-        measured.append(f"{missing} of {len(found)} comparisons are not measured yet.")
-    return measured
-
-
-def _question(recipe: ExperimentConfig) -> str:
-    if not recipe.claim:
-        return recipe.question
-    value = "" if recipe.paper_value is None else f" ({recipe.paper_value:g})"
-    return f"{recipe.question} The paper: {recipe.claim}{value}."
-
-
-def _answer(one: Comparison) -> str:
-    interval = one.dice
-    said = {
-        "higher": "higher",
-        "lower": "lower",
-        "nothing": "not shown to differ: the interval holds 0" if interval.low is not None else "of unknown certainty",
-    }[interval.shows]
-    if interval.shows != "nothing" and min(interval.pretrain_seeds, interval.finetune_seeds) < 2:
-        # Resampling one seed gives that seed again: the interval is one of cases, and seeds differ by more than cases.
-        said += f" for {interval.pretrain_seeds} x {interval.finetune_seeds} seeds, too few to speak of others"
-    difference = f"Dice {signed(interval.difference)} {interval_text(interval)}"
-    text = f"{one.ours.name} against {one.theirs.name}: {difference}, {said}"
-    if one.steps.value is not None:
-        text += (
-            f"; the target is reached {ratio_text(one.steps)} times as fast, {ratio_text(one.seconds)} with pretraining"
-        )
-    elif one.target is not None:
-        text += "; neither reaches the target"
-    return text + "."
 
 
 def _curve(group: Group, target: float | None) -> Curve | None:
@@ -272,20 +234,35 @@ class _Uses:
 
 def _commit(result: Result) -> str:
     """Of the code that pretrained, trained and scored; -dirty where it was none that is committed."""
-    runs = (result.run, result.pretraining)
-    said = [run.environment.get("commit") for run in runs if run is not None and run.environment]
-    if result.scores and "commit" in result.scores:
-        said.append(result.scores["commit"])
+    said = [(run.environment or {}).get("commit") for run in (result.pretraining, result.run) if run is not None]
+    if result.scores:
+        said.append(result.scores.get("commit"))
     short = [str(commit or "unknown").partition("-") for commit in said]
-    return ", ".join(sorted({f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in short})) or "unknown"
+    return ", ".join(sorted({f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in short}))
 
 
 def _node_table(graph: Graph, states: Mapping[str, NodeState]) -> Table:
+    labels = Counter(node.label for node in graph.nodes.values())
+
+    def name(parent: str) -> str:
+        label = graph.nodes[parent].label
+        return label if labels[label] == 1 else f"{label} ({parent})"
+
     return Table(
         title="",
-        columns=["node", "what", "state", "reason"],
-        rows=[[node.id, node.label, states[node.id].name, states[node.id].reason] for node in graph.nodes.values()],
-        text_columns=4,
+        columns=["node", "what", "after", "state", "reason"],
+        rows=[
+            [
+                node.id,
+                node.label,
+                "; ".join(map(name, node.parents)),
+                states[node.id].name,
+                states[node.id].reason,
+            ]
+            for node in graph.nodes.values()
+        ],
+        note="After: the nodes whose results a node reads; it starts when they are done.",
+        text_columns=5,
     )
 
 

@@ -20,6 +20,8 @@ from mimscale.study.nodes import resolve
 from mimscale.study.view import NodeState, study_view, write_study_report
 
 DICE = {"scratch": 0.5, "mae": 0.75}
+# Of the code that pretrained, trained and scored: each is another one, and one is not all committed.
+PRETRAINED_BY, TRAINED_BY, SCORED_BY = "b" * 40 + "-dirty", "a" * 40, "c" * 40
 # Put into a copy of the page: what went wrong, before anything else runs; and what there is, after all has run.
 WATCH = """<script>
 window.problems = [];
@@ -82,9 +84,14 @@ def study(tmp_path_factory):
         if node.verb in ("pretrain", "finetune"):
             fake_run(place, node.verb)
             (place / "config.yaml").write_text(json.dumps(config_tree(resolve(graph, folder / "study", node))))
+            commit = PRETRAINED_BY if node.verb == "pretrain" else TRAINED_BY
+            if node.label != "finetune scratch, seed 1":  # of this one nobody wrote down what it ran
+                (place / "env.json").write_text(json.dumps({"commit": commit}))
         elif trials:
             seed = trials[0].finetune_seed
-            add_segmentation_scores(place, volumes=["aaaa", "bbbb"], dice=DICE[trials[0].arm] + 0.01 * seed)
+            dice = DICE[trials[0].arm] + 0.01 * seed
+            scores = add_segmentation_scores(place, volumes=["aaaa", "bbbb"], dice=dice)
+            (place / "evaluate" / "scores.json").write_text(json.dumps({**scores, "commit": SCORED_BY}))
         else:
             add_reconstruction_scores(place, volumes=["aaaa"])
     view = study_view(config, graph, folder / "study", states)
@@ -144,6 +151,12 @@ def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(s
     assert scores["<b>broken</b>"][2:4] == ["0 of 4", "n/a"]
     (difference,) = [row for row in main.tables[1].rows if row[0] == "mae"]
     assert difference[1:5] == ["scratch", "+0.250", "[+0.250, +0.250]", "2 x 2, 2 cases"]
+    # All made-up runs reach the target at their last step, after 20 s and, with pretraining, after 40 s.
+    assert difference[5:] == ["1.00 [1.00, 1.00]", "0.50 [0.50, 0.50]"]
+    assert main.answers[0].endswith(
+        "; the target is reached 1.00 [1.00, 1.00] times as fast in steps, not shown to differ, and 0.50 [0.50, 0.50] "
+        "with the time of pretraining, later."
+    )
     assert "not measured yet" in " ".join(main.answers)
     assert "Scoring: crop_voxels [64, 64, 64], overlap 0.5, nsd_tolerance_mm 2.0." in main.tables[0].note
     assert [table.title for table in main.classes] == [
@@ -155,7 +168,7 @@ def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(s
     assert [[row[0] for row in table.rows] for table in main.classes] == [CLASSES, CLASSES[1:], CLASSES[1:]]
 
 
-def test_every_number_leads_to_its_runs_seeds_commit_and_volumes(study):
+def test_every_number_leads_to_its_runs_seeds_configs_commits_and_volumes(study):
     _, view, page = study
     (table,) = view.provenance
     row = dict(zip(table.columns, next(row for row in table.rows if row[1] == "mae"), strict=True))
@@ -163,6 +176,14 @@ def test_every_number_leads_to_its_runs_seeds_commit_and_volumes(study):
     assert row["checkpoint"] == "step_00000040"
     assert (page.parents[1] / "nodes" / row["fine-tuning"] / "config.yaml").exists()
     assert (page.parents[1] / "nodes" / row["pretraining"] / "config.yaml").exists()
+    assert row["commit"] == "aaaaaaaaaaaa, bbbbbbbbbbbb-dirty, cccccccccccc"
+    commits = [r[table.columns.index("commit")] for r in table.rows if r[1] == "scratch"]
+    assert commits == ["aaaaaaaaaaaa, cccccccccccc", "cccccccccccc, unknown"]
+    configs = dict(view.configs)
+    assert "title: A study of seconds\n" in configs["the study's recipe, resolved"]
+    for name, what in ((row["fine-tuning"], "finetune mae, seeds 0, 0"), (row["pretraining"], "pretrain mae, seed 0")):
+        assert configs[f"{name} ({what})"] == (page.parents[1] / "nodes" / name / "config.yaml").read_text()
+    assert "title: A study of seconds" in page.read_text()
     store = page.parents[2] / "data" / "store"
     (validated,) = [ids for name, ids in view.volumes if name.startswith(f"{row['validated on']}, ")]
     assert validated == ["aaaa", "bbbb", "cccc"]
@@ -175,8 +196,12 @@ def test_the_tables_are_also_a_text_file_with_the_same_numbers_seeds_and_commit(
     assert text.startswith("# A study of seconds\n")
     assert "\n## Main\n\nDoes pretraining help?\n" in text
     assert "\n| mae |  | 4 of 4 | 0.755 +/- 0.006 |" in text
-    assert "\n| mae | scratch | +0.250 | [+0.250, +0.250] | 2 x 2, 2 cases |" in text
-    assert re.search(r"\n\| Main \| mae \| 1 \| 0 \| 0\.750 \| step_00000040 \| pretrain-\w+ \| finetune-\w+ \| ", text)
+    ratios = "1.00 [1.00, 1.00] | 0.50 [0.50, 0.50]"
+    assert f"\n| mae | scratch | +0.250 | [+0.250, +0.250] | 2 x 2, 2 cases | {ratios} |" in text
+    assert "times as fast in steps, not shown to differ, and 0.50 [0.50, 0.50]" in text
+    commits = "aaaaaaaaaaaa, bbbbbbbbbbbb-dirty, cccccccccccc"
+    run = r"\| 1 \| 0 \| 0\.750 \| step_00000040 \| pretrain-\w+ \| finetune-\w+ \| evaluate \|"
+    assert re.search(rf"\n\| Main \| mae {run} {commits} \| ", text)
     assert "volume(s) of" in text
     # What names and reasons hold is text here as well.
     assert "| &lt;b>broken&lt;/b> |" in text
@@ -187,6 +212,18 @@ def test_the_tables_are_also_a_text_file_with_the_same_numbers_seeds_and_commit(
         if "|" in line
     }
     assert len(columns) == 1
+
+
+def test_every_node_says_what_it_comes_after(study):
+    nodes, text = study[1].nodes, (study[2].parent / "results.md").read_text()
+    after = {row[1]: row[2] for row in nodes.rows}
+    assert nodes.columns[:3] == ["node", "what", "after"]
+    assert after["pretrain mae, seed 1"] == ""  # its store was there already
+    assert after["finetune mae, seeds 1, 0"] == "pretrain mae, seed 1"
+    assert after["evaluate mae, seeds 1, 0"] == "finetune mae, seeds 1, 0"
+    failed = "| pretrain &lt;b>broken&lt;/b>, seed 0 |  | failed |"
+    assert failed in text.split("## Nodes that are not done")[1]
+    assert " | done | " not in text.split("## Nodes that are not done")[1]
 
 
 def test_text_in_a_table_of_markdown_stays_in_its_cell():

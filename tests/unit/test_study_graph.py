@@ -1,13 +1,18 @@
+import re
+
 import pytest
 import yaml
+from rich.console import Console
 from small_study import study_tree
 
+from mimscale import console
 from mimscale.cli import main
 from mimscale.config import build_config
 from mimscale.errors import ConfigError
 from mimscale.study.config import StudyConfig, load_study
 from mimscale.study.graph import expand
 from mimscale.study.nodes import resolve
+from mimscale.study.view import NodeState, study_view
 
 
 def graph_of(folder, **changes):
@@ -194,6 +199,32 @@ def test_a_dry_run_shows_a_node_that_cannot_be_and_what_depends_on_it(tmp_path, 
     assert states["finetune mae, seeds 0, 0"]["state"] == "left out"
     assert states["finetune scratch, seed 0"]["state"] == "to do"
     assert not (tmp_path / "study").exists()
+
+
+def test_a_dry_run_shows_what_each_node_comes_after(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "human", lambda: Console(stderr=True, width=300))  # no line is wrapped
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(study_tree(tmp_path)))
+    assert main(["study", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    shown = [[cell.strip() for cell in re.split("[│┃]", line)] for line in capsys.readouterr().err.splitlines()]
+    after = {cells[2]: cells[3] for cells in shown if len(cells) > 4}
+    assert after["what"] == "after"
+    assert after["ingest store"] == "cohort phantoms"
+    assert after["finetune mae, seeds 0, 0"] == "ingest store; pretrain mae, seed 0"
+    assert after["evaluate mae, seeds 0, 0"] == "finetune mae, seeds 0, 0"
+
+
+def test_nodes_of_one_label_are_told_apart_in_what_comes_after_them(tmp_path):
+    mask = {"pretrain.mask.ratio": 0.5}
+    config = build_config(
+        StudyConfig,
+        study_tree(tmp_path, experiments={"main": experiment(), "mask": experiment(["mae"], config=mask)}),
+        "test",
+    )
+    graph = expand(config)
+    states = {node_id: NodeState("to do", "") for node_id in graph.nodes}
+    after = {row[0]: row[2] for row in study_view(config, graph, tmp_path, states).nodes.rows}
+    for trial in (trial for trial in graph.trials if trial.arm == "mae"):
+        assert after[trial.finetune] == f"ingest store; pretrain mae, seed 0 ({trial.pretrain})"
 
 
 def test_scoring_the_best_checkpoint_needs_runs_that_keep_it(tmp_path):

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
-from fake_runs import add_segmentation_scores, fake_run
+from fake_runs import add_segmentation_scores, fake_run, write_lines
 from safetensors.torch import load_file
 from small_segmentation import make_finetune_run, make_store
 from small_study import study_tree
@@ -15,8 +16,10 @@ from mimscale.config import build_config
 from mimscale.study.config import StudyConfig
 from mimscale.study.cost import cost_table
 from mimscale.study.graph import expand
-from mimscale.study.results import comparisons, read_groups
-from mimscale.study.tables import score_table
+from mimscale.study.results import compare, comparisons, read_groups
+from mimscale.study.statistics import Ratio
+from mimscale.study.tables import comparison_table, score_table
+from mimscale.study.view import _section
 
 
 def test_folds_are_one_group_whose_cases_are_those_of_all_folds(tmp_path):
@@ -43,9 +46,83 @@ def test_folds_are_one_group_whose_cases_are_those_of_all_folds(tmp_path):
     (found,) = comparisons(config, "folds", groups)
     assert found.dice.cases == 4
     assert found.dice.difference == pytest.approx(0.2)
+    # What the deviation is one of is said, and that folds are not drawn; of one seed there is no interval of times.
+    section = _section(config, "folds", groups, [found])
+    scores, differences = section.tables[:2]
+    assert "which differ by their fold, of 2, and within a fold by their seeds" in scores.note
+    assert "which differ by their seeds." in score_table(groups).note
+    assert "All 2 folds are in every replicate" in differences.note
+    assert "folds" not in comparison_table(config, [found]).note
     # Every case is scored by the one fold that holds it out.
     table = groups[1].scores([0], [0, 1], ["0a", "0b", "1a", "1b"])
     assert table.tolist() == [[pytest.approx([0.7, 0.7, 0.8, 0.8])] * 2]
+
+
+def made_up(folder, reached, **changes):
+    """Scratch and MAE, whose runs reach the target when `reached` says, arm -> seeds -> step: what is made of them."""
+    tree = study_tree(folder, data={"store": {"path": "gone"}}, target={"dice": 0.8}, **changes)
+    config = build_config(StudyConfig, tree, "test")
+    graph = expand(config)
+    for trial in graph.trials:
+        run = graph.folder(folder, graph.nodes[trial.finetune])
+        fake_run(run, "finetune")  # of 40 steps at 0.5 s
+        step = reached[trial.arm][(trial.pretrain_seed or 0, trial.finetune_seed)]
+        lines = [{"step": at, "loss": 0.5, "step_s": 0.5} for at in range(1, 41)]
+        lines += [{"step": at, "val_dice": 0.9 if at >= step else 0.1} for at in (10, 20, 30, 40)]
+        write_lines(run / "metrics.jsonl", lines)
+        add_segmentation_scores(run, volumes=["a", "b"], dice=0.5 + 0.2 * (trial.arm == "mae"))
+    for trial in graph.trials:
+        if trial.pretrain and not graph.folder(folder, graph.nodes[trial.pretrain]).exists():
+            fake_run(graph.folder(folder, graph.nodes[trial.pretrain]))
+    groups = read_groups(config, graph, folder, {*graph.nodes})
+    (found,) = comparisons(config, "main", groups)
+    return config, groups, found
+
+
+def test_how_much_sooner_an_arm_is_has_an_interval_over_seeds(tmp_path):
+    never = 50
+    reached = {
+        "scratch": {(0, 0): 20, (0, 1): 30, (0, 2): never},
+        "mae": {(p, f): 10 for p in range(2) for f in range(3)},
+    }
+    config, groups, found = made_up(tmp_path, reached, pretrain_seeds=[0, 1], finetune_seeds=[0, 1, 2])
+    assert (found.steps.ratio, found.steps.pretrain_seeds, found.steps.finetune_seeds) == (Ratio(value=3.0), 2, 3)
+    # Three draws of scratch's seeds are all of the first one in 1 of 27, and mostly of the last one in 7 of 27.
+    assert (found.steps.low, found.steps.high) == (Ratio(value=2.0), Ratio(value=4.0, bound="at least"))
+    # Pretraining takes 40 steps of 0.5 s, so 20 s + 5 s against 10, 15 and more than 20 s.
+    assert found.seconds.ratio == Ratio(value=pytest.approx(15 / 25))
+    assert found.seconds.low == Ratio(value=pytest.approx(10 / 25))
+    assert found.seconds.high == Ratio(value=pytest.approx(20 / 25), bound="at least")
+    row = comparison_table(config, [found]).rows[0]
+    assert row[4:] == ["2 x 3, 2 cases", "3.00 [2.00, at least 4.00]", "0.60 [0.40, at least 0.80]"]
+    (said,) = _section(config, "main", groups, [found]).answers
+    assert "3.00 [2.00, at least 4.00] times as fast in steps, sooner, and 0.60 [0.40, at least 0.80] with" in said
+    assert said.endswith("with the time of pretraining, not shown to differ.")
+
+
+def test_of_one_seed_there_is_no_interval_of_a_ratio(tmp_path):
+    config, _, found = made_up(tmp_path, {"scratch": {(0, 0): 30}, "mae": {(0, 0): 10}})
+    assert comparison_table(config, [found]).rows[0][4:] == ["1 x 1, 2 cases", "3.00", "0.60"]
+
+
+def test_ratios_are_of_the_fine_tuning_seeds_that_both_arms_have(tmp_path):
+    reached = {"scratch": {(0, 0): 20, (0, 1): 40}, "mae": {(0, 0): 10, (0, 1): 10}}
+    config, (scratch, mae), found = made_up(tmp_path, reached, finetune_seeds=[0, 1])
+    assert found.steps.ratio.value == 4.0
+    left = replace(scratch, results=scratch.results[:1])
+    assert compare(config, mae, left, 0.8).steps.ratio.value == 2.0
+    other = replace(mae, results=mae.results[1:])
+    nothing = compare(config, other, left, 0.8)
+    assert (nothing.steps.ratio.value, nothing.dice.difference) == (None, None)
+    assert comparison_table(config, [nothing]).rows[0][2:] == ["n/a"] * 5
+
+
+def test_arms_without_pretraining_are_compared_over_their_fine_tuning_seeds(tmp_path):
+    reached = {"scratch": {(0, 0): 20, (0, 1): 40}, "mae": {(0, 0): 10, (0, 1): 10}}
+    config, (scratch, _), _ = made_up(tmp_path, reached, finetune_seeds=[0, 1])
+    found = compare(config, scratch, scratch, 0.8)
+    assert (found.dice.pretrain_seeds, found.dice.finetune_seeds) == (0, 2)
+    assert comparison_table(config, [found]).rows[0][4] == "2, 2 cases"
 
 
 def dry_run(folder, capsys, **changes):
