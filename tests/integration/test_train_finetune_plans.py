@@ -126,15 +126,14 @@ def test_a_sawtooth_trains_the_head_first_and_resumes_to_the_same_bits_inside_ea
         ("{schedule: full, lr: 1e-3, warmup_steps: 3}", (3,)),  # where the rise ends
         ("{schedule: low_peak, lr: 1e-2, warmup_steps: 3}", (1,)),  # in the rise
         ("{schedule: full, lr: 1e-3, warmup_steps: 2, layer_decay: 0.5}", (4,)),  # in the fall
-        ("{schedule: frozen, lr: 1e-2, warmup_steps: 2}", (4,)),
     ],
-    ids=["full", "low peak", "layer-wise decay", "frozen"],
+    ids=["full", "low peak", "layer-wise decay"],
 )
-def test_every_other_schedule_resumes_to_the_same_bits_as_well(optim, stops, store, source, tmp_path):
+def test_schedules_that_train_all_weights_resume_to_the_same_bits_as_well(optim, stops, store, source, tmp_path):
     more = (f"optim={optim}", "steps=6", "validation.every_steps=0")
     straight, _ = train_straight_and_stopped(store, source, tmp_path, stops, *more)
     start, end = encoder(source / "weights.safetensors"), encoder(weights_file(straight, 6))
-    assert {torch.equal(value, start[name]) for name, value in end.items()} == {"frozen" in optim}
+    assert not any(torch.equal(value, start[name]) for name, value in end.items())
 
 
 @pytest.mark.two_process
