@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.profile import Accelerator, Profile, resolve_accelerator, resolve_processes, resolve_threads, slurm_config
 from mimscale import cli
-from mimscale.config import build_config, config_tree, config_yaml, parse_yaml, tree_yaml
+from mimscale.config import build_config, config_tree, parse_yaml, tree_yaml
 from mimscale.errors import ConfigError
 from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, accumulation, legal_nodes
 from mimscale.train.memory import estimate_memory
@@ -72,7 +72,6 @@ class Plan:
 
     verb: str
     tree: dict[str, Any]  # the resolved config, plain
-    text: str  # the same as YAML
     run: RunDir  # holds logs/ and jobs.jsonl; for verbs without a run directory, a folder beside their output
     shares: RunConfig | None  # of a verb on many processes, which share its global batch
     profile: Profile
@@ -83,6 +82,11 @@ class Plan:
     array: int | None = None  # tasks of a job array, each a part of the work
     kind: str | None = None  # of a verb with kinds
     words: tuple[str, ...] = ()  # further words of the verb
+
+    @property
+    def text(self) -> str:
+        """The resolved config as YAML."""
+        return tree_yaml(self.tree)
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -207,7 +211,6 @@ def make_plan(
     plan = Plan(
         verb=verb,
         tree=config_tree(config) if config else tree,
-        text=config_yaml(config) if config else tree_yaml(tree),
         run=RunDir(job.place(tree).absolute()),
         shares=config,
         profile=profile,

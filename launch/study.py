@@ -11,15 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from launch.folder import JobFolder, job_folders
 from launch.jobs import JOB_SIGNALS
 from launch.plan import JOB_VERBS, Plan, make_plan
 from launch.preflight import refuse_inside_allocation
-from launch.profile import Profile, load_profile
+from launch.profile import Accelerator, Profile, load_profile, resolve_accelerator
 from launch.srun_log import last_message
 from launch.status import Cluster, ask_cluster, status_of
 from launch.submission import prepare, start, submit_batch
@@ -39,6 +40,7 @@ POLL_S = 0.5
 # The same command goes on after these: stopped by request, or a process was killed.
 GOES_ON = (INTERRUPTED_EXIT_CODE, LostRankError.exit_code)
 DATA_VERBS = ("cohort", "ingest")  # that make what is trained, validated and tested on
+TRAINING_VERBS = ("pretrain", "finetune")
 AHEAD = ("running", "queued")
 
 
@@ -56,7 +58,7 @@ class Study:
     refused: dict[str, str] = field(default_factory=dict)  # node -> why this command could not start it
     # What cannot change while this command works, and would take long to find out again and again.
     _final: dict[str, NodeState] = field(default_factory=dict)
-    _wrong: dict[str, MimscaleError | None] = field(default_factory=dict)
+    _wrong: dict[tuple[str, str], MimscaleError | None] = field(default_factory=dict)  # config or plan, node
     _leaks: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,7 +80,7 @@ class Study:
         return self.states
 
     def _state(self, node: Node, newest: JobFolder | None, cluster: Cluster) -> NodeState:
-        if (error := self._config_error(node)) is not None:
+        if (error := self._error_of("config", node)) is not None:
             return NodeState("failed", str(error), error.exit_code)
         state = self._submitted(node, newest, cluster)
         if state.name == "done" and node.verb == "ingest":
@@ -92,6 +94,9 @@ class Study:
             return NodeState("left out", f"{self.graph.nodes[missing[0]].label} has no result")
         if node.id in self.refused:
             return NodeState("failed", self.refused[node.id], 1)
+        # What can be computed on no such number of ranks is said before anything is started.
+        if node.verb in TRAINING_VERBS and (error := self._error_of("plan", node)) is not None:
+            return NodeState("failed", str(error), error.exit_code)
         if node.verb == "pretrain" and self._may_be_checked(node):
             if node.id not in self._leaks:
                 self._leaks[node.id] = leaks(self.config, self.graph, self.folder, node)
@@ -99,14 +104,19 @@ class Study:
                 return NodeState("failed", self._leaks[node.id], DataError.exit_code)
         return state
 
-    def _config_error(self, node: Node) -> MimscaleError | None:
-        if node.id not in self._wrong:
+    def _error_of(self, part: Literal["config", "plan"], node: Node) -> MimscaleError | None:
+        """What is wrong with the config or the plan of a node; found out once."""
+        key = (part, node.id)
+        if key not in self._wrong:
             try:
-                resolve(self.graph, self.folder, node)
-                self._wrong[node.id] = None
+                (self._resolve if part == "config" else self.plan)(node)
+                self._wrong[key] = None
             except MimscaleError as error:
-                self._wrong[node.id] = error
-        return self._wrong[node.id]
+                self._wrong[key] = error
+        return self._wrong[key]
+
+    def _resolve(self, node: Node) -> Any:
+        return resolve(self.graph, self.folder, node)
 
     def _submitted(self, node: Node, newest: JobFolder | None, cluster: Cluster) -> NodeState:
         run = self._run_dir(node)
@@ -114,10 +124,10 @@ class Study:
         # A run is finished some seconds before its processes are gone.
         if status is not None and status.state in ("running", "queued", "unknown"):
             return NodeState("queued" if status.state == "queued" else "running", status.reason)
-        if node.verb in ("pretrain", "finetune"):
+        if node.verb in TRAINING_VERBS:
             trained = run.read_outcome()
             ended = 0 if trained is None or trained.outcome != "finished" else trained.step
-            if ended and ended >= resolve(self.graph, self.folder, node).steps:
+            if ended and ended >= self._resolve(node).steps:
                 return NodeState("done", "")
         if newest is None or status is None:
             return NodeState("to do", "")
@@ -139,7 +149,7 @@ class Study:
             before = build_config(EvaluateConfig, parse_yaml(newest.config.read_text(), str(newest.config)), node.label)
         except MimscaleError:  # of another version
             return False
-        return _as_scored(before) == _as_scored(resolve(self.graph, self.folder, node))
+        return _as_scored(before) == _as_scored(self._resolve(node))
 
     def _reason(self, folder: JobFolder, message: str) -> str:
         """Why a node failed: what its first rank printed, where the launcher only knows its exit code."""
@@ -164,14 +174,19 @@ class Study:
         """Whether all is there that tells if a pretraining reads what others are tested on."""
         return all(self.states[store].name == "done" for store in self._stores_behind(node))
 
+    @cached_property
+    def _accelerator(self) -> Accelerator:
+        """Found out once: it may ask the driver, and there are hundreds of nodes."""
+        return resolve_accelerator(self.profile, os.environ)
+
     def plan(self, node: Node) -> Plan:
         """The submission of a node.
 
         Raises:
             MimscaleError: it cannot be submitted so.
         """
-        profile, trains = self.profile, node.verb in ("pretrain", "finetune")
-        tree = config_tree(resolve(self.graph, self.folder, node))
+        profile, trains = replace(self.profile, accelerator=self._accelerator), node.verb in TRAINING_VERBS
+        tree = config_tree(self._resolve(node))
         if profile.executor != "slurm" and profile.threads_per_process is None:
             at_once = self.config.workers * (self.config.processes if trains else 1)
             profile = replace(profile, threads_per_process=max(1, len(os.sched_getaffinity(0)) // at_once))

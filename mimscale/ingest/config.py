@@ -73,7 +73,7 @@ class IngestConfig:
     val_fraction: float = 0.1  # share of subjects held out for validation; 0 keeps all for training
     split_seed: int = 0  # which subjects are held out
     subject_pattern: str = r"(sub-[A-Za-z0-9]+)|(.+)"  # first group that matches the file's stem names the subject
-    channel_names: tuple[str, ...] = ()  # columns of a table or suffixes of BIDS that become channels, in this order
+    channel_names: tuple[str, ...] = ()  # columns, or words in names (BIDS, BraTS), that become channels, in this order
     bids_labels: str = "derivatives/*_dseg.nii*"  # which files of a BIDS folder are its label maps
     keep_columns: tuple[str, ...] = ()  # columns of a table to keep although their names hint at people or dates
     allow_outside: bool = False  # let a table or a link name files outside its own folder; for lists that you trust

@@ -37,9 +37,12 @@ class ExpectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Volumes: a folder that is there already, or a verb that makes it."""
+    """Volumes: files or a store that are there already, or a verb that makes it.
 
-    path: Path | None = None  # an existing store; nothing is made then
+    With `needs` alone it is what the user must give by `path`; several stores may be made from it.
+    """
+
+    path: Path | None = None  # what is there: a store, or a download; nothing is made then
     verb: Literal["cohort", "ingest"] | None = None
     recipe: str | None = None  # of the verb
     config: dict[str, Any] = field(default_factory=dict)  # on top of the recipe
@@ -47,8 +50,8 @@ class DataConfig:
     needs: str = ""  # what a user must have, and give, in words
 
     def __post_init__(self) -> None:
-        if self.path is None and self.verb is None:
-            raise ValueError("give path=FOLDER, or a verb that makes it")
+        if self.path is None and self.verb is None and not self.needs:
+            raise ValueError("give path=FOLDER, a verb that makes it, or in `needs` what the user must give by path")
         if self.expect is not None and self.verb == "cohort":
             raise ValueError("expect: only a store can be checked; write it where the ingest is")
 

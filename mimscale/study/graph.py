@@ -31,6 +31,7 @@ class Node:
     parents: tuple[str, ...]
     needs: str = ""  # what a user must have for it, in words
     apart: bool = False  # an evaluation in another way than all others: its scores have a folder of their own
+    missing: str = ""  # data that it reads and that the user has not given yet, in words
 
     @property
     def waits_for_results(self) -> bool:
@@ -91,6 +92,7 @@ class _Builder:
     config: StudyConfig
     nodes: dict[str, Node] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # name of data that the user must give -> what to say
 
     def add(
         self,
@@ -105,12 +107,20 @@ class _Builder:
         used = [name for name in _references(config) if name not in self.nodes]
         for name in used:
             self.add_data(name, label)
+        missing = "; ".join(self.missing[name] for name in dict.fromkeys(used) if name in self.missing)
         tree: dict[str, Any] = _replaced(config, lambda name: self._place(name))
         parents = (*parents, *(p for p in dict.fromkeys(_references(tree)) if p not in parents))
         node_id = f"{verb}-{tree_hash({'verb': verb, 'config': tree, 'parents': list(parents)})}"
         if node_id not in self.nodes:
             self.nodes[node_id] = Node(
-                id=node_id, verb=verb, label=label, config=tree, parents=parents, needs=needs, apart=apart
+                id=node_id,
+                verb=verb,
+                label=label,
+                config=tree,
+                parents=parents,
+                needs=needs,
+                apart=apart,
+                missing=missing,
             )
         return node_id
 
@@ -124,7 +134,9 @@ class _Builder:
         if data.path is not None:
             self.data[name] = str(data.path)
             return
-        assert data.verb is not None, "the config has a path or a verb"
+        if data.verb is None:
+            self.missing[name] = f"data.{name}.path: missing; needs {data.needs}"
+            return
         self.data[name] = ""  # while it is made: a circle ends in a message
         tree = merged(_recipe(data.recipe), data.config)
         self.data[name] = self.add(data.verb, f"{data.verb} {name}", tree, needs=data.needs)
@@ -132,6 +144,8 @@ class _Builder:
     def _place(self, name: str) -> str:
         if name in self.nodes:
             return f"@{name}"
+        if name in self.missing:
+            return f"data.{name}.path"
         place = self.data[name]
         if not place:
             raise ConfigError(f"data.{name}: is made from itself; see the @NAMEs in its config")

@@ -32,6 +32,8 @@ def resolve(graph: Graph, study_dir: Path, node: Node) -> Any:
     Raises:
         ConfigError: naming every mistake.
     """
+    if node.missing:
+        raise ConfigError(f"{node.label}: {node.missing}")
     tree = graph.config_of(study_dir, node)
     try:
         config = build_config(VERB_CONFIGS[node.verb], with_steps(tree) if is_matched(tree) else tree, node.label)

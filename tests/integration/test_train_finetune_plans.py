@@ -17,6 +17,7 @@ from mimscale.store.layout import read_info
 from mimscale.train.build import build_pretrain, weights_contract
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.finetune import Segmentation
+from mimscale.train.optim import learning_rate
 from mimscale.train.run_dir import RunDir
 from mimscale.train.training_data import TrainingData
 
@@ -85,17 +86,31 @@ def weights_file(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}" / "weights.safetensors"
 
 
-def test_a_sawtooth_trains_the_head_first_and_resumes_to_the_same_bits_inside_each_stage(store, source, tmp_path):
-    optim = f"optim={{lr: 1e-3, schedule: sawtooth, head_steps: {HEAD_STEPS}, warmup_steps: 2, layer_decay: 0.8}}"
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    ended = run_ranks(finetune_words(store, straight, source, optim), size=1)
+def train_straight_and_stopped(store, source, folder, stops, *more: str) -> tuple[Path, Path]:
+    """A run without a break, and one of the same plan that is stopped after each of `stops`: to the same bits."""
+    straight, stopped = folder / "straight", folder / "stopped"
+    ended = run_ranks(finetune_words(store, straight, source, *more), size=1)
     assert ended[0].code == 0, ended[0].err
     codes = []
-    for step in (2, 8, -1):  # a step each: inside of the head's stage, inside of the next one, none
-        ended = run_ranks(finetune_words(store, stopped, source, optim), size=1, signal_rank=0, signal_step=step)
+    for step in (*stops, -1):
+        ended = run_ranks(finetune_words(store, stopped, source, *more), size=1, signal_rank=0, signal_step=step)
         codes.append(ended[0].code)
-    assert codes == [75, 75, 0], ended[0].err
+    assert codes == [*(75 for _ in stops), 0], ended[0].err
+    lines = [[line for line in RunDir(run).read_metrics() if "loss" in line] for run in (straight, stopped)]
+    for name in ("loss", "lr", "grad_norm"):
+        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
+    config = config_of(finetune_words(store, straight, source, *more))
+    rates = [learning_rate(config.optim, step, config.steps) for step in range(config.steps)]
+    assert [line["lr"] for line in lines[0]] == pytest.approx(rates)
+    last = [weights_file(run, config.steps).read_bytes() for run in (straight, stopped)]
+    assert last[0] == last[1]
+    return straight, stopped
 
+
+def test_a_sawtooth_trains_the_head_first_and_resumes_to_the_same_bits_inside_each_stage(store, source, tmp_path):
+    optim = f"optim={{lr: 1e-3, schedule: sawtooth, head_steps: {HEAD_STEPS}, warmup_steps: 2, layer_decay: 0.8}}"
+    # Inside of the head's stage, and of the next one.
+    straight, _ = train_straight_and_stopped(store, source, tmp_path, (2, 8), optim)
     start, at_boundary, end = (
         encoder(source / "weights.safetensors"),
         *(encoder(weights_file(straight, step)) for step in (HEAD_STEPS, STEPS)),
@@ -103,10 +118,22 @@ def test_a_sawtooth_trains_the_head_first_and_resumes_to_the_same_bits_inside_ea
     assert all(torch.equal(value, start[name]) for name, value in at_boundary.items())
     # All weights of the encoder move in the second stage.
     assert [name for name, value in end.items() if torch.equal(value, start[name])] == []
-    lines = [[line for line in RunDir(run).read_metrics() if "loss" in line] for run in (straight, stopped)]
-    for name in ("loss", "lr", "grad_norm"):
-        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
-    assert weights_file(straight, STEPS).read_bytes() == weights_file(stopped, STEPS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("optim", "stops"),
+    [
+        ("{schedule: full, lr: 1e-3, warmup_steps: 3}", (3,)),  # where the rise ends
+        ("{schedule: low_peak, lr: 1e-2, warmup_steps: 3}", (1,)),  # in the rise
+        ("{schedule: full, lr: 1e-3, warmup_steps: 2, layer_decay: 0.5}", (4,)),  # in the fall
+    ],
+    ids=["full", "low peak", "layer-wise decay"],
+)
+def test_schedules_that_train_all_weights_resume_to_the_same_bits_as_well(optim, stops, store, source, tmp_path):
+    more = (f"optim={optim}", "steps=6", "validation.every_steps=0")
+    straight, _ = train_straight_and_stopped(store, source, tmp_path, stops, *more)
+    start, end = encoder(source / "weights.safetensors"), encoder(weights_file(straight, 6))
+    assert not any(torch.equal(value, start[name]) for name, value in end.items())
 
 
 @pytest.mark.two_process

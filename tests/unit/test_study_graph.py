@@ -156,6 +156,22 @@ def test_an_existing_store_is_no_node(tmp_path):
     assert graph.config_of(tmp_path, graph.nodes[graph.trials[0].finetune])["store"] == "/stores/btcv"
 
 
+def test_files_that_the_user_must_give_are_one_key_of_all_stores_that_are_made_of_them(tmp_path):
+    stores = {name: {"verb": "ingest", "config": {"sources": "@scans"}} for name in ("store", "other")}
+    scans = {"needs": "thirty volumes; give data.scans.path=FOLDER"}
+    settings = {"here": {}, "there": {"both.store": "@other"}}
+    changes = {"experiments": {"main": experiment(["scratch"], settings=settings)}}
+    graph = graph_of(tmp_path, data={**stores, "scans": scans}, **changes)
+    ingests = [node for node in graph.nodes.values() if node.verb == "ingest"]
+    assert len(ingests) == 1  # of two that differ in nothing
+    with pytest.raises(ConfigError, match=r"ingest store: data.scans.path: missing; needs thirty volumes; give data"):
+        resolve(graph, tmp_path, ingests[0])
+    stores["other"]["config"] = {"sources": "@scans", "spacing_mm": 2.0}
+    graph = graph_of(tmp_path, data={**stores, "scans": {**scans, "path": "/downloaded"}}, **changes)
+    ingests = [resolve(graph, tmp_path, node) for node in graph.nodes.values() if node.verb == "ingest"]
+    assert [(config.sources, config.spacing_mm) for config in ingests] == [("/downloaded", None), ("/downloaded", 2.0)]
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -166,6 +182,7 @@ def test_an_existing_store_is_no_node(tmp_path):
         ({"pretrain_on_validation": "yes"}, "say in words why"),
         ({"target": {}}, "give dice, or the arm"),
         ({"finetune_seeds": []}, "at least one of each"),
+        ({"data": {"store": {}}}, "give path=FOLDER, a verb that makes it, or in `needs`"),
         ({"data": {}}, "@store, which finetune scratch, seed 0 needs: no such data"),
         ({"data": {"store": {"verb": "ingest", "config": {"sources": "@store/x"}}}}, "is made from itself"),
         ({"arms": {"scratch": {}, "mae": {"pretrian": {}}}}, "did you mean"),

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from mimscale.errors import DataError
 from mimscale.ingest.config import ImageLabel, ImageLabelGlobs, IngestConfig, Sources
-from mimscale.ingest.sources import bids, dataset_json, decathlon, dicom_tree, folder, globs, nnunet, table
+from mimscale.ingest.sources import (
+    bids,
+    dataset_json,
+    decathlon,
+    dicom_tree,
+    folder,
+    globs,
+    nnunet,
+    subject_folders,
+    table,
+)
 from mimscale.ingest.sources.cases import first_problem
 from mimscale.ingest.sources.fence import Fence, typed
 from mimscale.ingest.sources.source import Found, Listing, Source, refuse_subjects_in_both_splits, subject_of
@@ -58,6 +68,8 @@ def _folder(path: Path, config: IngestConfig) -> Listing:
         return nnunet.listing(path, None, config)
     if bids.is_bids(path):
         return bids.listing(path, config)
+    if subject_folders.is_layout(path, config):
+        return subject_folders.listing(path, config)
     return folder.listing(str(path), [path], config)
 
 
