@@ -252,7 +252,9 @@ def _refuse_while_queued(root: Path, folders: list[JobFolder]) -> None:
         jobs = slurm_commands.queue(folder.read().user for folder in folders)
     except SlurmSilentError as error:
         newest = folders[-1].read()
-        raise LaunchError(f"{root}: nobody says whether job {newest.job_id} is alive: {error}; try again") from None
+        raise SlurmSilentError(
+            f"{root}: nobody says whether job {newest.job_id} is alive: {error}; try again"
+        ) from None
     for folder in folders:
         active = [job for job in folder.queued(jobs) if job.is_active]
         if active:

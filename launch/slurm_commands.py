@@ -44,7 +44,7 @@ class SlurmSilentError(LaunchError):
     """A command of Slurm that is missing, fails, or does not answer in time."""
 
 
-class LostSubmissionError(LaunchError):
+class LostSubmissionError(SlurmSilentError):
     """A job that may or may not be queued."""
 
 
@@ -255,7 +255,9 @@ def submit(script: Path, environment: Mapping[str, str], job_name: str, *options
         options: of sbatch, before those of the script.
 
     Raises:
-        LaunchError: it was refused, or nobody knows whether it was taken.
+        LaunchError: it was refused.
+        SlurmSilentError: nobody answers, and it is not queued.
+        LostSubmissionError: nobody knows whether it was taken.
     """
     require_sbatch()
     command = ["sbatch", "--parsable", *options, str(script)]
@@ -271,7 +273,8 @@ def submit(script: Path, environment: Mapping[str, str], job_name: str, *options
         return _find_lost(job_name, complaint)
     assert done is not None
     if done.returncode:
-        raise LaunchError(f"{_refusal(complaint)} (the script is {script})")
+        kind = SlurmSilentError if "unable to contact" in complaint.lower() else LaunchError
+        raise kind(f"{_refusal(complaint)} (the script is {script})")
     return str(done.stdout).strip().partition(";")[0]
 
 
@@ -292,7 +295,7 @@ def _find_lost(job_name: str, complaint: str) -> str:
             f"sbatch: {complaint}; Slurm does not answer, so nobody knows whether the job was queued. When it answers "
             f"again, look with `squeue --name={job_name}` and submit again only if nothing is shown"
         )
-    raise LaunchError(f"sbatch: {complaint}; the job is not in the queue, submit again")
+    raise SlurmSilentError(f"sbatch: {complaint}; the job is not in the queue, submit again")
 
 
 def _refusal(complaint: str) -> str:

@@ -23,10 +23,10 @@ from launch.preflight import refuse_inside_allocation
 from launch.profile import Accelerator, Profile, load_profile, resolve_accelerator
 from launch.srun_log import last_message
 from launch.status import Cluster, ask_cluster, status_of
-from launch.submission import prepare, start, submit_batch
+from launch.submission import prepare, start
 from mimscale import console
 from mimscale.config import build_config, config_tree, parse_yaml
-from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LostRankError, MimscaleError
+from mimscale.errors import INTERRUPTED_EXIT_CODE, DataError, LaunchError, LostRankError, MimscaleError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.lock import sole_writer
 from mimscale.report.study import StudyView
@@ -56,6 +56,10 @@ class Study:
     states: dict[str, NodeState] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)  # by this command
     refused: dict[str, str] = field(default_factory=dict)  # node -> why this command could not start it
+    jobs: dict[str, JobFolder] = field(default_factory=dict)  # node -> its newest submission, of the last look
+    lost: set[str] = field(default_factory=set)  # nodes whose job is gone without an outcome
+    silent: str | None = None  # why Slurm said nothing
+    _causes: dict[str, str] = field(default_factory=dict)  # node that is left out -> why
     # What cannot change while this command works, and would take long to find out again and again.
     _final: dict[str, NodeState] = field(default_factory=dict)
     _wrong: dict[tuple[str, str], MimscaleError | None] = field(default_factory=dict)  # config or plan, node
@@ -69,8 +73,9 @@ class Study:
     def look(self) -> dict[str, NodeState]:
         """What every node has come to, stores first and parents before what needs them."""
         newest = {node.id: self._newest(node) for node in self.graph.nodes.values() if node.id not in self._final}
-        cluster = ask_cluster(folder for folder in newest.values() if folder is not None)
-        self.states = {}
+        self.jobs = {node_id: folder for node_id, folder in newest.items() if folder is not None}
+        cluster = ask_cluster(self.jobs.values())
+        self.states, self.lost, self.silent, self._causes = {}, set(), cluster.silent, {}
         # A pretraining is asked about stores that only what comes after it reads.
         for node in sorted(self.graph.nodes.values(), key=lambda node: node.verb not in DATA_VERBS):
             state = self._final.get(node.id) or self._state(node, newest[node.id], cluster)
@@ -86,12 +91,17 @@ class Study:
         if state.name == "done" and node.verb == "ingest":
             problems = data_problems(self.config, self.graph, self.folder, node.id)
             return NodeState("failed", "; ".join(problems), DataError.exit_code) if problems else state
-        if state.name in ("done", "failed", *AHEAD):
+        if state.name in ("done", "failed", "running"):
             return state
         needed = [*node.parents, *(self._stores_behind(node) if node.verb == "pretrain" else ())]
         missing = [parent for parent in needed if self.states[parent].name in ("failed", "left out")]
         if missing:
-            return NodeState("left out", f"{self.graph.nodes[missing[0]].label} has no result")
+            why = self._causes[node.id] = self._why_without(missing[0])
+            if state.name == "queued":  # it waits there for the new job of its parent, when that is tried again
+                why += f"; job {self.jobs[node.id].read().job_id} stays in the queue for --retry"
+            return NodeState("left out", why)
+        if state.name == "queued":
+            return state
         if node.id in self.refused:
             return NodeState("failed", self.refused[node.id], 1)
         # What can be computed on no such number of ranks is said before anything is started.
@@ -121,6 +131,8 @@ class Study:
     def _submitted(self, node: Node, newest: JobFolder | None, cluster: Cluster) -> NodeState:
         run = self._run_dir(node)
         status = None if newest is None else status_of(run, newest, cluster, time.time())
+        if status is not None and status.state == "lost":
+            self.lost.add(node.id)
         # A run is finished some seconds before its processes are gone.
         if status is not None and status.state in ("running", "queued", "unknown"):
             return NodeState("queued" if status.state == "queued" else "running", status.reason)
@@ -156,6 +168,11 @@ class Study:
         log = folder.rank_log(str(folder.read().job_id), 0)
         printed = last_message(log.read_text(errors="replace")) if log.exists() else ""
         return printed if printed and "its log says why" in message else message
+
+    def _why_without(self, node_id: str) -> str:
+        """Why what needs a node is left out: the node that failed, however far above it is."""
+        label, state = self.graph.nodes[node_id].label, self.states[node_id]
+        return self._causes.get(node_id) or f"{label} has no result: {state.reason}"
 
     def _newest(self, node: Node) -> JobFolder | None:
         folders = [folder for folder in job_folders(self._run_dir(node).logs) if folder.read().verb == node.verb]
@@ -202,15 +219,17 @@ class Study:
 
     def ready(self, *, submitted_parents: bool) -> list[Node]:
         """Nodes that can be started now: with all parents done, or, on Slurm, submitted."""
+        return [node for node in self.graph.nodes.values() if self.may_start(node, submitted_parents=submitted_parents)]
+
+    def may_start(self, node: Node, *, submitted_parents: bool) -> bool:
+        """Whether a node can be started now: with all parents done, or, on Slurm, submitted."""
         enough = ("done", *AHEAD) if submitted_parents else ("done",)
-        return [
-            node
-            for node in self.graph.nodes.values()
-            if self.states[node.id].name == "to do"
+        return (
+            self.states[node.id].name == "to do"
             and node.id not in self.started
             and all(self.states[parent].name in enough for parent in node.parents)
             and (node.verb != "pretrain" or self._may_be_checked(node))
-        ]
+        )
 
 
 def _as_scored(config: EvaluateConfig) -> tuple[EvaluateConfig, tuple[str, ...]]:
@@ -279,38 +298,6 @@ def _signal_nodes(study: Study, node_ids: Sequence[str], number: signal.Signals)
     console.say(f"asked {len(node_ids)} node(s) to {'save and stop' if number == signal.SIGUSR2 else 'end at once'}")
 
 
-def submit_all(study: Study) -> int:
-    """Submit every node that can be submitted, each to wait for its parent; returns how many.
-
-    Training waits until its data are there, because what they are is checked before anything trains on them; a
-    pretraining of as long as another one takes waits until that is known.
-    """
-    count = 0
-    study.look()
-    for node in list(study.graph.nodes.values()):
-        if node not in study.ready(submitted_parents=True):
-            continue
-        waiting = [study.graph.nodes[p] for p in node.parents if study.states[p].name != "done"]
-        if node.verb not in DATA_VERBS and any(p.verb in DATA_VERBS for p in waiting):
-            continue
-        if waiting and node.waits_for_results:
-            continue
-        assert len(waiting) <= 1, f"{node.label} waits for {[parent.label for parent in waiting]}"
-        study.started.add(node.id)
-        after = study.graph.folder(study.folder, waiting[0]) if waiting else None
-        try:
-            folder, job_id = submit_batch(study.plan(node), [node.verb, node.id], fresh=False, after=after)
-        except MimscaleError as error:
-            study.refused[node.id] = str(error)
-            study.states[node.id] = NodeState("failed", str(error), error.exit_code)
-            console.say(f"{node.label}: {error}")
-            continue
-        count += 1
-        study.states[node.id] = NodeState("queued", f"job {job_id}")
-        console.say(f"job {job_id}: {node.label} ({folder.run.path})")
-    return count
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `mimscale study`."""
     parser = argparse.ArgumentParser(
@@ -322,7 +309,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1, help="nodes of each training job on Slurm (default: 1)")
     parser.add_argument("--retry", action="store_true", help="try nodes again that have failed")
     parser.add_argument("--inside-allocation", action="store_true", help="submit although this shell is itself a job")
-    parser.add_argument("--dry-run", action="store_true", help="show the graph and the state of each node, start none")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="show the graph and the state of each node, start none")
+    how.add_argument("--wait", action="store_true", help="on Slurm: stay, and submit what can start, until all is over")
     parser.add_argument("--json", action="store_true", help="nodes with their state, and the tables, on stdout")
     return parser
 
@@ -338,19 +327,31 @@ def main(argv: list[str]) -> int:
     if arguments.dry_run:
         study.look()
     elif profile.executor == "slurm":
+        from launch.study_slurm import stay, submit_all
+
         if not arguments.inside_allocation:
             refuse_inside_allocation(os.environ)
-        count = submit_all(study)
-        console.say(f"{count} job(s) submitted; the same command shows how they are, and goes on")
+        if not arguments.wait:
+            submit_all(study)
+        elif (number := stay(study, lambda: _write_report(study))) is not None:
+            return 128 + number
     else:
-        stopped = run_here(study) or any(state.name == "to do" for state in study.states.values())
+        stopped = run_here(study)
+    if not arguments.dry_run and (profile.executor != "slurm" or arguments.wait):
+        stopped = stopped or any(state.name == "to do" for state in study.states.values())
     view = study_view(config, study.graph, study.folder, study.states)
     if not arguments.dry_run:
         report = write_study_report(view, study.folder)
     _show(study, view, report, everything=arguments.dry_run)
     if arguments.json:
         console.print_json(_result(study, view, report))
+    if study.silent is not None and not arguments.dry_run:
+        return LaunchError.exit_code
     return exit_code(study.states, stopped=stopped)
+
+
+def _write_report(study: Study) -> None:
+    write_study_report(study_view(study.config, study.graph, study.folder, study.states), study.folder)
 
 
 def exit_code(states: Mapping[str, NodeState], *, stopped: bool) -> int:

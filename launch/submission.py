@@ -261,21 +261,26 @@ def script_of(plan: Plan, *, waits: bool) -> str:
     return BatchExecutor(_batch_job(plan, folder, name, exported, ["JOB_OF_PARENT"] if waits else [])).script()
 
 
-def find_parent(run_dir: Path) -> JobFolder | None:
+def find_parent(run_dir: Path, verb: str | None = None) -> JobFolder | None:
     """The submission that `--after run_dir` waits for; None when it has finished already.
 
     Args:
         run_dir: a run directory, or the store that an ingest writes.
+        verb: of that submission, where others of the same run are not meant; None: the newest of any verb.
 
     Raises:
         LaunchError: there is none, it has failed, or it is no job of Slurm.
     """
     places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(f"{run_dir.name}.job"))]
     folders = [folder for place in places for folder in job_folders(place.logs)]
+    folders = [folder for folder in folders if verb in (None, folder.read().verb)]
     if not folders:
         raise LaunchError(f"--after {run_dir}: nothing was submitted there; give the run_dir (or out) of a submission")
-    newest = folders[-1]
+    newest, active = folders[-1], []
     outcome, record = newest.read_outcome(), newest.read()
+    if outcome is None and record.executor == "slurm":
+        active = [job for job in newest.queued(slurm_commands.queue([record.user])) if job.is_active]
+        outcome = None if active else newest.read_outcome()  # it may have ended meanwhile
     if outcome is not None and outcome.exit_code == 0:
         return None
     if outcome is not None:
@@ -285,7 +290,6 @@ def find_parent(run_dir: Path) -> JobFolder | None:
         )
     if record.executor != "slurm":
         raise LaunchError(f"--after {run_dir}: job {record.job_id} is no job of Slurm; wait for it")
-    active = [job for job in newest.queued(slurm_commands.queue([record.user])) if job.is_active]
     if not active:
         raise LaunchError(
             f"--after {run_dir}: job {record.job_id} is not in the queue and left no outcome; see `mimscale status "
@@ -294,14 +298,23 @@ def find_parent(run_dir: Path) -> JobFolder | None:
     return newest
 
 
-def submit_batch(plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | None) -> tuple[JobFolder, str]:
+def submit_batch(
+    plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | None, after_verb: str | None = None
+) -> tuple[JobFolder, str]:
     """Submit to Slurm: one job, or a job array and the job that merges its parts; returns the last one.
+
+    Args:
+        plan: what is submitted.
+        argv: the command line, for the record.
+        fresh: start the run again from step 0.
+        after: the run whose job it waits for.
+        after_verb: of that job; None: the newest of that run.
 
     Raises:
         LaunchError: refused by us or by Slurm, before anything is queued.
     """
     check_on_login_node(plan)
-    parent = None if after is None else find_parent(after)
+    parent = None if after is None else find_parent(after, after_verb)
     # What waits for a job of this run that has failed cannot start before the new one has finished.
     failed = [folder for folder in job_folders(plan.run.logs) if (end := folder.read_outcome()) and end.exit_code]
     stuck = [child for folder in failed for child in folder.waiting()]

@@ -129,6 +129,12 @@ class DevCluster:
         """kill -9 of a daemon; `up` starts it again."""
         os.kill(self.pid(daemon), signal.SIGKILL)
 
+    def stop(self, daemon: str) -> None:
+        """Let a daemon save its state and end, as an administrator does; `up` starts it again."""
+        pid = self.pid(daemon)
+        os.kill(pid, signal.SIGTERM)
+        self.wait_for(f"{daemon} to end", lambda: not Path(f"/proc/{pid}").exists(), timeout_s=30)
+
     def kill_node(self, number: int) -> None:
         """kill -9 of all that runs on a node, as if its power failed; `up` starts its slurmd again."""
         for pid in self.processes(number):

@@ -26,14 +26,27 @@ echo $count
 }
 
 
+SLURM_PROFILE = {
+    "executor": "slurm",
+    "processes_per_node": 1,
+    "accelerator": "cpu",
+    "timeout_min": 30,
+    "slurm": {"partition": "main", "cpus_per_task": 1},
+}
+
+
 class FakeSlurm:
     """A folder of commands, first on PATH, and what they were asked."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, queues: bool = False) -> None:
+        """With `queues` squeue shows each job from its submission on, waiting for another one."""
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         for name, body in SCRIPTS.items():
             path = folder / "bin" / name
+            if queues:
+                line = 'echo "$count|$count|somebody|PENDING|Dependency||9:00|a job" >> queue'
+                body = body.replace("echo $count\n", f"{line}; echo $count\n")
             path.write_text(f"#!/bin/bash\ncd {folder}\nPATH=/bin:/usr/bin\n{body}\n")
             path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:/bin:/usr/bin")

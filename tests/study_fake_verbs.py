@@ -13,7 +13,7 @@ from fake_runs import add_segmentation_scores, write_lines
 
 from mimscale import cli
 from mimscale.config import load_verb_config
-from mimscale.errors import MimscaleError
+from mimscale.errors import DataError
 from mimscale.evaluate.config import EvaluateConfig
 from mimscale.train.config import FinetuneConfig, PretrainConfig
 from mimscale.train.run_dir import Outcome, RunDir
@@ -56,7 +56,7 @@ def _train(config: PretrainConfig | FinetuneConfig) -> int:
     run = RunDir(config.run_dir)
     _note(config.kind, run.path)
     if config.optim.lr > 1:
-        raise MimscaleError("loss is not finite at step 3; lower optim.lr")
+        raise DataError("loss is not finite at step 3; lower optim.lr")
     while config.kind == "finetune" and "FAKE_WAIT" in os.environ and not Path(os.environ["FAKE_WAIT"]).exists():
         time.sleep(0.05)
     step_s = 0.2 if isinstance(config, PretrainConfig) and config.mask.ratio < 0.75 else 0.1
