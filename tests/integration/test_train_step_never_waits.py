@@ -15,6 +15,7 @@ from syncs import SyncWatch, waiting_events
 from tiny_runs import SHAPES, pretrain_words
 
 from mimscale.bench.synthetic import synthetic_batch
+from mimscale.bench.training import Bench
 from mimscale.bench.verbs import bench_config
 from mimscale.config import load_config, split_arguments
 from mimscale.stream.device import to_device
@@ -103,7 +104,7 @@ def train_watched(config, ranks, folder, judge):
 
 
 def watch_steps(words):
-    """In a process of its own: what waits in each case with the judge of every run, and in one with a curious one."""
+    """In a process of its own: what waits in each case, in one with a curious judge, and in `bench train`."""
     from mimscale.train.engine import join_ranks, leave_ranks
 
     ranks = join_ranks(World.from_environment(os.environ))
@@ -112,6 +113,12 @@ def watch_steps(words):
         folder = Path(words[0]) / f"{stage}-{precision}-{judge.__name__}"
         config = config_of(f"engine.zero_stage={stage}", f"engine.precision={precision}", "meter.log_every_steps=2")
         seen.append(train_watched(config, ranks, folder, judge))
+    bench = Bench(config_of(), ranks, with_store=False)
+    bench._run(bench.synthetic(), PROFILED)
+    batch = next(bench.synthetic())
+    with SyncWatch(host=[batch.sample_ids]) as watch:
+        bench._run(repeat(batch), 2)
+    seen.append((watch.places, [], []))
     print(json.dumps(seen))
     leave_ranks()
     return 0
@@ -137,10 +144,15 @@ def test_nothing_in_the_loop_waits_at_any_stage_with_health_and_meter_as_they_ar
 
 
 def test_a_look_at_a_loss_between_two_steps_is_seen(seen):
-    places, profiled, _ = seen[-1]
+    places, profiled, _ = seen[len(CASES)]
     mine = "test_train_step_never_waits.py:keep"
     assert places.count(("_local_scalar_dense", mine)) == places.count(("numpy", mine)) == WATCHED[1] - WATCHED[0]
     assert ("item", "") in profiled
+
+
+def test_what_bench_train_times_waits_no_more_than_a_run_does(seen):
+    places, *_ = seen[-1]
+    assert [place for place in places if place not in OF_MASKS] == [LATE_READ] * 2
 
 
 HOSTS_FILES = ("slots.py", "batch.py", "loader.py", "workers.py")  # what the loader does with the host's own memory
