@@ -21,6 +21,7 @@ from mimscale.ingest.run import ingest
 from mimscale.store import shard
 from mimscale.store.layout import CODECS
 from mimscale.store.writer import PackWriter
+from mimscale.train.environment import memory_peak_bytes
 
 CHUNK_VOXELS = 32
 SIZE_PRESETS = [*itertools.product(["zstd"], [1, 3, 9]), ("lz4", 5), ("lz4hc", 5)]
@@ -173,4 +174,4 @@ def memory_of_ingest(folder: str, sources: str) -> dict[str, int]:
     }
     summary = ingest(build_config(IngestConfig, tree, "benchmark"))
     assert summary["stored"] == 1, summary
-    return {"bytes": measure.memory_peak_bytes()}
+    return {"bytes": memory_peak_bytes()}

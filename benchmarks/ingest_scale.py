@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mimscale.bench import measure
 from mimscale.config import build_config, config_tree
 from mimscale.ingest import merge
 from mimscale.ingest.config import IngestConfig
@@ -21,6 +20,7 @@ from mimscale.store import layout
 from mimscale.store.intensity import ChannelStats
 from mimscale.store.manifest import TRAINING_COLUMNS, load_manifest, write_manifest
 from mimscale.store.rows import OverlayRow, VolumeRow, row_tree
+from mimscale.train.environment import memory_peak_bytes
 
 SOURCES_A_PART = 500
 PLAN_COLUMNS = ("id", "modality", "split", "shape", "foreground_box")
@@ -79,7 +79,7 @@ def open_manifest(store: str, columns: str) -> dict[str, Any]:
     start = time.perf_counter()
     manifest = load_manifest(Path(store), chosen)
     opened = time.perf_counter()
-    result = {"seconds": round(opened - start, 3), "peak_mb": round(measure.memory_peak_bytes() / 1e6)}
+    result = {"seconds": round(opened - start, 3), "peak_mb": round(memory_peak_bytes() / 1e6)}
     if columns == "training":
         chosen_rows = np.random.default_rng(0).integers(0, len(manifest), 2000)
         start = time.perf_counter()
@@ -91,7 +91,7 @@ def open_manifest(store: str, columns: str) -> dict[str, Any]:
 
 def imports_alone() -> dict[str, Any]:
     """The memory that Python, numpy and pyarrow take before any manifest is there."""
-    return {"peak_mb": round(measure.memory_peak_bytes() / 1e6)}
+    return {"peak_mb": round(memory_peak_bytes() / 1e6)}
 
 
 def describe(store: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def describe(store: str) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - start, 3),
         "volumes": tree["volumes"],
-        "peak_mb": round(measure.memory_peak_bytes() / 1e6),
+        "peak_mb": round(memory_peak_bytes() / 1e6),
     }
 
 

@@ -21,7 +21,6 @@ from ingest_volumes import synthetic_ct
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from mimscale.bench import measure
 from mimscale.config import config_tree, config_yaml
 from mimscale.durable import sha256_of_file, write_json, write_text
 from mimscale.models.config import UnetrConfig, VitConfig
@@ -30,6 +29,7 @@ from mimscale.store.intensity import IntensityContract
 from mimscale.train.build import build_segmenter
 from mimscale.train.committed import tag_name
 from mimscale.train.config import FinetuneConfig
+from mimscale.train.environment import memory_peak_bytes
 
 STEP_MM, TILE = 0.8, 128
 
@@ -101,7 +101,7 @@ def main() -> None:
         from mimscale.cli import main as verb
 
         assert verb(arguments.measured) == 0
-        print(json.dumps({"peak_bytes": measure.memory_peak_bytes()}))
+        print(json.dumps({"peak_bytes": memory_peak_bytes()}))
         return
     z, y, x = arguments.shape
     series, run = arguments.folder / f"ct_{z}_{y}_{x}", arguments.folder / f"run_{arguments.classes}"

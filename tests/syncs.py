@@ -4,13 +4,18 @@ On a CPU nothing waits, but the operations are the same ones.
 """
 
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Their results are Python numbers, or tensors whose shape depends on the values.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim", "equal")
+
+# Ways to the host that are no operation where a tensor lies on the CPU already.
+UNSEEN = ("cpu", "numpy", "tolist")
 
 
 class SyncWatch(TorchDispatchMode):
@@ -20,11 +25,33 @@ class SyncWatch(TorchDispatchMode):
 
     Args:
         host_works: operations on the CPU are the host's own, and nobody waits for them; else it stands for the device.
+        host: tensors that would lie in the host's memory if there were a device.
     """
 
-    def __init__(self, *, host_works=False):
+    def __init__(self, *, host_works=False, host=()):
         super().__init__()
-        self.host_works, self.places, self.copies = host_works, [], set()
+        self.host_works, self.host, self.places, self.copies = host_works, host, [], set()
+        self._patches = ExitStack()
+
+    def __enter__(self):
+        for name in UNSEEN:
+            self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._noting(name)))
+        return super().__enter__()
+
+    def __exit__(self, *details):
+        super().__exit__(*details)
+        self._patches.close()
+
+    def _noting(self, name):
+        method = getattr(torch.Tensor, name)
+
+        def noted(tensor, *args, **kwargs):
+            is_hosts = self.host_works or any(tensor is one for one in self.host)
+            if tensor.device.type == "cpu" and not is_hosts:  # of another device the dispatch mode sees the copy
+                self.places.append((name, _caller()))
+            return method(tensor, *args, **kwargs)
+
+        return noted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

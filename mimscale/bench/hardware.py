@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mimscale.bench.gpus import GPUS
-from mimscale.bench.measure import memory_peak_bytes
+from mimscale.train.environment import memory_peak_bytes
 
 MFU_FORMULA = (
     "FLOPs of the products that the step needs (no masked token, nothing that is recomputed) / seconds / "

@@ -62,14 +62,6 @@ def rate(runs: Sequence[Run], megabytes: float) -> dict[str, float]:
     }
 
 
-def memory_peak_bytes() -> int:
-    """The most memory that this process has held. Not ru_maxrss: that begins with the memory of its parent."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    assert found, "Linux tells it"
-    return int(found[1]) * 1024
-
-
 def in_new_process(module: str, function: str, *arguments: str) -> dict[str, Any]:
     """Call `module.function(*arguments)` in a fresh process and return the dict that it returns."""
     call = f"import json, sys; from {module} import {function} as f; print(json.dumps(f(*sys.argv[1:])))"

@@ -78,7 +78,6 @@ def _engine_config(scale: Scale, plan: SamplePlan) -> object:
         micro_batch=MICRO_BATCH,
         accumulation=1,
         world_size=scale.ranks,
-        leave_out_bad_updates=True,
     )
 
 

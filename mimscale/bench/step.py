@@ -28,8 +28,9 @@ from mimscale.bench.verbs import bench_config
 from mimscale.config import config_tree, config_yaml, verb_parser
 from mimscale.errors import ConfigError
 from mimscale.stream.batch import Batch
+from mimscale.train.compiled_blocks import compile_blocks
 from mimscale.train.config import PretrainConfig
-from mimscale.train.engine import Engine, compile_blocks, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.optim import adamw
 from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
@@ -96,9 +97,10 @@ def own_step(setting: Setting, *, compiled: bool = False) -> Step:
 
 
 def engine_step(setting: Setting, *, zero_stage: int) -> Step:
-    """What a run does: the engine with DeepSpeed, one micro-batch a step."""
+    """The engine with DeepSpeed, one micro-batch a step. Its blocks are compiled only if the config says so."""
     config = setting.config
-    config = replace(config, engine=replace(config.engine, zero_stage=zero_stage))  # type: ignore[arg-type]
+    compiled = bool(config.engine.compile_blocks)
+    config = replace(config, engine=replace(config.engine, zero_stage=zero_stage, compile_blocks=compiled))  # type: ignore[arg-type]
     objective, batch = pretrain_objective(config), setting.batch()
     torch.manual_seed(config.seed)
     engine = Engine(objective.build(setting.channels), config, setting.ranks)

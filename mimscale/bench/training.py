@@ -75,19 +75,16 @@ class _Stopwatch:
 
 
 class _Unwatched:
-    """Reads what a run's health reads in each step, and judges nothing; see `mimscale.train.health.Health`."""
+    """Judges nothing; see `mimscale.train.health.Health`. A healthy run's reads nothing from the device either."""
 
     skipped = 0
 
-    def update_was_made(
-        self, step: int, grad_norm: Tensor | float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]
-    ) -> bool:
-        """Wait for the norm as a run does that leaves bad updates out."""
-        float(grad_norm)
-        return True
-
-    def watch_norm(self, step: int, grad_norm: float) -> None:
+    def keep(self, step: int, losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> None:
         """Nothing."""
+
+    def update_was_made(self, step: int, grad_norm: float) -> bool:
+        """It was, as far as anybody looks."""
+        return True
 
     def watch_loss(self, step: int, loss: float, done: int) -> None:
         """Nothing."""

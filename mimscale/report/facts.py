@@ -22,6 +22,7 @@ class RunFacts:
     config: dict[str, Any]  # config.yaml
     steps: list[dict[str, Any]]  # lines of metrics.jsonl with a training loss; of a step that was done twice, the last
     validations: list[dict[str, Any]]  # lines of metrics.jsonl with a validation score
+    costs: list[dict[str, Any]]  # lines of metrics.jsonl with memory and wall clock; none of a run of older code
     outcome: Outcome | None
     evaluation: Path  # folder of the scores and their pictures
     scores: dict[str, Any] | None  # its scores.json
@@ -67,6 +68,16 @@ class RunFacts:
         """Samples that could not be read and were replaced."""
         return round(sum(float(line.get("substituted", 0)) for line in self.steps))
 
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The most that a rank of any of its jobs held: on its GPU, or as a process on a CPU."""
+        return max((float(line["peak_memory_bytes"]) for line in self.costs), default=None)
+
+    @property
+    def wall_s(self) -> float | None:
+        """From start to end, of all jobs together; of one that was killed, to its last save."""
+        return max((float(line["wall_s"]) for line in self.costs), default=None)
+
     def last(self, key: str) -> float | None:
         """The last logged value of a number."""
         values = [float(line[key]) for line in self.steps + self.validations if line.get(key) is not None]
@@ -99,6 +110,7 @@ def read_run(path: Path, evaluation: Path | None = None) -> RunFacts:
         config=config,
         steps=_last_of_each_step([line for line in lines if "loss" in line]),
         validations=_last_of_each_step([line for line in lines if any(key.startswith("val_") for key in line)]),
+        costs=[line for line in lines if "wall_s" in line],
         outcome=run.read_outcome(),
         evaluation=evaluation or run.evaluation,
         scores=_read_json((evaluation or run.evaluation) / "scores.json"),

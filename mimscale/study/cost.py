@@ -1,9 +1,10 @@
-"""What the runs of a study took: size of the networks, steps, seconds."""
+"""What the runs of a study took: size of the networks, memory, steps, seconds."""
 
 from collections.abc import Sequence
 
 from mimscale.errors import MimscaleError
 from mimscale.models.contract import CONTRACT_FILE, read_contract
+from mimscale.report.facts import RunFacts
 from mimscale.report.study import Table
 from mimscale.study.matched import compute_s
 from mimscale.study.results import Group, Result
@@ -31,12 +32,15 @@ def cost_table(groups: Sequence[Group]) -> Table:
                 group.arm,
                 group.setting,
                 *_network(group.results[0]),
+                _peak_gb(pretraining or [result.run for result in group.results]),
                 _cost([float(run.last_step) for run in pretraining], 0),
                 _cost([float(run.last_step * run.config["global_batch"]) for run in pretraining], 0),
                 _cost([run.percentile("samples_per_s", 50) for run in pretraining], 2),
                 _cost([compute_s(run) for run in pretraining], 0),
+                _cost([run.wall_s for run in pretraining], 0),
                 _cost([float(result.run.last_step) for result in group.results], 0),
                 _cost([result.finetune_s for result in group.results], 0),
+                _cost([result.run.wall_s for result in group.results], 0),
                 _cost([r.scores.get("seconds") for r in group.results if r.scores], 0),
             ]
         )
@@ -48,20 +52,25 @@ def cost_table(groups: Sequence[Group]) -> Table:
             "setting",
             "weights, M",
             "GFLOP a sample",
-            "memory, GB",
+            "memory, GB, estimated",
+            "peak memory, GB, measured",
             "pretraining steps",
             "samples",
             "samples/s",
             "pretraining, s",
+            "pretraining, wall clock, s",
             "fine-tuning steps",
             "fine-tuning, s",
+            "fine-tuning, wall clock, s",
             "scoring, s",
         ],
         rows=rows,
         note="Means over the runs; what several experiments share stands where it comes first. Weights, FLOPs of a "
-        "forward pass and memory of a rank, which is estimated, are of the pretraining, of an arm without one of the "
-        "fine-tuning. Seconds of training are the median step times the steps; start, validation and "
-        "saves are not in them. Nodes that ran at the same time on one machine slowed each other down.",
+        "forward pass and memory of a rank are of the pretraining, of an arm without one of the fine-tuning. Memory "
+        "is estimated for the device, and measured as the most that a rank of any of the runs held: on its GPU, or on "
+        "a CPU as a whole process, with its libraries. Seconds of training are the median step times the steps; the "
+        "wall clock has start, validation and saves in it too, but no time in a queue. Nodes that ran at the same time "
+        "on one machine slowed each other down.",
         text_columns=3,
     )
 
@@ -87,6 +96,11 @@ def _network(result: Result) -> list[str]:
     )
     flops = sum(part.forward for part in run_flops(config, channels).values())
     return [f"{count_parameters(config, channels) / 1e6:.3g}", f"{flops / 1e9:.3g}", f"{memory.peak / 1e9:.3g}"]
+
+
+def _peak_gb(runs: Sequence[RunFacts]) -> str:
+    peaks = [run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None]
+    return f"{max(peaks) / 1e9:.3g}" if peaks else NOTHING
 
 
 def _cost(values: Sequence[float | None], digits: int) -> str:

@@ -34,7 +34,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1  # what is sharded: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA at stages 1-3, else fp32
     clip_grad_norm: float = 1.0  # global norm above which gradients are scaled down; 0 turns it off
-    compile_blocks: bool = False  # torch.compile of each block; a block that cannot be compiled runs as it is
+    # torch.compile of each block; one that cannot be compiled runs as it is. null: on CUDA, where shapes stay the same
+    compile_blocks: bool | None = None
     bucket_elements: int = 50_000_000  # elements in one communication; small enough that several overlap
     deterministic: bool = False  # CUDA: slower kernels that give bitwise equal results; the CPU always does
     collective_timeout_min: float = 30.0  # a collective that waits longer is an error
@@ -327,6 +328,7 @@ FREE_KEYS = frozenset(
         "micro_batch",
         "stop_after_min",
         "engine.zero_stage",
+        "engine.compile_blocks",
         "engine.collective_timeout_min",
         "stream.workers",
         "stream.prefetch_batches",

@@ -29,7 +29,6 @@ def deepspeed_config(
     micro_batch: int,
     accumulation: int,
     world_size: int,
-    leave_out_bad_updates: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's config tree for one run.
 
@@ -47,9 +46,8 @@ def deepspeed_config(
         "gradient_predivide_factor": 1.0,
         # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).
         "communication_data_type": "fp32",
-        # Whether updates that are not finite are left out. The check makes the host wait for the device in every step;
-        # without it the loop finds them a step later.
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": leave_out_bad_updates},
+        # The check makes the host wait for the device in every step; the engine leaves out what is not finite itself.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": config.zero_stage,

@@ -6,7 +6,6 @@ An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward`
 import contextlib
 import importlib
 import logging
-import math
 import os
 import sys
 import warnings
@@ -19,13 +18,13 @@ import deepspeed
 import torch
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage3, stage_1_and_2
-from deepspeed.runtime.zero.stage_1_and_2 import is_invalid_grad_norm
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
-from mimscale.errors import ConfigError, LaunchError
+from mimscale.errors import LaunchError
 from mimscale.models.contract import WEIGHTS_FILE
+from mimscale.train.compiled_blocks import compile_blocks, compiles_blocks
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
@@ -41,10 +40,6 @@ from mimscale.train.zero import (
     spread_weights,
 )
 from mimscale.world import World
-
-# Shapes that blocks of one class may be compiled for. Beyond torch's own 8 the next ones would run as they are; those
-# of a U-Net differ at every stage, in training and in validation.
-MOST_SHAPES = 64
 
 
 def ignore_known_warnings() -> None:
@@ -104,32 +99,6 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
     return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
-def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile each block (`repeated` of its encoder) in its place: the names of its weights stay.
-
-    Blocks of one shape share their code, so it is built once. What cannot be compiled here (no compiler, an operation
-    that it does not know) runs as it is, and torch says so in a warning.
-
-    Raises:
-        ConfigError: the encoder has no such blocks.
-    """
-    kinds = getattr(model.encoder, "repeated", ())
-    if not kinds:
-        raise ConfigError(
-            f"engine.compile_blocks=true: {type(model.encoder).__name__} does not say which of its modules are "
-            "compiled one by one; give it `repeated`, a tuple of their classes, or leave the key out"
-        )
-    torch._dynamo.config.suppress_errors = True
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
-    # Else the backward pass is compiled when it first runs, and what fails there ends the run.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    inside: set[nn.Module] = set()  # of a block that is compiled as a whole
-    for module in model.modules():  # a module comes before what is inside of it
-        if isinstance(module, kinds) and module not in inside:
-            module.compile(dynamic=False, backend=backend)
-            inside.update(module.modules())
-
-
 def import_muon_without_compiler() -> None:
     """Import what DeepSpeed looks into at each start, its Muon optimizer, without torch's compiler.
 
@@ -151,14 +120,13 @@ def leave_ranks() -> None:
         distributed.destroy_process_group()
 
 
-def check_norms(leave_out_bad_updates: bool) -> None:
-    """Let ZeRO ask whether a gradient norm is finite, and leave the update out, or not ask at all.
+def ask_no_norm() -> None:
+    """Let ZeRO not ask whether a gradient norm is finite: the question makes the host wait for the device.
 
-    The question makes the host wait for the device. Unasked, the norm of gradients that are not finite is not finite
-    either, and the loop ends the run at such a norm before it saves anything.
+    Unasked, the norm of gradients that are not finite is not finite either; see `Engine._leave_out`.
     """
     for optimizer in (stage_1_and_2, stage3):
-        optimizer.is_invalid_grad_norm = is_invalid_grad_norm if leave_out_bad_updates else lambda norm: False
+        optimizer.is_invalid_grad_norm = lambda norm: False
         optimizer.mask_nan_or_inf_with_val_inplace = _mark_not_finite
 
 
@@ -181,25 +149,22 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
-        self._leaves_out = config.health.max_skipped > 0
-        check_norms(self._leaves_out)
-        self._stage_0_norm: Tensor | float = 0.0
+        ask_no_norm()
+        self._stage_0_norm = torch.zeros(())
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if config.engine.compile_blocks:
+        if compiles_blocks(model, config, ranks):
             compile_blocks(model)
         optimizer = adamw(model, config.optim, config.model.layers)
         self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
-        if self.zero_stage == 0 and self._leaves_out:
-            optimizer.register_step_pre_hook(self._leave_out_stage_0)
+        optimizer.register_step_pre_hook(self._leave_out)
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
             micro_batch=config.micro_batch,
             accumulation=accumulation(config, ranks.world.size),
             world_size=ranks.world.size,
-            leave_out_bad_updates=self._leaves_out,
         )
         import_muon_without_compiler()
         with contextlib.redirect_stdout(sys.stderr):
@@ -262,22 +227,22 @@ class Engine:
     def step(self) -> None:
         """End one micro-batch: the last of a step updates the weights, unless the global gradient norm is not finite.
 
-        DeepSpeed looks itself at stages 1-3, where it reads the norm before the update. At stage 0 nobody does, so we
-        read it before the update instead of after: as many waits for the device, but the host launches the update's
-        kernels only after this one.
+        The device decides that by itself, and the host learns of it when it reads the norm.
         """
         if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
             # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            self._stage_0_norm = float(norm) if self._leaves_out else norm
+            self._stage_0_norm = nn.utils.get_total_norm(gradients)
         self._deepspeed.step()
 
-    def _leave_out_stage_0(self, *_: Any) -> None:
-        """Just before an update at stage 0: without gradients AdamW leaves weights and moments alone."""
-        if not math.isfinite(self._stage_0_norm):
-            for parameter in self.module.parameters():
-                parameter.grad = None
+    def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Just before torch's AdamW updates a group, when the norm of all is known.
+
+        Where `found_inf` is 1, its fused kernel changes neither weights nor moments, and the count of updates stays:
+        made for gradient scalers, which leave out a step without asking the device.
+        """
+        norm: Tensor = self._stage_0_norm if self.zero_stage == 0 else self._deepspeed.optimizer._global_grad_norm
+        optimizer.found_inf = 1.0 - torch.isfinite(norm).float()  # type: ignore[attr-defined]
 
     def grad_norm(self) -> Tensor | float:
         """Global gradient norm of the last step, before clipping; not finite where any gradient was not."""

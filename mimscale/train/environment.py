@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def memory_peak_bytes() -> int:
+    """The most memory that this process has held. Not ru_maxrss: that begins with the memory of its parent."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    assert found, "Linux tells it"
+    return int(found[1]) * 1024
 
 
 def keep_freed_memory() -> bool:

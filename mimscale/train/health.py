@@ -107,35 +107,23 @@ class Health:
             losses,
         )
 
-    def update_was_made(
-        self, step: int, grad_norm: Tensor | float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]
-    ) -> bool:
+    def keep(self, step: int, losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> None:
+        """Keep what a step trained on until its norm is read, which is a step later: so nobody waits for the device."""
+        self._unread[step] = (losses, micro_batches)
+
+    def update_was_made(self, step: int, grad_norm: float) -> bool:
         """Whether the engine made the update of a step: not where the global gradient norm is not finite.
 
         That is the case on all ranks or on none, so the rest is a collective that only happens when something is wrong.
-        With `max_skipped=0` every update is made, and `watch_norm` ends the run at a bad one: then nobody waits for the
-        device here.
 
         Raises:
             DataError: more than `max_skipped` updates were left out.
         """
-        if self._config.max_skipped == 0:
-            self._unread[step] = (losses, micro_batches)
+        losses, micro_batches = self._unread.pop(step)
+        if math.isfinite(grad_norm):
             return True
-        if not math.isfinite(norm := float(grad_norm)):
-            self._leave_out(step, norm, losses, micro_batches)
-            return False
-        return True
-
-    def watch_norm(self, step: int, grad_norm: float) -> None:
-        """Judge a gradient norm that was not read at its own step. May be a collective.
-
-        Raises:
-            DataError: it is not finite, and the weights are no more. Nothing has been saved since.
-        """
-        losses, micro_batches = self._unread.pop(step, ((), ()))
-        if losses and not math.isfinite(grad_norm):
-            self._leave_out(step, grad_norm, losses, micro_batches)
+        self._leave_out(step, grad_norm, losses, micro_batches)
+        return False
 
     def _leave_out(self, step: int, grad_norm: float, losses: Sequence[Tensor], micro_batches: Sequence[Batch]) -> None:
         world = self._ranks.world

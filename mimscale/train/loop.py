@@ -68,13 +68,11 @@ class Judge(Protocol):
 
     skipped: int
 
-    def update_was_made(
-        self, step: int, grad_norm: Tensor | float, losses: Sequence[Tensor], micro_batches: Sequence[Batch], /
-    ) -> bool:
-        """Whether the engine made the update of a step."""
+    def keep(self, step: int, losses: Sequence[Tensor], micro_batches: Sequence[Batch], /) -> None:
+        """Keep what a step trained on until its norm is read."""
 
-    def watch_norm(self, step: int, grad_norm: float, /) -> None:
-        """Judge a norm that was read late."""
+    def update_was_made(self, step: int, grad_norm: float, /) -> bool:
+        """Whether the engine made the update of a step, by its norm, which is read late."""
 
     def watch_loss(self, step: int, loss: float, done: int, /) -> None:
         """Judge the shared loss of a step."""
@@ -132,8 +130,7 @@ def train(
         step_done(done)
         if pending.written_everywhere:
             commit()
-        grad_norm = engine.grad_norm()
-        was_made = health.update_was_made(done, grad_norm, losses, micro_batches)
+        health.keep(done, losses, micro_batches)
         sample_ids = [sample_id for batch in micro_batches for sample_id in batch.sample_ids.tolist()]
         meter.record_samples(done, sample_ids)
         spans = meter.take_spans()
@@ -141,7 +138,7 @@ def train(
         yardsticks = take_yardsticks()
         sums = {
             "loss": sum(loss.double() / accumulation for loss in losses),
-            "grad_norm": grad_norm,
+            "grad_norm": engine.grad_norm(),
             "stop": float(stop_wanted()),
             "written": float(is_written()),
             **counts,
@@ -152,7 +149,7 @@ def train(
             **spans,
         }
         times = health.compare_ranks(done, spans)
-        pending.begin(_Step(done, was_made, rate, ranks.sum(sums), tuple(counts), tuple(yardsticks), times))
+        pending.begin(_Step(done, rate, ranks.sum(sums), tuple(counts), tuple(yardsticks), times))
 
         if validation_due(done):
             pending.finish(done)
@@ -178,7 +175,6 @@ class _Step:
     """What is known of a step before its sums are."""
 
     number: int
-    was_made: bool
     rate: float
     sums: Any
     counts: tuple[str, ...]  # names of the sums that are logged as sums and not as means
@@ -205,19 +201,19 @@ class _Pending:
         """Read, log and judge the sums under way, when `done` steps were made; True once any rank asked to stop.
 
         Raises:
-            DataError: as `Health.watch_norm` and `Health.watch_loss`.
+            DataError: as `Health.update_was_made` and `Health.watch_loss`.
         """
         self.written_everywhere = False
         if self._under_way is not None:
             step, self._under_way = self._under_way, None
             shared = step.sums.wait()
             means = {name: value / self._world_size for name, value in shared.items()}
-            self._health.watch_norm(step.number, means["grad_norm"])
+            was_made = self._health.update_was_made(step.number, means["grad_norm"])
             self._stop_seen = self._stop_seen or shared["stop"] > 0
             self.written_everywhere = shared["written"] == self._world_size
             values = {name: means[name] for name in ("step_s", "data_wait_s")}
             values |= {"lr": step.rate, **{name: shared[name] for name in step.counts}, **step.rank_times}
-            if step.was_made:
+            if was_made:
                 values |= {name: means[name] for name in ("loss", "grad_norm")}
                 for name in step.yardsticks:
                     if (guess := means[f"yardstick_{name}"]) > 0:

@@ -42,6 +42,7 @@ class Meter:
         self._steps = steps
         self._global_batch = global_batch
         self._spans: dict[str, float] = defaultdict(float)
+        self._earlier_s = 0.0  # wall clock of earlier jobs
         self._last_beat_s = self._last_line_s = float("-inf")
         self._trackers: list[Tracker] = []
         self.last_metrics: dict[str, Any] = {}
@@ -52,6 +53,7 @@ class Meter:
             return
         metrics = self._run.read_metrics()
         kept = [line for line in metrics if line["step"] <= first_step]
+        self._earlier_s = max((float(line["wall_s"]) for line in kept if "wall_s" in line), default=0.0)
         if len(kept) < len(metrics):
             say(f"{len(metrics) - len(kept)} logged step(s) after step {first_step} were not saved and are repeated")
         with self._writing(self._run.metrics):
@@ -119,6 +121,15 @@ class Meter:
         """Write what the checkpoint of `step` steps cost."""
         if self._world.is_first:
             self._append(step, values)
+
+    def log_cost(self, step: int, *, peak_memory_bytes: float, job_s: float) -> None:
+        """Write what `step` steps have cost: the most memory that a rank of this job has held, and the wall clock.
+
+        Of earlier jobs the time counts up to the save that this one has continued from.
+        """
+        if self._world.is_first:
+            wall_s = round(self._earlier_s + job_s, 3)
+            self._append(step, {"peak_memory_bytes": peak_memory_bytes, "wall_s": wall_s})
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         with self._writing(self._run.metrics), self._run.metrics.open("a") as file:

@@ -75,6 +75,10 @@ class Network(ABC, Generic[C]):
             return [str(error)]
         return []
 
+    def changing_shapes(self, config: C) -> str | None:
+        """The key, with its value, that lets the shapes of blocks change from step to step; None: they do not."""
+        return None
+
     def tally(self, config: C, channels: int) -> Tally | None:
         """Its parts by formula, without a loss; None where there is none."""
         return None

@@ -113,6 +113,12 @@ class Ranks:
             for name, total in zip(names, sums, strict=True)
         }
 
+    def largest(self, value: float) -> float:
+        """The largest of a number that each rank's host knows. Not of the device, so nobody waits for it."""
+        found = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self._cpu_group)
+        return float(found)
+
     def all_do(self, action: Callable[[], None]) -> None:
         """Run `action` on every rank; the first MimscaleError of any rank is raised on all of them."""
         problem = None

@@ -24,7 +24,7 @@ from mimscale.stream.plan import Position, SamplePlan
 from mimscale.train.checkpoint import Checkpoints, Saved
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
-from mimscale.train.environment import job_record
+from mimscale.train.environment import job_record, memory_peak_bytes
 from mimscale.train.garbage import collected_between_steps
 from mimscale.train.health import Health
 from mimscale.train.loop import train
@@ -202,7 +202,12 @@ def _train(
     def save(step: int) -> None:
         watchdog.alive()
         report(checkpoints.save(step, data.plan.position(step).to_dict()))
+        log_cost(step)
         watchdog.alive()
+
+    def log_cost(step: int) -> None:
+        peak_bytes = ranks.largest(_peak_memory_bytes(ranks.device))
+        meter.log_cost(step, peak_memory_bytes=peak_bytes, job_s=startup.running_s)
 
     def validation_due(step: int) -> bool:
         every = config.validation.every_steps
@@ -236,6 +241,7 @@ def _train(
         commit=lambda: report(checkpoints.commit()),
     )
     report(checkpoints.finish())
+    log_cost(done)
     finished = done >= config.steps
     outcome = Outcome(
         outcome="finished" if finished else "interrupted",
@@ -248,6 +254,11 @@ def _train(
         run.write_outcome(outcome)
         say(f"{run.path}: {outcome.outcome} at step {done} of {config.steps}")
     return outcome, {"step": done, "outcome": outcome.outcome, **meter.last_metrics}
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most that this rank has held so far: tensors on its GPU, or the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_peak_bytes()
 
 
 def _first_step(plan: SamplePlan, position: Position, step: int, fresh_data: bool) -> int:

@@ -61,6 +61,11 @@ class Startup:
         self.spans[span] = now_s - self._last_s
         self._last_s = now_s
 
+    @property
+    def running_s(self) -> float:
+        """Seconds since the scheduler started this job."""
+        return time.time() - self._began_s
+
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; the first one ends a span."""
         for batch in batches:

@@ -117,18 +117,59 @@ def test_a_rollback_brings_back_weights_and_optimizer_and_training_goes_on(stage
     assert [line["step"] for line in run.read_metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(store, tmp_path):
+@pytest.mark.parametrize(("most", "stage"), [(0, 1), (1, 2)])
+def test_one_step_too_many_that_is_not_finite_ends_all_ranks_with_exit_code_3(most, stage, store, tmp_path):
     run = RunDir(tmp_path / "run")
-    words = pretrain_words(store, run.path, "steps=4", "health.max_skipped=0")
-    ended = run_ranks(words, plant=partial(planted_faults.nan_voxel, 1, 1))
+    words = pretrain_words(store, run.path, "steps=6", f"health.max_skipped={most}", f"engine.zero_stage={stage}")
+
+    ended = run_ranks(words, plant=partial(nan_voxels, range(1, 2 + most)))
     assert [rank.code for rank in ended] == [3, 3]
     for rank in ended:
-        assert "step 2: the loss or its gradient (norm inf) is not finite" in rank.err
+        assert f"step {2 + most}: the loss or its gradient (norm inf) is not finite" in rank.err
         assert "rank 1 on " in rank.err
-        assert "health.max_skipped=0" in rank.err
+        assert f"These were {most + 1} such steps, more than health.max_skipped={most}" in rank.err
     outcome = run.read_outcome()
     assert (outcome.outcome, outcome.exit_code) == ("failed", 3)
     assert not committed.tags(run)
+    assert [line["event"] for line in HealthLog(run.health).read()] == ["skipped"] * most + ["stopped"]
+
+
+def nan_voxels(batches, rank):
+    """On rank 1, in several global batches."""
+    for batch_index in batches:
+        planted_faults.nan_voxel(1, batch_index, rank)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16")])
+def test_a_run_that_is_stopped_between_updates_that_are_left_out_ends_as_one_that_is_not(
+    stage, precision, store, tmp_path
+):
+    plant = partial(nan_voxels, [1, 2, 4])
+    runs = [RunDir(tmp_path / name) for name in ("straight", "stopped")]
+    for run in runs:
+        words = pretrain_words(store, run.path, "steps=6", f"engine.zero_stage={stage}")
+        words += [f"engine.precision={precision}", "validation.every_steps=0"]
+        if run is runs[1]:
+            # The stop is seen in step 3, which is bad itself and whose norm is read for the save.
+            first = run_ranks(words, plant=plant, signal_rank=0, signal_step=2)
+            assert [rank.code for rank in first] == [75, 75], first[0].err
+            assert committed.step_of(committed.newest(run)) == 3
+        ended = run_ranks(words, plant=plant)
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    straight, stopped = (optimizer_state(run, 6) for run in runs)
+    assert len(straight) == len(stopped) > 2
+    assert all(map(torch.equal, straight, stopped))
+    told = [
+        [(line["step"], line.get("loss"), line.get("skipped_steps")) for line in run.read_metrics() if "lr" in line]
+        for run in runs
+    ]
+    assert told[0] == told[1]
+    assert [(step, count) for step, _, count in told[0] if count is not None] == [(2, 1.0), (3, 2.0), (5, 3.0)]
+    assert [[line["step"] for line in HealthLog(run.health).read()] for run in runs] == [[2, 3, 5]] * 2
+    costs = [line for line in runs[1].read_metrics() if "wall_s" in line]
+    assert [line["step"] for line in costs] == [3, 3, 6, 6], "each save and each end"
+    assert costs[1]["wall_s"] < costs[2]["wall_s"], "the second job goes on from the time of the first"
+    assert all(line["peak_memory_bytes"] > 1e8 for line in costs)
 
 
 def test_a_rank_that_hangs_ends_all_ranks_with_their_stacks_and_exit_code_6(store, tmp_path):

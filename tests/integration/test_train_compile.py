@@ -74,7 +74,7 @@ def compile_blocks_of_all(_words):
     from mimscale.bench.compiled import fallbacks
     from mimscale.bench.synthetic import synthetic_batch
     from mimscale.bench.verbs import bench_config
-    from mimscale.train.engine import compile_blocks
+    from mimscale.train.compiled_blocks import compile_blocks
 
     warnings.simplefilter("default")
     seen = {}
@@ -116,7 +116,7 @@ def test_what_cannot_be_compiled_block_by_block_is_refused():
 
     from mimscale.errors import ConfigError
     from mimscale.models.encoder import Encoder
-    from mimscale.train.engine import compile_blocks
+    from mimscale.train.compiled_blocks import compile_blocks
 
     model = nn.Module()
     model.encoder = Encoder(None, 1)

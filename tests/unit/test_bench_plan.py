@@ -142,7 +142,6 @@ def test_reductions_travel_behind_the_backward_pass_where_the_engine_overlaps_th
         micro_batch=1,
         accumulation=micro_batches,
         world_size=2,
-        leave_out_bad_updates=True,
     )["zero_optimization"]
     assert (traffic(config, 100, micro_batches, bf16=True).behind_backward > 0) is engine["overlap_comm"]
 

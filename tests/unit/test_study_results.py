@@ -223,9 +223,32 @@ def test_costs_hold_each_run_once_with_the_size_of_what_is_trained_first(tmp_pat
     (row,) = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     weights = load_file(next((run / "checkpoints").glob("step_*/weights.safetensors")))
     assert float(row["weights, M"]) == pytest.approx(sum(t.numel() for t in weights.values()) / 1e6, abs=0.006)
-    assert float(row["memory, GB"]) > 0
+    assert float(row["memory, GB, estimated"]) > 0
+    measured = ["peak memory, GB, measured", "pretraining, wall clock, s", "fine-tuning, wall clock, s"]
+    assert [row[column] for column in measured] == ["n/a"] * 3, "its code did not measure"
     assert float(row["GFLOP a sample"]) > 0
     # A run whose weights are gone has no size, and the table goes on.
     shutil.rmtree(run / "checkpoints")
     table = cost_table(read_groups(config, graph, tmp_path, {trial.finetune}))
     assert table.rows[0][3:6] == ["n/a"] * 3
+
+
+def test_costs_show_the_largest_memory_of_a_rank_and_the_wall_clock_of_all_jobs(tmp_path):
+    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
+    graph = expand(config)
+    trial = next(trial for trial in graph.trials if trial.pretrain is not None)
+    folders = {kind: graph.folder(tmp_path, graph.nodes[getattr(trial, kind)]) for kind in ("pretrain", "finetune")}
+    jobs = {
+        "pretrain": [(2, 3.2e9, 70.0), (4, 3.25e9, 101.4), (4, 3.1e9, 160.6)],
+        "finetune": [(2, 9e9, 30.0), (4, 9e9, 44.6)],
+    }
+    for kind, folder in folders.items():
+        fake_run(folder, kind)
+        with (folder / "metrics.jsonl").open("a") as file:
+            for step, peak_bytes, wall_s in jobs[kind]:
+                file.write(json.dumps({"step": step, "peak_memory_bytes": peak_bytes, "wall_s": wall_s}) + "\n")
+    table = cost_table(read_groups(config, graph, tmp_path, {trial.pretrain, trial.finetune}))
+    (row,) = [dict(zip(table.columns, row, strict=True)) for row in table.rows if row[1] == trial.arm]
+    assert row["peak memory, GB, measured"] == "3.25"
+    assert row["pretraining, wall clock, s"] == "161"
+    assert row["fine-tuning, wall clock, s"] == "45"

@@ -1,7 +1,11 @@
 """What makes a step fast on a GPU, as far as a machine without one can tell: see benchmarks/README.md."""
 
+import importlib.util
 import inspect
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from mimscale.bench.verbs import bench_config
 from mimscale.config import load_config, recipe_text
 from mimscale.models.config import VitConfig
 from mimscale.models.masking import draw_masks
+from mimscale.train.compiled_blocks import compiles_blocks
 from mimscale.train.config import EngineConfig, FinetuneConfig, PretrainConfig
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.optim import adamw
@@ -69,9 +74,7 @@ def test_heads_of_every_recipe_are_a_multiple_of_8_numbers_wide(recipe):
 def test_a_bucket_holds_a_part_of_the_gradients_so_that_it_travels_behind_the_backward_pass(recipe):
     config = config_of(recipe)
     assert count_parameters(config) > 1.5 * config.engine.bucket_elements
-    tree = deepspeed_config(
-        config.engine, precision="bf16", micro_batch=1, accumulation=1, world_size=8, leave_out_bad_updates=False
-    )
+    tree = deepspeed_config(config.engine, precision="bf16", micro_batch=1, accumulation=1, world_size=8)
     assert tree["zero_optimization"]["overlap_comm"]
     assert tree["zero_optimization"]["reduce_bucket_size"] == config.engine.bucket_elements
 
@@ -86,9 +89,7 @@ def test_adamw_is_torchs_fused_one_and_gradients_of_bf16_weights_are_summed_in_f
     optimizer = adamw(config.network.objective(config).build(1), config.optim, config.model.layers)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert all(group["fused"] for group in optimizer.param_groups)
-    tree = deepspeed_config(
-        EngineConfig(), precision="bf16", micro_batch=1, accumulation=1, world_size=8, leave_out_bad_updates=False
-    )
+    tree = deepspeed_config(EngineConfig(), precision="bf16", micro_batch=1, accumulation=1, world_size=8)
     assert tree["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert tree["communication_data_type"] == "fp32"
 
@@ -111,3 +112,51 @@ def test_a_range_of_mask_ratios_is_no_static_shape_and_refused_with_compiled_blo
     (problem,) = config.network.problems(config)
     assert "engine.compile_blocks=true with mask.ratio_range=[0.5, 0.7]" in problem
     assert "give mask.ratio" in problem
+
+
+def compiles(words, monkeypatch, *, device="cuda", triton=True, compilers=("gcc",)):
+    """Whether a run on a machine with such a device and such programs compiles its blocks."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: (object() if triton else None) if name == "triton" else found(name)
+    )
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
+    monkeypatch.delenv("CC", raising=False)
+    config = bench_config([*METHODS["mae"], *SMALL, "global_batch=2", *words], needs_store=False)
+    with torch.device("meta"):
+        model = config.network.objective(config).build(1)
+    return compiles_blocks(model, config, SimpleNamespace(device=torch.device(device), is_first=True))
+
+
+def test_blocks_are_compiled_on_cuda_and_not_on_a_cpu_unless_a_recipe_says_otherwise(monkeypatch, capsys):
+    assert EngineConfig().compile_blocks is None
+    assert all(config_of(recipe).engine.compile_blocks is None for recipe in RECIPES)
+    assert compiles([], monkeypatch)
+    assert compiles(["engine.zero_stage=2", "mask.ratio=0.6"], monkeypatch)
+    assert not compiles([], monkeypatch, device="cpu")
+    assert compiles(["engine.compile_blocks=true"], monkeypatch, device="cpu")
+    assert not compiles(["engine.compile_blocks=false"], monkeypatch)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "machine", "reason"),
+    [
+        (
+            ["mask={ratio_range: [0.5, 0.7]}"],
+            {},
+            r"mask.ratio_range=\[0.5, 0.7\], so that each number of visible patches",
+        ),
+        (["engine.zero_stage=3"], {}, "engine.zero_stage=3 gathers weights inside of a block"),
+        ([], {"triton": False}, "Triton is not installed"),
+        ([], {"compilers": ()}, r"no C compiler is found here \(cc, gcc, clang\); CC names one"),
+    ],
+)
+def test_what_is_in_the_way_of_compiling_is_said_in_one_line_and_blocks_run_as_they_are(
+    words, machine, reason, monkeypatch, capsys
+):
+    assert not compiles(words, monkeypatch, **machine)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"blocks are not compiled: {reason}", line)
+    assert not compiles(words, monkeypatch, device="cpu", **machine)
+    assert capsys.readouterr().err == ""

@@ -21,6 +21,7 @@ def test_nothing_is_collected_but_at_its_steps_and_everything_is_as_before_after
             after_step(1)
             assert collections == []
             assert not gc.isenabled()
+            assert gc.get_freeze_count() > 0, "a collection looks at all that torch has made"
             after_step(COLLECT_EVERY_STEPS)
             assert collections == ["start", "stop"]
     finally:

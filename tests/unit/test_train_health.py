@@ -264,7 +264,8 @@ def test_a_gradient_that_is_not_finite_on_finite_losses_names_the_rank_with_the_
     other = _Trained(1, "node7", [9.0, 2.0], [["v8"], ["v9"]])
     health = Health(HealthConfig(), RunDir(tmp_path), TwoRanks(other), tree={}, rollback=lambda: None)
     batches = [SimpleNamespace(volume_ids=[name]) for name in ("v1", "v2")]
-    assert not health.update_was_made(4, float("inf"), [torch.tensor(1.0), torch.tensor(3.0)], batches)
+    health.keep(4, [torch.tensor(1.0), torch.tensor(3.0)], batches)
+    assert not health.update_was_made(4, float("inf"))
     (event,) = HealthLog(RunDir(tmp_path).health).read()
     assert "rank 1 on node7: loss 9 on volumes v8; loss 2 on volumes v9" in event["message"]
     assert "rank 0" not in event["message"]

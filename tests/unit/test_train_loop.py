@@ -257,3 +257,15 @@ def test_metrics_carry_the_documented_keys(tmp_path):
     _, lines = run(tmp_path, Keeper())
     assert {"step", "loss", "lr", "samples_per_s", "data_wait_s", "step_s", "grad_norm"} <= lines[0].keys()
     assert (lines[0]["voxels_decoded_per_crop"], lines[0]["bytes_read_per_crop"]) == (100.0, 30.0)
+
+
+def test_the_wall_clock_goes_on_where_the_checkpoint_was_saved_that_a_job_continues_from(tmp_path):
+    jobs = [(0, [(5, 40.0), (8, 65.0)]), (5, [(10, 30.0)])]  # the first one was killed while it saved step 8
+    for first, saves in jobs:
+        with Meter(RunDir(tmp_path), MeterConfig(tensorboard=False), World(), steps=STEPS, global_batch=2) as meter:
+            meter.start(first)
+            for step, job_s in saves:
+                meter.log_cost(step, peak_memory_bytes=step * 1e9, job_s=job_s)
+    lines = RunDir(tmp_path).read_metrics()
+    assert [(line["step"], line["wall_s"]) for line in lines] == [(5, 40.0), (10, 70.0)]
+    assert [line["peak_memory_bytes"] for line in lines] == [5e9, 10e9]

@@ -60,12 +60,11 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
         micro_batch=3,
         accumulation=4,
         world_size=2,
-        leave_out_bad_updates=True,
     )
     assert tree["train_batch_size"] == 24
     assert tree["gradient_accumulation_steps"] == 4
     assert tree["gradient_clipping"] == 0.5
-    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert tree["communication_data_type"] == "fp32"
     assert tree["zero_optimization"]["stage"] == 2
     assert tree["zero_optimization"]["overlap_comm"] is True
@@ -74,9 +73,7 @@ def test_deepspeeds_config_says_every_value_that_changed_its_default():
 def test_stage_1_overlaps_communication_only_without_accumulation():
     def overlaps(stage, accumulation):
         config = EngineConfig(zero_stage=stage)
-        tree = deepspeed_config(
-            config, precision="fp32", micro_batch=1, accumulation=accumulation, world_size=2, leave_out_bad_updates=True
-        )
+        tree = deepspeed_config(config, precision="fp32", micro_batch=1, accumulation=accumulation, world_size=2)
         return tree["zero_optimization"]["overlap_comm"]
 
     assert [overlaps(stage, 1) for stage in range(4)] == [False, True, True, True]
@@ -94,7 +91,6 @@ def test_on_one_rank_in_fp32_stage_1_copies_no_gradient_into_a_bucket(stage, wor
         micro_batch=1,
         accumulation=1,
         world_size=world_size,
-        leave_out_bad_updates=True,
     )["zero_optimization"]
     assert (zero["contiguous_gradients"], zero["overlap_comm"]) == (not alone, not alone)
     assert (zero["reduce_bucket_size"] < EngineConfig().bucket_elements) == alone
@@ -110,7 +106,6 @@ def test_deepspeed_itself_accepts_the_config():
             micro_batch=2,
             accumulation=1,
             world_size=1,
-            leave_out_bad_updates=True,
         )
         read = DeepSpeedConfig(tree)
         assert read.zero_optimization_stage == stage
@@ -125,7 +120,6 @@ def test_an_extra_key_may_not_hide_one_of_ours():
             micro_batch=1,
             accumulation=1,
             world_size=1,
-            leave_out_bad_updates=True,
         )
 
 

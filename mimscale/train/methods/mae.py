@@ -29,12 +29,16 @@ class _Mae(Method):
 
     def problems(self, config: PretrainConfig) -> list[str]:
         problems = super().problems(config)
-        if config.engine.compile_blocks and config.mask.ratio_range is not None:
+        if config.engine.compile_blocks and (changes := self.changing_shapes(config)) is not None:
             problems.append(
-                f"engine.compile_blocks=true with mask.ratio_range={list(config.mask.ratio_range)}: each number of "
-                "visible patches would be compiled anew; give mask.ratio, or leave engine.compile_blocks out"
+                f"engine.compile_blocks=true with {changes}: each number of visible patches would be compiled anew; "
+                "give mask.ratio, or leave engine.compile_blocks out"
             )
         return problems
+
+    def changing_shapes(self, config: PretrainConfig) -> str | None:
+        ratios = config.mask.ratio_range
+        return None if ratios is None else f"mask.ratio_range={list(ratios)}"
 
     def parameter_sizes(self, config: PretrainConfig, channels: int) -> list[int]:
         shape, D = crop_shape(config, channels), model_of(config, VitConfig).dim
