@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo study-small study-small-quick study-small-monai test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-checkpoint bench-simulate format clean debian-packages
+.PHONY: help install demo study-small study-small-quick study-small-monai test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-plan bench-checkpoint bench-simulate format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -85,6 +85,9 @@ bench-training: .venv/op-built-bench ## training in three modes, and its scaling
 
 bench-less-work: .venv/op-built-bench ## ways to do less work in a step, and what they do to the loss
 	$(BIN)/python benchmarks/bench_less_work.py --hardware $(HARDWARE)
+
+bench-plan: .venv/op-built-bench ## what `mimscale plan` estimates, beside what this machine measures
+	$(BIN)/python benchmarks/bench_plan.py --hardware $(HARDWARE)
 
 bench-checkpoint: .venv/op-built-bench ## how long training stands still for a ViT-B's checkpoint, and how fast it is read
 	$(BIN)/python benchmarks/bench_verbs.py --hardware $(HARDWARE) checkpoint pretrain_mae_vit_b

@@ -40,7 +40,7 @@ def main() -> int:
     surroundings = measure.surroundings()
     with tempfile.TemporaryDirectory(prefix="bench_training_") as name:
         folder = Path(name)
-        store = _store(folder, arguments.edge)
+        store = synthetic_store(folder, arguments.edge)
         words = ["demo/pretrain", *SETTINGS, *SMALL, BUCKETS, STREAM, f"store={store}", "modality=null"]
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(_tree(words, folder / "run")))
@@ -83,7 +83,7 @@ def _tree(words: list[str], run_dir: Path) -> dict[str, Any]:
     return {**config_tree(bench_config(words)), "run_dir": str(run_dir)}
 
 
-def _store(folder: Path, edge: int) -> Path:
+def synthetic_store(folder: Path, edge: int) -> Path:
     """Shifted copies of a synthetic CT, as `mimscale ingest` stores them."""
     sources = folder / "sources"
     sources.mkdir()

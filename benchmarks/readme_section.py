@@ -1,7 +1,7 @@
-"""README's figures of performance, written from the result files between two markers.
+"""Figures of README.md and benchmarks/README.md, written from the result files between two markers each.
 
-python benchmarks/readme_section.py            rewrite the section
-python benchmarks/readme_section.py --check    exit code 1 when it does not match the files
+python benchmarks/readme_section.py            rewrite the sections
+python benchmarks/readme_section.py --check    exit code 1 when one does not match the files
 """
 
 import argparse
@@ -11,13 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import other_sections
+
 from mimscale.bench.measure import range_text, table
 from mimscale.bench.results import shown_name
 from mimscale.bench.scaling import foretold, ranks_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
-BEGIN, END = "<!-- performance: written by benchmarks/readme_section.py -->", "<!-- end of performance -->"
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines between which a section stands."""
+    return f"<!-- {name}: written by benchmarks/readme_section.py -->", f"<!-- end of {name} -->"
+
+
+BEGIN, END = markers("performance")
 
 
 def section(results: Path) -> str:
@@ -163,32 +172,47 @@ def _scaling(tree: dict[str, Any]) -> str:
     return text
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with the section in its place.
+def replaced(readme: str, text: str, name: str = "performance") -> str:
+    """The file with the section, which brings its markers, in its place.
 
     Raises:
         ValueError: a marker is missing, or stands there twice.
     """
-    for marker in (BEGIN, END):
+    begin, end = markers(name)
+    for marker in (begin, end):
         if readme.count(marker) != 1:
-            raise ValueError(f"README.md must hold {marker!r} once, it holds it {readme.count(marker)} times")
-    return readme[: readme.index(BEGIN)] + text + readme[readme.index(END) + len(END) + 1 :]
+            raise ValueError(f"the file must hold {marker!r} once, it holds it {readme.count(marker)} times")
+    return readme[: readme.index(begin)] + text + readme[readme.index(end) + len(end) + 1 :]
+
+
+def written(readme: str, texts: dict[str, str]) -> str:
+    """The file with all of its sections. One that has nothing to say, as there is no result of it, needs no markers."""
+    for name, text in texts.items():
+        begin, end = markers(name)
+        if text or begin in readme:
+            readme = replaced(readme, f"{begin}\n{text}{end}\n", name)
+    return readme
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write README's section on performance from the result files.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when it differs")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser = argparse.ArgumentParser(description="Write the figures of the READMEs from the result files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when one differs")
+    parser.add_argument("--readme", type=Path, default=README, help="with a second one in benchmarks/ beside it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
+    found = list(newest(arguments.results))
+    second = arguments.readme.parent / "benchmarks" / "README.md"
     readme = arguments.readme.read_text()
-    wanted = replaced(readme, section(arguments.results))
-    if arguments.check:
-        if wanted != readme:
-            sys.stderr.write("README.md does not match benchmarks/results; run python benchmarks/readme_section.py\n")
-        return int(wanted != readme)
-    arguments.readme.write_text(wanted)
-    return 0
+    wanted = {arguments.readme: written(replaced(readme, section(arguments.results)), other_sections.of_readme(found))}
+    if second.exists():
+        wanted[second] = written(second.read_text(), other_sections.of_benchmarks_readme(found))
+    stale = [path for path, text in wanted.items() if text != path.read_text()]
+    for path in stale:
+        if arguments.check:
+            sys.stderr.write(f"{path} does not match the results; run python benchmarks/readme_section.py\n")
+        else:
+            path.write_text(wanted[path])
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

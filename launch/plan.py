@@ -42,7 +42,8 @@ class JobVerb:
         return folder.with_name(folder.name + self.suffix)
 
 
-# The benchmarks that are jobs. That of ingest is no run of many ranks: `submit ingest` tells its own speed.
+# The benchmarks that are jobs. That of ingest is no run of many ranks: `submit ingest` tells its own speed. That of
+# scaling starts ranks itself on one machine; over nodes it is the table of one job of `train` for each number of them.
 BENCHMARKS = ("train", "step", "stream", "checkpoint")
 
 JOB_VERBS = {

@@ -9,7 +9,7 @@ from mimscale.errors import ConfigError
 class Gpu:
     """One GPU and the node that it usually comes in."""
 
-    device_name: str  # what torch.cuda.get_device_name contains
+    device_name: str  # as torch.cuda.get_device_name tells it, without "NVIDIA "
     bf16_tflops: float  # dense products with fp32 sums, without sparsity
     fp32_tflops: float  # without TF32, as torch multiplies fp32 by default
     memory_gib: float

@@ -38,9 +38,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def peak_flops_per_s(name: str) -> float | None:
-    """Dense bf16 products with fp32 sums of a device by its data sheet; None where none is known."""
-    return next((gpu.bf16_tflops * 1e12 for gpu in GPUS.values() if gpu.device_name in name), None)
+def peak_flops_per_s(name: str, dtype: torch.dtype) -> float | None:
+    """Dense products of a device by its data sheet, with fp32 sums; None where none is known.
+
+    The whole name must be that of the data sheet: an RTX A4000 is no A40, and a part of an A100 (MIG) no A100.
+    """
+    gpu = next((gpu for gpu in GPUS.values() if gpu.device_name == name.removeprefix("NVIDIA ")), None)
+    if gpu is None or dtype not in (torch.bfloat16, torch.float32):
+        return None
+    return (gpu.bf16_tflops if dtype == torch.bfloat16 else gpu.fp32_tflops) * 1e12
 
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -53,10 +59,27 @@ def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def utilisation(
-    *, flops: float, hardware_flops: float, seconds: float, devices: int, name: str, measured: float
+    *,
+    flops: float,
+    hardware_flops: float,
+    seconds: float,
+    devices: int,
+    name: str,
+    dtype: torch.dtype,
+    measured: float,
 ) -> dict[str, Any]:
-    """MFU and HFU against the data sheet (where the device has one) and against a large product measured here."""
-    sheet = peak_flops_per_s(name)
+    """MFU and HFU against the data sheet (where the device has one) and against a large product measured here.
+
+    Args:
+        flops: that the step needs.
+        hardware_flops: that the step did.
+        seconds: that it took.
+        devices: that did it.
+        name: of the device, as `device_name` tells it.
+        dtype: that products are computed in.
+        measured: FLOP/s of a large product in this type on one device.
+    """
+    sheet = peak_flops_per_s(name, dtype)
 
     def share(numerator: float, peak: float | None) -> float | None:
         return None if peak is None else float(f"{numerator / seconds / (peak * devices):.4g}")

@@ -26,7 +26,7 @@ from mimscale.train.size import count_parameters
 _VOLUMES_READ = 4
 _READ_S = 0.5
 # What a loader's worker gives of the reader alone: 0.64 to 1.05 in benchmarks/results/stream_epyc_2core_202611.json.
-_WORKER_OF_READER = 0.6
+WORKER_OF_READER = 0.6
 _NOWHERE = "none"  # store or run_dir that nobody needs for arithmetic
 
 
@@ -129,10 +129,10 @@ def read_quickly(config: RunConfig, manifest: Manifest) -> Reading:
         first = runner.round(2)
         timed = runner.round(max(1, round(2 * _READ_S / first.seconds)))
     return Reading(
-        crops_per_s=_WORKER_OF_READER * timed.crops / timed.cpu_s,
+        crops_per_s=WORKER_OF_READER * timed.crops / timed.cpu_s,
         file_bytes_per_crop=timed.file_bytes / timed.crops,
         source=f"measured now: {timed.crops} crops ({job.mode}) on one core here by processor time, times "
-        f"{_WORKER_OF_READER} for what a loader's worker gives of its reader alone",
+        f"{WORKER_OF_READER} for what a loader's worker gives of its reader alone",
     )
 
 
@@ -184,6 +184,11 @@ def _read_json(path: Path, benchmark: str) -> dict[str, Any]:
         ) from None
     if not isinstance(tree, dict) or tree.get("benchmark") != benchmark:
         raise ConfigError(f"{path}: expected the JSON of `mimscale bench {benchmark}`")
+    if (version := tree.get("schema_version")) != measure.SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path}: schema_version {version}, and this mimscale reads {measure.SCHEMA_VERSION}; run "
+            f"`mimscale bench {benchmark}` again"
+        )
     return tree
 
 

@@ -255,6 +255,7 @@ def measure_setting(setting: Setting, contenders: dict[str, Build], *, repeats: 
             seconds=own["step_s"],
             devices=1,
             name=hardware.device_name(setting.device),
+            dtype=setting.dtype,
             measured=measured,
         ),
         "memory": hardware.memory_of(setting.device),

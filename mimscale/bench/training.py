@@ -286,6 +286,7 @@ def bench_training(
             seconds=config.global_batch / modes["synthetic"]["samples_per_s"],
             devices=ranks.world.size,
             name=name,
+            dtype=dtype,
             measured=hardware.measured_flops_per_s(ranks.device, dtype),
         ),
     }

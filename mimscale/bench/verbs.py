@@ -28,7 +28,9 @@ def usage() -> str:
     width = max(map(len, KINDS))
     lines = [f"  {kind:<{width}}  {line}" for kind, (_, line) in KINDS.items()]
     return (
-        "usage: mimscale bench KIND [RECIPE] [key=value ...] [--json] [--out FOLDER] [--help]\n"
+        "usage: mimscale bench KIND RECIPE [key=value ...] [--json] [--out FOLDER] [--help]\n"
+        "       mimscale bench memory RECIPE [key=value ...] --out FILE [--stages N ...]\n"
+        "       mimscale bench simulate [--nodes N] [--volumes N] [--json] [--out FOLDER]\n"
         "       mimscale bench compare A.json B.json\n\nkinds:\n" + "\n".join(lines) + "\n"
     )
 
@@ -52,7 +54,11 @@ def train_main(argv: list[str]) -> int:
 
     With a run directory the result lies there. Torch comes in behind `--check`, with which a login node looks at a job.
     """
-    parser = verb_parser("bench train", "Training in three modes: a batch on the device, the loader alone, and both.")
+    parser = verb_parser(
+        "bench train",
+        "Training in three modes: a batch on the device, the loader alone, and both. Without store=STORE there is "
+        "nothing to load, and only the first is measured.",
+    )
     parser.add_argument("--steps", type=int, default=20, help="of a window")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first window")
     parser.add_argument("--windows", type=int, default=3, help="of which median and spread are told")

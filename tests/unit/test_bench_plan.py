@@ -179,7 +179,7 @@ def scaling_file(folder: Path, step_s: dict[int, float]) -> Path:
         for n, seconds in step_s.items()
     ]
     path = folder / "scaling.json"
-    path.write_text(json.dumps({"benchmark": "scaling", "scaling": {"weak": rows}}))
+    path.write_text(json.dumps({"schema_version": 1, "benchmark": "scaling", "scaling": {"weak": rows}}))
     return path
 
 
@@ -246,6 +246,7 @@ def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would(capsys):
 def test_a_recorded_result_is_named_and_taken(capsys, tmp_path):
     path = tmp_path / "stream.json"
     tree = {
+        "schema_version": 1,
         "benchmark": "stream",
         "config": {"crop_voxels": [48, 48, 48]},
         "surroundings": {"cpu": "Some CPU"},
@@ -261,9 +262,23 @@ def test_a_recorded_result_is_named_and_taken(capsys, tmp_path):
 
 def test_a_recorded_result_of_other_crops_is_refused(capsys, tmp_path):
     path = tmp_path / "stream.json"
-    path.write_text(json.dumps({"benchmark": "stream", "contenders": [], "config": {"crop_voxels": [32, 32, 32]}}))
+    tree = {"schema_version": 1, "benchmark": "stream", "contenders": [], "config": {"crop_voxels": [32, 32, 32]}}
+    path.write_text(json.dumps(tree))
     code, _, error = plan(
         capsys, "demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", "--stream-result", str(path)
     )
     assert code == 2
     assert "measured with crop_voxels=[32, 32, 32], the run has [48, 48, 48]" in error
+
+
+@pytest.mark.parametrize("benchmark", ["stream", "scaling"])
+@pytest.mark.parametrize("version", [2, None])
+def test_a_result_of_another_schema_version_is_refused_by_its_number(capsys, tmp_path, benchmark, version):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"schema_version": version, "benchmark": benchmark, "contenders": [], "scaling": {}}))
+    option = {"stream": "--stream-result", "scaling": "--scaling"}[benchmark]
+    code, _, error = plan(capsys, "demo/pretrain", "--gpu", "h100", "--gpus-per-node", "1", option, str(path))
+    assert code == 2
+    assert (
+        f"{path}: schema_version {version}, and this mimscale reads 1; run `mimscale bench {benchmark}` again" in error
+    )

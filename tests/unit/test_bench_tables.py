@@ -1,13 +1,20 @@
 """Arithmetic of benchmarks: efficiency, blame, theory of memory, exponents of growth, utilisation."""
 
-import pytest
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 
-from mimscale.bench import hardware, memory, simulate
+import pytest
+import torch
+
+from mimscale.bench import hardware, memory, simulate, step
 from mimscale.bench.scaling import efficiency_table, foretold, kind_of, ranks_text
 from mimscale.bench.training import blame
 from mimscale.bench.verbs import bench_config
+from mimscale.cli import main
 from mimscale.config import recipe_text
 from mimscale.errors import ConfigError
+from mimscale.world import World
 
 
 def test_a_run_directory_that_the_recipe_or_the_command_line_names_is_kept(tmp_path):
@@ -21,6 +28,16 @@ def test_a_run_directory_that_the_recipe_or_the_command_line_names_is_kept(tmp_p
     assert (str(config.run_dir), str(config.store)) == ("none", "none")
     with pytest.raises(ConfigError, match="store: missing"):
         bench_config(["demo/pretrain"])
+
+
+def test_the_help_says_what_each_kind_takes_and_what_training_measures_without_a_store(capsys):
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "mimscale bench memory RECIPE [key=value ...] --out FILE [--stages N ...]" in text
+    assert "mimscale bench simulate [--nodes N] [--volumes N] [--json] [--out FOLDER]" in text
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--help"])
+    assert "Without store=STORE there is nothing to load" in " ".join(capsys.readouterr().out.split())
 
 
 def result(ranks, samples_per_s, global_batch):
@@ -119,14 +136,87 @@ def test_growth_faster_than_linear_is_found_and_slower_is_not():
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("A100-SXM4-80GB", 312e12, 19.5e12),  # as older drivers say it
+        ("NVIDIA A40", 149.7e12, 37.4e12),
+        ("NVIDIA RTX A6000", 154.8e12, 38.7e12),
+        ("NVIDIA RTX A4000", None, None),
+        ("NVIDIA A40-48Q", None, None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None, None),
+        ("NVIDIA H200 NVL", None, None),
+        ("cpu", None, None),
+    ],
 )
-def test_a_devices_peak_follows_from_its_name(name, peak):
-    assert hardware.peak_flops_per_s(name) == peak
+def test_a_devices_peak_follows_from_its_whole_name_and_the_type_of_the_products(name, bf16, fp32):
+    assert hardware.peak_flops_per_s(name, torch.bfloat16) == bf16
+    assert hardware.peak_flops_per_s(name, torch.float32) == fp32
+    assert hardware.peak_flops_per_s(name, torch.float64) is None
 
 
-def test_mfu_is_flops_over_seconds_peak_and_devices():
-    name = "NVIDIA A100-SXM4-80GB"
-    use = hardware.utilisation(flops=312e12, hardware_flops=624e12, seconds=2.0, devices=1, name=name, measured=624e12)
-    assert (use["mfu"], use["hfu"], use["mfu_of_measured"]) == (0.5, 1.0, 0.25)
+@pytest.mark.parametrize(("dtype", "mfu"), [(torch.bfloat16, 0.5), (torch.float32, 8.0)])
+def test_mfu_is_flops_over_seconds_peak_of_the_type_and_devices(dtype, mfu):
+    use = hardware.utilisation(
+        flops=312e12,
+        hardware_flops=624e12,
+        seconds=2.0,
+        devices=1,
+        name="NVIDIA A100-SXM4-80GB",
+        dtype=dtype,
+        measured=624e12,
+    )
+    assert (use["mfu"], use["hfu"], use["mfu_of_measured"]) == (mfu, 2 * mfu, 0.25)
+
+
+class FakeNvml(ModuleType):
+    """NVML of a machine with one GPU, which counts in millijoules."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, problem: Exception | None = None) -> None:
+        super().__init__("pynvml")
+        self.problem = problem
+
+    def nvmlInit(self):
+        if self.problem is not None:
+            raise self.problem
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return {"GPU-8f6d": "handle"}[uuid]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        assert handle == "handle"
+        return 12_500
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="8f6d"))
+    return torch.device("cuda", 0)
+
+
+def test_energy_is_what_nvml_counts_of_the_visible_device_in_joules(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    assert hardware.energy_j(gpu) == 12.5
+    assert hardware.energy_j(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("nvml", [None, FakeNvml(FakeNvml.NVMLError("driver not loaded"))], ids=["missing", "broken"])
+def test_without_nvml_there_is_no_energy(gpu, monkeypatch, nvml):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # None: importing it fails
+    assert hardware.energy_j(gpu) is None
+
+
+def test_energy_of_a_sample_is_that_of_all_ranks_by_their_samples(monkeypatch):
+    counted_j = itertools.count(step=6.0)  # each look finds six joules more
+    monkeypatch.setattr(hardware, "energy_j", lambda device: next(counted_j))
+    world = World(rank=0, size=2, local_rank=0, local_size=2, node="a")
+    ranks = SimpleNamespace(device=torch.device("cpu"), world=world, is_first=True, gather=lambda own: [own, own])
+    setting = step.Setting(bench_config(["demo/pretrain", "micro_batch=4"], needs_store=False), 1, ranks)
+    contenders = {step.PLAIN: lambda setting: lambda: (torch.ones(2, 2) @ torch.ones(2, 2)).sum()}
+    rows, _ = step.measure_steps(setting, contenders, repeats=1, round_s=1e-9)
+    assert rows[0]["energy_j_per_sample"] == 2 * 6.0 / (2 * 4)
