@@ -104,7 +104,7 @@ def _row() -> VolumeRow:
     )
 
 
-def _everyone(ranks: int, versions: dict[str, str | None], **wrong: Any) -> list[RankFacts]:
+def _everyone(ranks: int, versions: dict[str, str | None], wrong: dict[str, Any]) -> list[RankFacts]:
     """What each rank says of itself, as it is unpacked on rank 0; `wrong` is what all but the first say instead."""
     everyone = []
     for rank in range(ranks):
@@ -129,13 +129,21 @@ def _node_of(rank: int) -> str:
 
 
 def _judge(config: PretrainConfig, ranks: int, versions: dict[str, str | None]) -> None:
-    judge(_everyone(ranks, versions), ranks, config, checkpoint_bytes(config))
+    judge(_everyone(ranks, versions, {}), ranks, config, checkpoint_bytes(config))
 
 
 def _judge_bad(config: PretrainConfig, ranks: int, versions: dict[str, str | None]) -> None:
     """Everything is wrong with every rank but the first."""
-    wrong = {"config_hash": "1" * 16, "versions": dict.fromkeys(versions, "0"), "accelerator": "cpu", "devices": 0}
-    everyone = _everyone(ranks, versions, **wrong, store_problem="no store.json", sees_run_dir=False, free_bytes=0)
+    wrong = {
+        "config_hash": "1" * 16,
+        "versions": dict.fromkeys(versions, "0"),
+        "accelerator": "cpu",
+        "devices": 0,
+        "store_problem": "no store.json",
+        "sees_run_dir": False,
+        "free_bytes": 0,
+    }
+    everyone = _everyone(ranks, versions, wrong)
     with suppress(LaunchError):
         judge(everyone, ranks + 1, config, checkpoint_bytes(config))
 

@@ -98,7 +98,7 @@ def test_nothing_takes_more_memory_than_in_proportion_and_what_does_is_found(by,
     monkeypatch.setattr(simulate, "PARTS", {**simulate.PARTS, "planted": planted})
     rows = simulate.simulate(scales, repeats=1)
     growth = simulate.exponents(rows, by)
-    assert {part: exponent["bytes"] for part, exponent in growth.items() if exponent["bytes"] > 1.1} == {"planted": 2.0}
+    assert [part for part, exponent in growth.items() if exponent["bytes"] > 1.1] == ["planted"]
     assert "planted" in simulate.worse_than_linear(growth)
     assert growth.keys() >= {
         *simulate.PARTS,
