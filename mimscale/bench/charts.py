@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+COLOURS, STYLES = 10, ("o-", "s-.", "^:")  # what follows the tenth line has its colour and another style
 OWN, CEILING, OTHER = "#1b6ca8", "#e0c068", "#bbbbbb"
 
 
@@ -54,12 +55,16 @@ def draw_lines(panels: Sequence[Sequence[Lines]], path: Path) -> None:
         names = [tuple(panel.lines) for panel in row]
         for axis, panel, following in zip(row_of_axes, row, [*names[1:], ()], strict=True):
             plot = axis.loglog if panel.logarithmic else axis.plot
-            for name, points in panel.lines.items():
-                (line,) = plot(*zip(*points, strict=True), "o-", label=name)
+            for number, (name, points) in enumerate(panel.lines.items()):
+                (line,) = plot(*zip(*points, strict=True), STYLES[number // COLOURS % len(STYLES)], label=name)
                 if name in panel.dashed:
                     plot(*zip(*panel.dashed[name], strict=True), "--", color=line.get_color())
             axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
-            if not panel.logarithmic:
+            if panel.logarithmic:
+                sizes = sorted({x for points in panel.lines.values() for x, _ in points})
+                axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+                axis.set_xticks([], minor=True)
+            else:
                 axis.set_ylim(0, None)
                 axis.locator_params(axis="x", integer=True)
             axis.grid(visible=True, which="major", alpha=0.3)

@@ -1,4 +1,7 @@
-"""What a checkpoint costs: how long training stands still, written in the background and not; verifying, loading."""
+"""What a checkpoint costs: how long training stands still, written in the background and not; verifying, loading.
+
+Beside each number stands what the machine alone takes for the same bytes (`mimscale.bench.checkpoint_ceiling`).
+"""
 
 import math
 import os
@@ -16,18 +19,21 @@ from torch import Tensor
 
 from mimscale.bench import measure, results
 from mimscale.bench.charts import Bars, draw_bars
+from mimscale.bench.checkpoint_ceiling import KINDS, Ceiling
+from mimscale.bench.figures import spread_percent
 from mimscale.bench.verbs import bench_config
 from mimscale.config import config_yaml, verb_parser
 from mimscale.models.contract import CONTRACT_FILE, WEIGHTS_FILE
 from mimscale.models.transfer import save_weights
 from mimscale.train.build import build_pretrain
 from mimscale.train.checkpoint import Checkpoints, Saved
-from mimscale.train.committed import MANIFEST, read_manifest, tags, why_not_loadable
+from mimscale.train.committed import MANIFEST, PART_PREFIX, read_manifest, tags, why_not_loadable
 from mimscale.train.config import PretrainConfig
 from mimscale.train.engine import Engine, join_ranks, leave_ranks
 from mimscale.train.environment import installed_versions
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
+from mimscale.train.state import state_file
 from mimscale.train.zero import shapes_of
 from mimscale.world import World
 
@@ -70,6 +76,7 @@ def main(argv: list[str]) -> int:
 
 def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> dict[str, Any]:
     """All that the verb measures. A collective."""
+    surroundings = measure.surroundings()  # before: the load is not that of this benchmark
     torch.manual_seed(config.seed)
     engine = Engine(build_pretrain(config, channels=1), config, ranks)
     step_s = [train_step(engine, config) for _ in range(2)][-1]  # the first also makes AdamW's moments
@@ -85,6 +92,8 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
     }
     saves: dict[str, list[Saved]] = {mode: [] for mode in MODES}
     slowed: list[float] = []
+    ceiling: Ceiling | None = None
+    ceiling_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     alone = _alone()
     for repeat in range(repeats + 1):
         for number, mode in enumerate(MODES):
@@ -98,6 +107,10 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
             assert saved is not None
             if repeat:
                 saves[mode].append(saved)
+        ceiling = ceiling or Ceiling(config.run_dir, _part_bytes(read_manifest(tags(run)[0]), ranks), ranks)
+        for kind, seconds in ceiling.seconds().items():
+            if repeat:
+                ceiling_s[kind].append(seconds)
     newest, before = tags(run)[:2]
     manifests = [read_manifest(tag) for tag in (newest, before)]
     parts = [{name: manifest["files"][name] for name in manifest["files"] if "state" in name} for manifest in manifests]
@@ -116,7 +129,7 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
     return {
         "schema_version": measure.SCHEMA_VERSION,
         "benchmark": "checkpoint",
-        "surroundings": measure.surroundings(),
+        "surroundings": surroundings,
         "packages": installed_versions(),
         "threads": torch.get_num_threads(),
         "ranks": ranks.world.size,
@@ -134,8 +147,19 @@ def bench_checkpoints(config: PretrainConfig, ranks: Ranks, *, repeats: int) -> 
         "speed_while_writing": statistics.median(slowed),
         "verify_s": verify_s,
         "load_s": load_s,
+        "ceiling_s": ceiling_s,
         "step_s": step_s,
     }
+
+
+def _part_bytes(manifest: dict[str, Any], ranks: Ranks) -> int:
+    """What this rank has written of a checkpoint: its part of the state, and on rank 0 what is no rank's part."""
+    own = state_file(ranks.world.rank)
+    return sum(
+        int(entry["bytes"])
+        for name, entry in manifest["files"].items()
+        if name == own or (ranks.is_first and not name.startswith(PART_PREFIX))
+    )
 
 
 def train_step(engine: Engine, config: PretrainConfig) -> float:
@@ -169,34 +193,62 @@ def _alone() -> float:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars of seconds."""
-    medians = {f"training stands still, {mode}": seconds for mode, seconds in result["stall_median_s"].items()}
-    for name, key in (("written in the background", "write_s"), ("verify", "verify_s"), ("load", "load_s")):
-        medians[name] = statistics.median(result[key])
+    """Bars of seconds, the ceilings among them."""
+    rows = [(f"mimscale: {name}", statistics.median(times)) for name, times, _ in _rows(result)]
+    rows += [(f"ceiling: {CEILINGS[kind]}", statistics.median(result["ceiling_s"][kind])) for kind in KINDS]
     title = f"A checkpoint of {result['checkpoint_bytes'] / 1e9:.2f} GB, {result['ranks']} rank(s)"
-    draw_bars([Bars(title=title, unit="seconds", rows=list(medians.items()))], path)
+    draw_bars([Bars(title=title, unit="seconds", rows=rows)], path)
+
+
+CEILINGS = {"copy": "a copy in memory", "write": "a plain write and flush", "read": "a plain read", "hash": "sha256"}
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, list[float], tuple[str, ...]]]:
+    """What was timed, its repeats, and the ceilings that together are the least it could take."""
+    stalls = result["stall_s"]
+    return [
+        ("training stands still, sync", stalls["sync"], ("copy", "write")),
+        ("training stands still, background", stalls["background"], ("copy",)),
+        ("written in the background", result["write_s"], ("write",)),
+        ("verify", result["verify_s"], ("hash",)),
+        ("load", result["load_s"], ("read",)),
+    ]
+
+
+REMARKS = {
+    "training stands still, sync": "copy, write, flush, hash, commit",
+    "written in the background": "write, flush, hash, by a thread of each rank",
+    "verify": "sha256 of every file",
+    "load": "into the engine",
+}
 
 
 def as_text(result: dict[str, Any]) -> str:
     """The result for a person."""
-    medians = result["stall_median_s"]
     gigabytes = result["checkpoint_bytes"] / 1e9
-    rows = [
-        ("training stands still, sync", f"{medians['sync']:.2f} s", "copy, write, flush, hash, commit"),
-        (
-            "training stands still, background",
-            f"{medians['background']:.2f} s",
-            f"{result['stall_percent']:.0f} % of it",
-        ),
-        ("written in the background", f"{statistics.median(result['write_s']):.2f} s", "by a thread of each rank"),
-        ("speed of training meanwhile", f"{100 * result['speed_while_writing']:.0f} %", "Python and matrix products"),
-        ("verify", f"{statistics.median(result['verify_s']):.2f} s", "sha256 of every file"),
-        ("load", f"{statistics.median(result['load_s']):.2f} s", "into the engine"),
-    ]
+    cells = []
+    for name, times, kinds in _rows(result):
+        median, least = statistics.median(times), sum(statistics.median(result["ceiling_s"][kind]) for kind in kinds)
+        remark = REMARKS.get(name, f"{result['stall_percent']:.0f} % of sync")
+        ceiling = f"{least:.2f} s: {' + '.join(CEILINGS[kind] for kind in kinds)}"
+        cells.append([name, f"{median:.2f} s", _shown_spread(times), ceiling, f"{median / least:.1f}", remark])
+    speed = f"{100 * result['speed_while_writing']:.0f} %"
+    cells.append(["speed of training meanwhile", speed, "", "", "", "Python and matrix products"])
+    spreads = [f"{CEILINGS[kind]} {_shown_spread(result['ceiling_s'][kind])}" for kind in KINDS]
     head = (
         f"{result['parameters'] / 1e6:.1f} M parameters, {gigabytes:.2f} GB, {result['ranks']} rank(s), ZeRO "
-        f"{result['zero_stage']}, {result['precision']}, median of {result['repeats']}\n\n"
+        f"{result['zero_stage']}, {result['precision']}, median of {result['repeats']}, load average "
+        f"{result['surroundings']['load_average']:.1f}\n\n"
     )
     met = "reached" if result["stall_percent"] <= result["most_stall_percent"] else "missed"
-    target = f"\nTarget: a background save holds up training for at most {result['most_stall_percent']:.0f} %: {met}."
-    return head + measure.table(("what", "time", ""), rows) + target
+    return (
+        head
+        + measure.table(("what", "time", "spread", "ceiling", "time, ceiling = 1", ""), cells)
+        + f"\nA ceiling is what this machine takes for the same bytes in the same run. Spreads: {', '.join(spreads)}.\n"
+        + f"\nTarget: a background save holds up training for at most {result['most_stall_percent']:.0f} %: {met}.\n"
+    )
+
+
+def _shown_spread(times: list[float]) -> str:
+    spread = spread_percent(times)
+    return "one run" if spread is None else f"{spread:.0f} %"

@@ -22,6 +22,7 @@ from mimscale import durable
 
 RESULTS = Path("benchmarks/results")
 SCHEMA_VERSION = 1
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ def interleaved(contenders: dict[str, Callable[[], object]], repeats: int) -> di
 def rate(runs: Sequence[Run], megabytes: float) -> dict[str, float]:
     """Throughput of a core, from the median of CPU seconds, with its spread; and by the clock on the wall."""
     cpu, wall = sorted(run.cpu_s for run in runs), sorted(run.wall_s for run in runs)
-    median = statistics.median(cpu)
+    median, wall_median = statistics.median(cpu), statistics.median(wall)
     return {
         "mb_per_cpu_s": round(megabytes / median, 1),
-        "mb_per_wall_s": round(megabytes / statistics.median(wall), 1),
+        "mb_per_wall_s": round(megabytes / wall_median, 1),
         "cpu_s_median": round(median, 5),
         "cpu_s_min": round(cpu[0], 5),
         "cpu_s_max": round(cpu[-1], 5),
         "spread_percent": round(100 * (cpu[-1] - cpu[0]) / median, 1),
+        "wall_spread_percent": round(100 * (wall[-1] - wall[0]) / wall_median, 1),
     }
 
 
@@ -84,7 +86,7 @@ def call_with_tree(module: str, function: str, tree: str) -> Any:
 
 
 def surroundings() -> dict[str, Any]:
-    """Hardware, versions and commit: what a number is worth nothing without."""
+    """Hardware, driver, versions and commit: what a number is worth nothing without."""
     cpu_info = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
@@ -96,6 +98,8 @@ def surroundings() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
         "simd": sorted(set(re.findall(r"\bavx\w*", cpu_info)))[:8],
+        "gpu_driver": (driver := gpu_driver_version()),
+        "nccl": None if driver is None else nccl_version(),
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": _git("rev-parse", "--short", "HEAD").strip(),
@@ -103,6 +107,25 @@ def surroundings() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
+
+
+def gpu_driver_version(file: Path = DRIVER_FILE) -> str | None:
+    """Version of NVIDIA's kernel module, or None where none is loaded."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)\s", file.read_text())
+    except OSError:
+        return None
+    return found[1] if found else "unknown"
+
+
+def nccl_version() -> str | None:
+    """Version of the NCCL that torch uses, or None where torch has none."""
+    import torch  # takes seconds, and only a machine with a GPU asks
+
+    if not torch.distributed.is_nccl_available():
+        return None
+    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version))
 
 
 def _git(*arguments: str) -> str:

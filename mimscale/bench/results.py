@@ -1,9 +1,9 @@
-"""Results of benchmarks: told and written as table, JSON and chart; read, and searched for their rates. No torch."""
+"""Results of benchmarks: told and written as table, JSON and chart; read. No torch."""
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from mimscale.errors import ConfigError
 from mimscale.world import World
 
 RESULT_FILE = "bench.json"  # in a run directory, or where --out says; the table and the chart lie beside it
-RATES = ("samples_per_s", "crops_per_s", "mb_per_s")
 
 
 @dataclass(frozen=True)
@@ -93,36 +92,6 @@ def shown_name(row: dict[str, Any]) -> str:
         return str(row["name"])
     reason = row.get("plain_reason")
     return f"{row['name']} ({count} function(s) fell back to plain{'' if reason is None else f': {reason}'})"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """One measured throughput with the spread of its repeats."""
-
-    name: str
-    per_s: float
-    spread_percent: float
-
-
-def rates(tree: Any, name: str = "") -> Iterator[Rate]:
-    """Every rate in a result that has a spread beside it, named by the way to it.
-
-    A row of a table is named by what it says about itself, not by its place: tables are sorted by speed.
-    """
-    if isinstance(tree, list):
-        for place, item in enumerate(tree):
-            own = [str(item[key]) for key in NAMING if key in item] if isinstance(item, dict) else []
-            yield from rates(item, " / ".join(filter(None, (name, ", ".join(own) or str(place)))))
-    elif isinstance(tree, dict):
-        for key in RATES:
-            if key in tree and "spread_percent" in tree:
-                yield Rate(f"{name}: {key}", float(tree[key]), float(tree["spread_percent"]))
-        for key, value in tree.items():
-            if key not in ("surroundings", "config"):
-                yield from rates(value, " / ".join(filter(None, (name, str(key)))))
-
-
-NAMING = ("name", "mode", "setting", "kind", "ranks", "workers", "volumes", "condition", "crop_voxels", "zero_stage")
 
 
 def read_result(path: Path) -> dict[str, Any]:

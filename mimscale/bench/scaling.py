@@ -249,7 +249,8 @@ def main(argv: list[str]) -> int:
         if arguments.words:
             raise ConfigError(f"--from reads results; it takes no recipe, got {arguments.words}")
         measured = [read_result(run_dir) for run_dir in arguments.run_dirs]
-        results.make_folder(arguments.out)
+        folder = arguments.out
+        results.make_folder(folder)
         kind = kind_of(measured)
         tree |= {"scaling": {kind: efficiency_table(measured, kind=kind)}, "memory": []}
         first = min(measured, key=lambda result: int(result["ranks"]))
@@ -258,7 +259,8 @@ def main(argv: list[str]) -> int:
         if min(arguments.ranks) < 1 or len(set(arguments.ranks)) < 2:
             raise ConfigError(f"--ranks {arguments.ranks}: two or more different numbers, each at least 1")
         config = bench_config(arguments.words, needs_store=False)
-        results.make_folder(arguments.out)
+        folder = results.folder_of(arguments.out, config.run_dir)
+        results.make_folder(folder)
         counts = sorted(set(arguments.ranks))
         threads = arguments.threads
         tree |= {
@@ -269,7 +271,7 @@ def main(argv: list[str]) -> int:
             ),
             "memory": measure_memory(config, arguments.memory_ranks, threads=threads),
         }
-    results.tell(tree, as_markdown, draw, as_json=arguments.json, folder=arguments.out)
+    results.tell(tree, as_markdown, draw, as_json=arguments.json, folder=folder)
     return 0
 
 

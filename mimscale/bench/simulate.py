@@ -1,7 +1,7 @@
 """What grows with ranks or volumes, in one process for 512 nodes of 8 GPUs: processor seconds and memory of each part.
 
-Everything here is a pure function, so what rank 0 of thousands computes can be computed by anybody; but for the commit
-of a checkpoint, whose other ranks are fakes (`mimscale.bench.simulate_checkpoint`).
+What rank 0 of thousands computes can be computed by anybody: the order of the samples here, what a start does once in
+`mimscale.bench.simulate_start`, a checkpoint, whose other ranks are fakes, in `mimscale.bench.simulate_checkpoint`.
 """
 
 import argparse
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from mimscale.bench import measure, results
 from mimscale.bench.charts import Lines, draw_lines
+from mimscale.bench.figures import spread_percent
 from mimscale.errors import ConfigError
 from mimscale.stream.config import StreamConfig
 from mimscale.stream.crops import Volumes
@@ -32,6 +34,7 @@ GPUS_A_NODE, MICRO_BATCH = 8, 8
 VOLUMES_A_PACK = 1000
 # Above it a part grows faster than its cause. A linear one whose arrays leave the caches on the way has measured 1.26.
 MOST_EXPONENT = 1.4
+MOST_EXPONENT_OF_BYTES = 1.1  # the same in each run
 _WORTH_A_SLOPE_S = 2e-3  # what takes less is call overhead, whose slope means nothing
 _LONG_ENOUGH_S = 1.0  # a part that has run for so long is not run again
 
@@ -91,42 +94,53 @@ PARTS: dict[str, Callable[[Scale, SamplePlan], object]] = {
 
 
 def simulate(scales: Sequence[Scale], repeats: int = 5) -> list[dict[str, Any]]:
-    """Processor seconds (best of at most `repeats`) and peak bytes of each part at each size."""
-    from mimscale.bench import simulate_checkpoint  # torch takes seconds, and --help needs none
+    """Processor seconds (best of at most `repeats`, with their spread) and peak bytes of each part at each size."""
+    from mimscale.bench import simulate_checkpoint, simulate_start  # torch takes seconds, and --help needs none
 
     rows = []
-    for scale in scales:
-        with ExitStack() as stack:
-            plan = scale.plan()
-            calls: dict[str, Callable[[], object]] = {}
-            calls.update((name, partial(part, scale, plan)) for name, part in PARTS.items())
-            calls |= simulate_checkpoint.parts(scale.ranks, stack)
-            for name, call in calls.items():
-                seconds, peak = _cost(call, repeats)
-                rows.append(
-                    {
-                        "part": name,
-                        "ranks": scale.ranks,
-                        "volumes": scale.volumes,
-                        "seconds": round(max(seconds, 1e-6), 6),
-                        "peak_bytes": peak,
-                    }
-                )
+    with ExitStack() as stores:
+        store_of = {
+            volumes: stores.enter_context(simulate_start.store_of(volumes))
+            for volumes in sorted({scale.volumes for scale in scales})
+        }
+        for scale in scales:
+            with ExitStack() as stack:
+                plan = scale.plan()
+                calls: dict[str, Callable[[], object]] = {}
+                calls.update((name, partial(part, scale, plan)) for name, part in PARTS.items())
+                calls |= simulate_start.parts(scale, store_of[scale.volumes])
+                calls |= simulate_checkpoint.parts(scale.ranks, stack)
+                for name, call in calls.items():
+                    seconds, peak_bytes = _cost(call, repeats)
+                    spread = spread_percent(seconds)
+                    rows.append(
+                        {
+                            "part": name,
+                            "ranks": scale.ranks,
+                            "volumes": scale.volumes,
+                            "seconds": float(f"{max(min(seconds), 1e-7):.4g}"),
+                            "spread_percent": None if spread is None else round(spread, 1),
+                            "peak_bytes": peak_bytes,
+                        }
+                    )
     return rows
 
 
-def _cost(call: Callable[[], object], repeats: int) -> tuple[float, int]:
-    """Processor seconds of the best run, and the most that it held."""
+def _cost(call: Callable[[], object], repeats: int) -> tuple[list[float], int]:
+    """Processor seconds of each run, and the most that one held."""
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < _LONG_ENOUGH_S:
         start = time.process_time()
         call()
         seconds.append(time.process_time() - start)
+    before_bytes = pyarrow.total_allocated_bytes()
     tracemalloc.start()
-    call()
-    peak = tracemalloc.get_traced_memory()[1]
+    held = call()
+    # Arrow allocates past Python; of it counts what the result holds.
+    peak_bytes = tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes() - before_bytes
     tracemalloc.stop()
-    return min(seconds), peak
+    del held
+    return seconds, peak_bytes
 
 
 def exponents(rows: Sequence[dict[str, Any]], by: str) -> dict[str, dict[str, float]]:
@@ -146,7 +160,11 @@ def exponents(rows: Sequence[dict[str, Any]], by: str) -> dict[str, dict[str, fl
 
 def worse_than_linear(growth: dict[str, dict[str, float]]) -> list[str]:
     """The parts that grow faster than what they grow with."""
-    return [part for part, exponent in growth.items() if max(exponent.values()) > MOST_EXPONENT]
+    return [
+        part
+        for part, exponent in growth.items()
+        if exponent["seconds"] > MOST_EXPONENT or exponent["bytes"] > MOST_EXPONENT_OF_BYTES
+    ]
 
 
 def main(argv: list[str]) -> int:

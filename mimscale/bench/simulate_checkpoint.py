@@ -10,19 +10,22 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mimscale import durable
 from mimscale.bench.verbs import bench_config
+from mimscale.models.tensor_file import header
 from mimscale.train.build import build_pretrain
 from mimscale.train.checkpoint import Checkpoints
 from mimscale.train.committed import MANIFEST, read_manifest, tags, why_not_loadable
 from mimscale.train.config import CheckpointConfig
 from mimscale.train.run_dir import RunDir
-from mimscale.train.state import KINDS, PartIndex, Piece, SavedState, Snapshot, state_file, write_index
+from mimscale.train.state import KINDS, PartIndex, Piece, SavedState, state_file, write_index
 from mimscale.train.zero import shapes_of
 from mimscale.world import World
 
@@ -30,6 +33,7 @@ RECIPE = "pretrain_mae_vit_b"
 STAGES = (1, 3)  # one range a rank, or one range a rank of every parameter
 PART_BYTES = 1  # of each rank's file
 _POSITION = {"samples_done": 0}
+Range = tuple[str, int, int]  # parameter, first element, elements
 
 
 @cache
@@ -39,7 +43,7 @@ def model_shapes() -> dict[str, list[int]]:
         return shapes_of(build_pretrain(bench_config([RECIPE], needs_store=False), 1))
 
 
-def ranges_of_ranks(shapes: Mapping[str, list[int]], ranks: int, stage: int) -> Iterator[list[tuple[str, int, int]]]:
+def ranges_of_ranks(shapes: Mapping[str, list[int]], ranks: int, stage: int) -> Iterator[list[Range]]:
     """What each rank holds, in rank order: parameter, first element, elements.
 
     Stages 1 and 2 cut all parameters together into W shares, stage 3 each of them.
@@ -70,7 +74,7 @@ def ranges_of_ranks(shapes: Mapping[str, list[int]], ranks: int, stage: int) -> 
     assert done == total
 
 
-def _pieces(ranges: Iterable[tuple[str, int, int]]) -> list[Piece]:
+def _pieces(ranges: Iterable[Range]) -> list[Piece]:
     return [
         Piece(name=name, start=start, tensors={kind: torch.zeros(elements) for kind in KINDS})
         for name, start, elements in ranges
@@ -148,7 +152,7 @@ def committed(run: RunDir, ranks: int, stage: int, step: int = 1) -> Path:
 
 
 def read_own_part(tag: Path, rank: int, ranks: int, pieces: list[Piece]) -> None:
-    """What a rank does to go on from a checkpoint, with as many ranks as have written it."""
+    """What one of `ranks` ranks does to go on from a checkpoint, whatever number of ranks has written it."""
     manifest = read_manifest(tag)
     reason = why_not_loadable(tag, share=(rank, ranks))
     assert reason is None, reason
@@ -158,27 +162,47 @@ def read_own_part(tag: Path, rank: int, ranks: int, pieces: list[Piece]) -> None
 
 
 @contextmanager
-def saved(ranks: int, stage: int) -> Iterator[tuple[Path, int, list[Piece]]]:
-    """A committed checkpoint in which one rank's file, that of the middle, is there: folder, rank, what it holds."""
+def saved(ranks: int, stage: int, readers: int | None = None) -> Iterator[tuple[Path, int, list[Piece]]]:
+    """A committed checkpoint of `ranks` ranks, in which those files are there that one reader of `readers` reads.
+
+    The reader is that in the middle; `readers` is `ranks` unless a run goes on with another number of them.
+
+    Yields:
+        The checkpoint's folder, the reader's number, what it holds (all zero, as the files are).
+    """
+    readers = readers or ranks
     with tempfile.TemporaryDirectory(prefix="mimscale_simulate_") as name:
         tag = committed(RunDir(Path(name)), ranks, stage)
-        rank = ranks // 2
-        pieces = next(
-            _pieces(ranges) for at, ranges in enumerate(ranges_of_ranks(model_shapes(), ranks, stage)) if at == rank
-        )
-        snapshot = Snapshot(rank, pinned=False)
-        snapshot.take(pieces, 1, {})
-        entry = snapshot.write(tag)[state_file(rank)]
-        _set_entry(tag, rank, ranks, entry)
-        yield tag, rank, pieces
+        reader = readers // 2
+        own = next(islice(ranges_of_ranks(model_shapes(), readers, stage), reader, None))
+        _write_parts(tag, ranks, stage, own, share=(reader, readers))
+        yield tag, reader, _pieces(own)
 
 
-def _set_entry(tag: Path, rank: int, ranks: int, entry: dict[str, Any]) -> None:
-    """Let the manifest say what was written for `rank`; nobody has written the files of the others."""
+def _write_parts(tag: Path, ranks: int, stage: int, wanted: list[Range], share: tuple[int, int]) -> None:
+    """Write the files of the ranks that hold a part of `wanted`, and those that the reader of `share` verifies.
+
+    Their zeros take no place on the disk. The manifest then says what was written; the other files nobody has written.
+    """
     path = tag / MANIFEST
     tree = json.loads(path.read_text())
     assert len(tree["files"]) == ranks + 1
-    tree["files"][state_file(rank)] = entry
+    verified = set(sorted(tree["files"])[share[0] :: share[1]])
+    ends = {name: (start, start + elements) for name, start, elements in wanted}
+    for rank, ranges in enumerate(ranges_of_ranks(model_shapes(), ranks, stage)):
+        file = tag / state_file(rank)
+        holds = any(
+            name in ends and start < ends[name][1] and ends[name][0] < start + elements
+            for name, start, elements in ranges
+        )
+        if holds or file.name in verified:
+            own = torch.empty(sum(elements for _, _, elements in ranges), device="meta")
+            head = header(dict.fromkeys(KINDS, own))
+            with file.open("wb") as opened:
+                opened.write(head)
+                opened.truncate(len(head) + len(KINDS) * own.nbytes)
+            sha256 = durable.sha256_of_file(file) if file.name in verified else "0" * 64
+            tree["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256}
     path.write_text(json.dumps(tree, indent=2, sort_keys=True))
 
 
@@ -186,15 +210,13 @@ def parts(ranks: int, stack: ExitStack) -> dict[str, Callable[[], object]]:
     """The parts of a checkpoint that grow with ranks, ready to be timed; `stack` clears up behind them."""
     calls: dict[str, Callable[[], object]] = {}
     for stage in STAGES:
-        tag, rank, pieces = stack.enter_context(saved(ranks, stage))
 
         def commit(stage: int = stage) -> None:
             with tempfile.TemporaryDirectory(prefix="mimscale_simulate_") as name:
                 committed(RunDir(Path(name)), ranks, stage)
 
-        def read(tag: Path = tag, rank: int = rank, pieces: list[Piece] = pieces) -> None:
-            read_own_part(tag, rank, ranks, pieces)
-
         calls[f"commit of a checkpoint, ZeRO-{stage}"] = commit
-        calls[f"reading it on a rank, ZeRO-{stage}"] = read
+        for name, readers in (("reading it on a rank", ranks), ("going on with half the ranks", max(1, ranks // 2))):
+            tag, reader, pieces = stack.enter_context(saved(ranks, stage, readers))
+            calls[f"{name}, ZeRO-{stage}"] = partial(read_own_part, tag, reader, readers, pieces)
     return calls

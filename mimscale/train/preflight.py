@@ -52,9 +52,8 @@ def preflight(config: RunConfig, ranks: Ranks) -> None:
         require_wandb()
     mark = config.run_dir / f".preflight-{os.environ.get('MIMSCALE_JOB_ID', os.getpid())}"
     try:
-        ranks.first_does(lambda: _touch(mark))
-        name = ranks.gather(str(mark))[0]
-        everyone = ranks.gather(_facts(config, ranks, Path(name)))
+        seen = ranks.first_does(lambda: _touch(mark))  # its name holds a number of rank 0's process
+        everyone = ranks.gather_to_first(_facts(config, ranks, seen))  # rank 0 alone judges what grows with the ranks
         counted = round(ranks.sum({"ranks": 1.0}).wait()["ranks"])
         ranks.first_does(lambda: judge(everyone, counted, config, checkpoint_bytes(config)))
     finally:
@@ -89,6 +88,7 @@ def judge(everyone: list[RankFacts], counted: int, config: RunConfig, needed_byt
             problems.append(
                 f"{who}: computes on {facts.accelerator}, rank 0 on {first.accelerator}; set DS_ACCELERATOR"
             )
+    somebody_reads_the_store = any(not facts.store_problem for facts in everyone)
     for node, facts in {facts.node: facts for facts in reversed(everyone)}.items():  # the lowest rank of each node
         if facts.accelerator == "cuda" and facts.devices < facts.local_size:
             problems.append(
@@ -96,7 +96,7 @@ def judge(everyone: list[RankFacts], counted: int, config: RunConfig, needed_byt
                 "(slurm.gpus_per_node or slurm.gres) and as many as processes_per_node"
             )
         # A store that no node can read is no fault of a node: opening it says so, and the run's outcome does.
-        if facts.store_problem and any(not other.store_problem for other in everyone):
+        if facts.store_problem and somebody_reads_the_store:
             problems.append(f"{node}: store={config.store} cannot be read there ({facts.store_problem}); mount it")
         if not facts.sees_run_dir:
             problems.append(
@@ -115,12 +115,13 @@ def _size(count_bytes: int) -> str:
     return f"{count_bytes / 1e9:.2f} GB" if count_bytes >= 1e8 else f"{count_bytes / 1e6:.3f} MB"
 
 
-def _touch(mark: Path) -> None:
+def _touch(mark: Path) -> Path:
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError as error:
         raise LaunchError(f"run_dir={mark.parent}: {error.strerror}; choose another run_dir or free space") from None
+    return mark
 
 
 def _facts(config: RunConfig, ranks: Ranks, mark: Path) -> RankFacts:

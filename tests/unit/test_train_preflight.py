@@ -1,8 +1,10 @@
 """What ranks compare before they train, what their start took, and the code that they leave with."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from mimscale.errors import LaunchError
 from mimscale.train import startup
 from mimscale.train.config import PretrainConfig
 from mimscale.train.engine import join_ranks
-from mimscale.train.preflight import RankFacts, judge
+from mimscale.train.preflight import RankFacts, judge, preflight
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.train.session import exit_code_of_rank
 from mimscale.train.startup import Startup
@@ -81,6 +83,36 @@ def test_one_rank_that_differs_is_named_with_its_node_and_the_way_out(changes: d
 def test_a_network_that_adds_wrongly_is_named() -> None:
     with pytest.raises(LaunchError, match="4 ranks add up to 3: the collective library is broken"):
         judge(EVERYONE, 3, CONFIG, 10**6)
+
+
+class RanksWithoutGather:
+    """What `preflight` may ask of the ranks: nothing that brings the facts of all ranks to all of them."""
+
+    def __init__(self, rank: int, mark: Path) -> None:
+        self.world = World(rank=rank, size=4, local_rank=rank, local_size=4, node="n1")
+        self.device = torch.device("cpu")
+        self.is_first = rank == 0
+        self.judged = 0
+        self._mark = mark
+
+    def first_does(self, action: Callable[[], Any]) -> Any:
+        self.judged += self.is_first
+        return action() if self.is_first else self._mark
+
+    def gather_to_first(self, item: RankFacts) -> list[RankFacts]:
+        return [replace(item, rank=rank) for rank in range(4)] if self.is_first else []
+
+    def sum(self, values: dict[str, float]) -> Any:
+        return SimpleNamespace(wait=lambda: {name: 4 * value for name, value in values.items()})
+
+
+def test_only_the_first_rank_gets_the_facts_of_all_and_judges_them(tmp_path: Path) -> None:
+    config = replace(CONFIG, run_dir=tmp_path / "run")
+    first = RanksWithoutGather(0, tmp_path)
+    preflight(config, first)  # type: ignore[arg-type]
+    assert first.judged == 2  # the file that all must see, and the judgement
+    assert not config.run_dir.exists()
+    preflight(config, RanksWithoutGather(3, tmp_path))  # type: ignore[arg-type]
 
 
 def test_a_job_for_gpus_does_not_train_on_a_cpu_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
