@@ -76,6 +76,7 @@ class IngestConfig:
     channel_names: tuple[str, ...] = ()  # columns, or words in names (BIDS, BraTS), that become channels, in this order
     bids_labels: str = "derivatives/*_dseg.nii*"  # which files of a BIDS folder are its label maps
     keep_columns: tuple[str, ...] = ()  # columns of a table to keep although their names hint at people or dates
+    labelled_only: bool = False  # leave out volumes without a label map, as a Decathlon's `test` has them
     allow_outside: bool = False  # let a table or a link name files outside its own folder; for lists that you trust
     subject_key: str | None = None  # file with the secret that hides subject names; null: OUT.subject_key
     assume_orientation: bool = False  # accept NIfTI files whose qform and sform codes are both 0

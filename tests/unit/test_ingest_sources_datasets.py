@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from source_lists import found_in, names_of, problems_of, touch, write_json
 
 from mimscale.errors import DataError
+from mimscale.ingest.config import IngestConfig
+from mimscale.ingest.sources.find import find
 
 
 def decathlon(folder, **changes):
@@ -21,6 +23,19 @@ def decathlon(folder, **changes):
     touch(folder, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.gz")
     write_json(folder / "dataset.json", {**tree, **changes})
     return found_in(folder)
+
+
+def test_volumes_without_a_label_map_are_left_out_where_only_labelled_ones_are_wanted(tmp_path, capsys):
+    everything = decathlon(tmp_path)
+    labelled = [source for source in everything.sources if source.label]
+    assert 0 < len(labelled) < len(everything.sources)
+    config = IngestConfig(sources=str(tmp_path), out="x", labelled_only=True)
+    assert list(find(config.sources, config).sources) == labelled
+    left_out = len(everything.sources) - len(labelled)
+    assert f"labelled_only: {left_out} volume(s) without a label map are left out" in capsys.readouterr().err
+    decathlon(tmp_path, training=[])
+    with pytest.raises(DataError, match=r"labelled_only=true: none of the 1 volume"):
+        find(config.sources, config)
 
 
 def test_a_decathlon_gives_labels_names_modality_and_unlabelled_volumes(tmp_path):

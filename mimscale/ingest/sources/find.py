@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+from mimscale.console import say
 from mimscale.errors import DataError
 from mimscale.ingest.config import ImageLabel, ImageLabelGlobs, IngestConfig, Sources
 from mimscale.ingest.sources import (
@@ -35,12 +36,23 @@ def find(sources: Sources, config: IngestConfig) -> Found:
     if not listings:
         raise DataError("sources=[]: the list is empty; give globs, or {image: FILE, label: FILE}")
     entries = [entry for listing in listings for entry in listing.entries]
+    if config.labelled_only:
+        entries = _labelled(entries)
     refuse_subjects_in_both_splits(entries)
     return Found(
         _each_once(_with_split_of_subject(entries)),
         _agreed("class names", [listing.class_names for listing in listings]),
         _agreed_channels([listing.channel_names for listing in listings]),
     )
+
+
+def _labelled(entries: list[tuple[str, Source]]) -> list[tuple[str, Source]]:
+    kept = [(place, source) for place, source in entries if source.label]
+    if not kept:
+        raise DataError(f"labelled_only=true: none of the {len(entries)} volume(s) of sources has a label map")
+    if len(kept) < len(entries):
+        say(f"labelled_only: {len(entries) - len(kept)} volume(s) without a label map are left out")
+    return kept
 
 
 def _listing(source: str | ImageLabel | ImageLabelGlobs, config: IngestConfig) -> Listing:
