@@ -1,27 +1,18 @@
 """The benchmark of ways to do less work, on sizes that take seconds: every way is timed, trained and compared."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_modules import benchmark
 from rank_pool import run_ranks
 from store_samples import make_store
-
-
-def the_benchmark():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_less_work")
-    finally:
-        del sys.path[0]
 
 
 def bench_tiny(words):
     """In a process of its own: `bench_less_work.py WORDS` on a small store and a size that takes a second."""
     store, *words = words
-    bench = the_benchmark()
+    bench = benchmark("bench_less_work")
     crop = ["crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]", "model={dim: 48, depth: 1, heads: 4}", "modality=null"]
     bench.SIZES.clear()
     bench.SIZES["tiny"] = (["pretrain_mae_vit_b", *crop], 2)
@@ -38,7 +29,7 @@ def test_every_way_is_timed_and_trained_from_one_seed(tmp_path):
     assert ended.code == 0, ended.err
     (path,) = tmp_path.glob("less_work_unnamed_*.json")
     tree = json.loads(path.read_text())
-    ways = the_benchmark().WAYS
+    ways = benchmark("bench_less_work").WAYS
     assert [row["way"] for row in tree["rows"]] == list(ways) == [row["name"] for row in tree["speed"]["tiny"]]
     assert tree["rows"][0]["times"] == {"tiny": 1.0}
     for row in tree["rows"]:
@@ -51,7 +42,7 @@ def test_every_way_is_timed_and_trained_from_one_seed(tmp_path):
 
 
 def test_losses_are_compared_after_the_most_views_at_which_every_way_was_looked_at():
-    bench = the_benchmark()
+    bench = benchmark("bench_less_work")
     first, second = list(bench.WAYS)[:2]
     speed = {"size": [{"name": first, "cpu_s": 3.0}, {"name": second, "cpu_s": 2.0}]}
     curves = {

@@ -1,23 +1,15 @@
 """The benchmark of the planner's estimates, on sizes that take seconds: each part is estimated and measured."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+from benchmark_modules import benchmark
 from rank_pool import run_ranks
 from store_samples import make_store
 
 CROP = ["crop_voxels=[16,16,16]", "patch_voxels=[8,8,8]", "model={dim: 48, depth: 2, heads: 4}"]
 TINY = ["demo/pretrain", *CROP, "mae={decoder_dim: 24, decoder_depth: 1, decoder_heads: 2}"]
-
-
-def the_benchmark():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_plan")
-    finally:
-        del sys.path[0]
 
 
 def bench_tiny(words):
@@ -26,7 +18,7 @@ def bench_tiny(words):
     Peaks and saves are left out: test_train_memory.py and test_bench_checkpoint.py measure the same ones.
     """
     store, *words = words
-    bench = the_benchmark()
+    bench = benchmark("bench_plan")
     bench.QUICK_RECIPES, bench.QUICK_CASES = ("ViT-B/16",), {}
     bench._saves = lambda arguments: ([], {"write_mb_per_s": bench._write_mb_per_s(arguments.folder, 1)})
     bench.READ[:] = [*TINY, "modality=null", "micro_batch=4", "global_batch=4"]

@@ -1,10 +1,9 @@
 """`mimscale bench scaling`, and the programs of `benchmarks/` that keep results, on sizes that take seconds."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_modules import benchmark
 from rank_pool import run_ranks
 
 from mimscale.bench import scaling
@@ -64,17 +63,8 @@ def test_a_rank_that_fails_ends_the_benchmark_of_scaling():
         scaling.run_ranks(["train", "no_such_recipe"], 1, 1)
 
 
-def program(name):
-    """A program of `benchmarks/`."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        del sys.path[0]
-
-
 def test_the_benchmark_of_training_trains_on_its_own_store_and_keeps_both_results(measured, tmp_path, monkeypatch):
-    bench, tables = program("bench_training"), read_result(measured)
+    bench, tables = benchmark("bench_training"), read_result(measured)
     asked = {}
 
     def scaling_again(config, counts, *, steps, windows, threads):
@@ -108,7 +98,7 @@ def test_the_benchmark_of_training_trains_on_its_own_store_and_keeps_both_result
 def test_a_verbs_result_is_kept_beside_those_of_the_other_benchmarks(tmp_path, monkeypatch, capfd):
     words = ["checkpoint", "demo/pretrain", *MODEL, "--repeats=1", f"--folder={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["bench_verbs.py", "--hardware=test", f"--out={tmp_path}", *words])
-    assert program("bench_verbs").main() == 0
+    assert benchmark("bench_verbs").main() == 0
     (path,) = tmp_path.glob("checkpoint_test_*.json")
     result = read_result(path)
     assert result["repeats"] == 1
@@ -122,5 +112,5 @@ def test_a_verbs_result_is_kept_beside_those_of_the_other_benchmarks(tmp_path, m
 
 def test_a_verb_that_measures_nothing_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_verbs.py", f"--out={tmp_path}", "simulate", "--nodes=2"])
-    assert program("bench_verbs").main() == 2
+    assert benchmark("bench_verbs").main() == 2
     assert list(tmp_path.iterdir()) == []

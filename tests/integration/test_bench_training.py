@@ -1,13 +1,12 @@
 """`mimscale bench train`, `memory` and `step` on sizes that take seconds: every number is there and adds up."""
 
-import importlib
 import json
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from benchmark_modules import benchmark
 from rank_pool import run_ranks
 from store_samples import make_store
 
@@ -112,20 +111,12 @@ def test_what_two_ranks_hold_is_what_theory_says(tmp_path):
 def bench_tiny_step(words):
     """In a process of its own: `bench_step.py WORDS` with a size that takes a second."""
     warnings.filterwarnings("ignore", "torch.meshgrid")  # MONAI calls it so
-    bench_step = benchmark_of_the_step()
+    bench_step = benchmark("bench_step")
     own = ["patch_voxels=[8,8,8]", "crop_voxels=[16,16,16]", "model={dim: 48, depth: 2, heads: 4}"]
     bench_step.SIZES["tiny"] = ([bench_step.MAE_RECIPE, *own, SMALL[3]], 2, 2)
     bench_step.SIZES["tiny SimMIM"] = ([bench_step.SIMMIM_RECIPE, *own], 2, 2)
     sys.argv = ["bench_step.py", *words]
     return bench_step.main()
-
-
-def benchmark_of_the_step():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_step")
-    finally:
-        del sys.path[0]
 
 
 def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_path):
@@ -141,7 +132,7 @@ def test_the_step_of_ours_and_of_its_peers_is_measured_against_its_products(tmp_
     ]
     (ended,) = run_ranks(words, size=1, body=bench_tiny_step)
     assert ended.code == 0, ended.err
-    bench_step = benchmark_of_the_step()
+    bench_step = benchmark("bench_step")
     (path,) = tmp_path.glob("step_unnamed_*.json")
     peers = [{bench_step.MONAI, bench_step.FULL}, {bench_step.SIMMIM}]
     for table, of_others in zip(json.loads(path.read_text())["tables"], peers, strict=True):

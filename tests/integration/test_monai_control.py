@@ -1,11 +1,10 @@
 """The study's control: MONAI's masked autoencoder, trained by the plan of a run and brought into our UNETR."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import benchmark
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words
 
@@ -21,14 +20,6 @@ from mimscale.train.run_dir import RunDir
 CROP, PATCH = (16, 24, 32), (4, 8, 8)
 
 
-def control():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("pretrain_monai_mae")
-    finally:
-        del sys.path[0]
-
-
 def run_with(tmp_path: Path, *more: str) -> Path:
     """The directory of a run of ours, as far as the control reads it: its config."""
     write_store(tmp_path / "store", SHAPES)
@@ -42,7 +33,7 @@ def run_with(tmp_path: Path, *more: str) -> Path:
 
 
 def test_the_control_learns_and_all_of_its_encoder_arrives_in_our_unetr(tmp_path):
-    losses = control().pretrain(run_with(tmp_path, "steps=80"), tmp_path / "weights")
+    losses = benchmark("pretrain_monai_mae").pretrain(run_with(tmp_path, "steps=80"), tmp_path / "weights")
 
     assert len(losses) == 80
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10]), losses
@@ -55,7 +46,7 @@ def test_the_control_learns_and_all_of_its_encoder_arrives_in_our_unetr(tmp_path
 
 
 def test_our_encoder_has_the_features_of_the_controls_when_its_class_token_is_left_out(tmp_path):
-    module = control()
+    module = benchmark("pretrain_monai_mae")
     words = pretrain_words(tmp_path, tmp_path / "run", "model={dim: 24, depth: 2, heads: 2}", "micro_batch=8")
     config = load_config(PretrainConfig, words[1], words[2:])
     torch.manual_seed(3)
@@ -76,4 +67,4 @@ def test_our_encoder_has_the_features_of_the_controls_when_its_class_token_is_le
 )
 def test_a_plan_that_monais_network_cannot_follow_is_refused(tmp_path, word, named):
     with pytest.raises(ConfigError, match=named):
-        control().pretrain(run_with(tmp_path, word), tmp_path / "weights")
+        benchmark("pretrain_monai_mae").pretrain(run_with(tmp_path, word), tmp_path / "weights")

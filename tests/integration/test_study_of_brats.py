@@ -6,15 +6,10 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from rank_pool import run_ranks
 from small_study import NETWORK
+from study_in_process import run_every_node
 
-from mimscale.cli import main
 from mimscale.evaluate.slices import load_planes
-from mimscale.study.config import load_study
-from mimscale.study.graph import expand
-from mimscale.study.nodes import data_problems, leaks
-from mimscale.study.view import NodeState, study_view, write_study_report
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
 SHAPE = (24, 26, 22)  # of the files: X, Y, Z
@@ -64,27 +59,14 @@ def recipe_of(folder):
         "only": ["contrasts"],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return str(folder / "recipe.yaml")
+    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Its graph with every node run, its report and the run of MAE."""
     folder = tmp_path_factory.mktemp("brats")
-    config = load_study([recipe_of(folder), f"run_dir={folder / 'study'}"])
-    graph = expand(config)
-    for node in graph.nodes.values():
-        file = folder / f"{node.id}.yaml"
-        file.write_text(yaml.safe_dump(graph.config_of(config.run_dir, node), sort_keys=False))
-        if node.verb in ("pretrain", "finetune"):
-            assert leaks(config, graph, config.run_dir, node) == ""
-            (ended,) = run_ranks([node.verb, str(file)], size=1)
-            assert ended.code == 0, ended.err
-        else:
-            assert main([node.verb, str(file)]) == 0
-    assert data_problems(config, graph, config.run_dir, graph.data["all"]) == []
-    view = study_view(config, graph, config.run_dir, {node: NodeState("done", "") for node in graph.nodes})
-    write_study_report(view, config.run_dir)
+    config, graph, view = run_every_node(folder, recipe_of(folder), checked="all")
     run = next(graph.folder(config.run_dir, graph.nodes[t.finetune]) for t in graph.trials if t.arm == "mae")
     return folder, graph, view, run
 

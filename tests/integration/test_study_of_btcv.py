@@ -6,18 +6,14 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from rank_pool import run_ranks
 from small_study import NETWORK
+from study_in_process import run_every_node
 
-from mimscale.cli import main
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.study.checks import used_rows
-from mimscale.study.config import load_study
-from mimscale.study.graph import expand
-from mimscale.study.nodes import data_problems, leaks, resolve, use_of
+from mimscale.study.nodes import resolve, use_of
 from mimscale.study.results import read_groups
-from mimscale.study.view import NodeState, study_view, write_study_report
 
 SHAPE, SPACING_MM = (60, 56, 24), (1.0, 1.0, 2.5)  # of the files: X, Y, Z
 BODY = (slice(14, 46), slice(12, 44), slice(5, 19))  # 14 mm of air in front of it, and as much behind
@@ -90,27 +86,14 @@ def recipe_of(folder):
         "only": ["folds", "labels"],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return str(folder / "recipe.yaml")
+    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Its config and graph with every node run, and its report."""
     folder = tmp_path_factory.mktemp("btcv")
-    config = load_study([recipe_of(folder), f"run_dir={folder / 'study'}"])
-    graph = expand(config)
-    for node in graph.nodes.values():
-        file = folder / f"{node.id}.yaml"
-        file.write_text(yaml.safe_dump(graph.config_of(config.run_dir, node), sort_keys=False))
-        if node.verb in ("pretrain", "finetune"):
-            assert leaks(config, graph, config.run_dir, node) == ""
-            (ended,) = run_ranks([node.verb, str(file)], size=1)
-            assert ended.code == 0, ended.err
-        else:
-            assert main([node.verb, str(file)]) == 0
-    assert data_problems(config, graph, config.run_dir, graph.data["btcv"]) == []
-    view = study_view(config, graph, config.run_dir, {node: NodeState("done", "") for node in graph.nodes})
-    write_study_report(view, config.run_dir)
+    config, graph, view = run_every_node(folder, recipe_of(folder), checked="btcv")
     return folder, config, graph, view
 
 
