@@ -13,7 +13,7 @@ from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.study.checks import used_rows
 from mimscale.study.nodes import resolve, use_of
-from mimscale.study.results import read_groups
+from mimscale.study.results import read_groups, shared_seeds
 
 SHAPE, SPACING_MM = (60, 56, 24), (1.0, 1.0, 2.5)  # of the files: X, Y, Z
 BODY = (slice(14, 46), slice(12, 44), slice(5, 19))  # 14 mm of air in front of it, and as much behind
@@ -150,7 +150,8 @@ def test_the_report_pools_the_folds_into_one_row_of_all_volumes(study):
         assert rows[arm]["runs"] == "2 of 2"
         dice = [scores["mean"]["without_background"]["dice"] for _, scores in scores_of(study, "folds", arm)]
         assert rows[arm]["Dice"].startswith(f"{np.mean(dice):.3f}")
-        by_case = groups[arm].scores(*groups[arm].seeds, scored_volumes(study, arm))
+        seeds = shared_seeds(groups[arm].scored, groups[arm].scored)
+        by_case = groups[arm].scores(seeds.ours, seeds.finetune, scored_volumes(study, arm))
         assert by_case.shape == (1, 1, VOLUMES)
         assert np.isfinite(by_case).all()
     (difference,) = section.tables[1].rows
