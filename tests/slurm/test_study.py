@@ -1,6 +1,7 @@
 """A study from data to tables by one command, with runs that only pretend to train."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -75,4 +76,7 @@ def test_one_command_goes_from_data_to_tables_past_a_failed_run_and_a_controller
     page = (site.folder / "study" / "report" / "index.html").read_text()
     assert "6 done, 1 failed, 2 left out" in page
     # They wait there for the new job of the run that failed.
-    assert len(cluster.command("squeue", "--noheader", "--format=%i").split()) == len(of_failed)
+    waiting = {re.search(r"job (\d+) stays in the queue for --retry", nodes[label]["reason"])[1] for label in of_failed}
+    assert len(waiting) == len(of_failed)
+    assert waiting <= set(cluster.command("squeue", "--noheader", "--format=%i").split())
+    cluster.command("scancel", *waiting)
