@@ -181,12 +181,18 @@ def test_the_best_checkpoint_is_a_column_beside_the_last_and_changes_no_differen
     assert found.dice.difference == pytest.approx(0.2)
 
 
-def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
-    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
+def one_run(folder):
+    """A study, its graph and first trial, and that one's run."""
+    config = build_config(StudyConfig, study_tree(folder, data={"store": {"path": "gone"}}), "test")
     graph = expand(config)
     trial = graph.trials[0]
-    run = graph.folder(tmp_path, graph.nodes[trial.finetune])
+    run = graph.folder(folder, graph.nodes[trial.finetune])
     fake_run(run, "finetune")
+    return config, graph, trial, run
+
+
+def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
+    config, graph, trial, run = one_run(tmp_path)
     scores = add_segmentation_scores(run, volumes=["a"], dice=0.5)
     scores["cases"][0]["scores"]["background"]["dice"] = 0.8  # the first of three
     for regions, dice in ((None, 0.5), ({"background": ["x"]}, 0.6)):
@@ -196,11 +202,7 @@ def test_regions_are_all_of_a_case_as_none_is_the_background(tmp_path):
 
 
 def test_weights_from_outside_of_the_study_have_no_time_of_pretraining(tmp_path):
-    config = build_config(StudyConfig, study_tree(tmp_path, data={"store": {"path": "gone"}}), "test")
-    graph = expand(config)
-    trial = graph.trials[0]
-    run = graph.folder(tmp_path, graph.nodes[trial.finetune])
-    fake_run(run, "finetune")
+    config, graph, trial, run = one_run(tmp_path)
     tree = yaml.safe_load((run / "config.yaml").read_text())
     for init_from, known in ((None, 1), ("/weights", 0)):
         (run / "config.yaml").write_text(yaml.safe_dump({**tree, "init_from": init_from}))
