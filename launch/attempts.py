@@ -53,9 +53,12 @@ def begin_attempt(file: Path, job_id: str, committed_step: int) -> list[Attempt]
     return [*attempts, start]
 
 
-def end_attempt(file: Path, committed_step: int, cause: Cause, message: str) -> list[Attempt]:
-    """Complete the newest attempt; returns all."""
-    *before, last = read_attempts(file)
+def end_attempt(file: Path, job_id: str, committed_step: int, cause: Cause, message: str) -> list[Attempt]:
+    """Complete the newest attempt; returns all. A start that was killed before it was written down counts as one."""
+    attempts = read_attempts(file)
+    if not attempts or attempts[-1].cause is not None:
+        attempts = begin_attempt(file, job_id, committed_step)
+    *before, last = attempts
     last = replace(last, last_step=committed_step, cause=cause, message=message)
     _write(file, [*before, last])
     return [*before, last]

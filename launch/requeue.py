@@ -166,14 +166,14 @@ def start(folder: JobFolder) -> int:
     why = "cancelled" if folder.cancelled.exists() else why_not_again(attempts[:-1], record.max_requeues)
     if why is not None:
         _say(why)
-        end_attempt(folder.attempts_file(task), step, "ended", why)
+        end_attempt(folder.attempts_file(task), job_id, step, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
     try:
         folder.run.refuse_foreign([folder.task_file(task), folder.run.code], LaunchError)
     except LaunchError as error:
         _say(str(error))
-        end_attempt(folder.attempts_file(task), step, "ended", str(error))
+        end_attempt(folder.attempts_file(task), job_id, step, "ended", str(error))
         folder.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=step, message=str(error)), task)
         return error.exit_code
     # Submitit looks for the task under the job's id, which nobody knew when it was written.
@@ -208,7 +208,7 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         decision = decide(outcome, view, restart=restart, cancelled=folder.cancelled.exists())
         _say(f"ranks ended: {outcome.outcome}, exit code {outcome.exit_code}; Slurm says {view}")
-    attempts = end_attempt(folder.attempts_file(task), step, decision.cause, decision.outcome.message)
+    attempts = end_attempt(folder.attempts_file(task), job_id, step, decision.cause, decision.outcome.message)
     if decision.action == "again":
         decision = _again(folder, record, attempts, decision, task)
     if decision.action == "settle":

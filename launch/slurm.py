@@ -164,7 +164,8 @@ class BatchJob:
             f'ask() {{ {own} {python} -m launch.requeue "$1" {folder} "${{@:2}}"; }}',
             f'fail() {{ echo "mimscale: $1 on $(hostname)"; ask end {LaunchError.exit_code} before-ranks; exit $?; }}',
             "export MIMSCALE_BATCH_UNIX_S=$(date +%s.%N)",
-            "ask start || exit $?",
+            "# By a signal: nobody has said yet that this start has ended, and another one may go well.",
+            "ask start || { code=$?; ((code <= 128)) || { ask end $code before-ranks; code=$?; }; exit $code; }",
             *(
                 f"module load {word} || fail {shlex.quote(f'module load {word} fails')}"
                 for word in map(shlex.quote, slurm.modules)
@@ -194,8 +195,12 @@ class BatchJob:
         return [
             *lines,
             "# Ranks that hang although they were told to stop are ended while the job can still be requeued.",
-            f"(sleep $((end - {self.last_word_s} - $(date +%s))) && scancel --signal=KILL {step}) &",
-            "watchdog=$!",
+            "watch() {",
+            "  trap 'kill $nap; exit' TERM",
+            f"  sleep $((end - {self.last_word_s} - $(date +%s))) & nap=$!",
+            f"  wait $nap && scancel --signal=KILL {step}",
+            "}",
+            "watch & watchdog=$!",
             "export MIMSCALE_SRUN_UNIX_S=$(date +%s.%N)",
         ]
 

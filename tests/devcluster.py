@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from processes import kill_all
 from stream_stores import write_store
 from tiny_runs import SHAPES
 
@@ -137,9 +137,7 @@ class DevCluster:
 
     def kill_node(self, number: int) -> None:
         """kill -9 of all that runs on a node, as if its power failed; `up` starts its slurmd again."""
-        for pid in self.processes(number):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(self.processes(number))
 
     def set_link(self, node: int, state: str) -> None:
         """Cut (`down`) or mend (`up`) a node's network link."""

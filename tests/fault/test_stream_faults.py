@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import is_alive, kill_all
 from stream_stores import damage, voxels_of, write_store
 
 from mimscale.errors import DataError, LostRankError
@@ -387,13 +388,6 @@ SCRIPT = """
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Path, number: signal.Signals) -> None:
     before = shared_memory()
@@ -418,13 +412,12 @@ def test_no_process_outlives_a_trainer_that_is_stopped_without_closing(store: Pa
             trainer.send_signal(signal.SIGABRT)  # faulthandler prints where it hangs
             pytest.fail(f"hangs after {number.name}: {trainer.communicate(timeout=20)[1]}")
         deadline = time.monotonic() + 15
-        while any(map(is_running, workers)) and time.monotonic() < deadline:
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not [worker for worker in workers if is_running(worker)]
+        assert not [worker for worker in workers if is_alive(worker)]
         assert shared_memory() <= before
     finally:
-        for worker in filter(is_running, workers):
-            os.kill(worker, signal.SIGKILL)
+        kill_all(filter(is_alive, workers))
         _, text = trainer.communicate(timeout=20)
     assert "_worker_loop" not in text, "a worker printed a traceback of its own"
     began = time.monotonic()

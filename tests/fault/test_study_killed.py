@@ -1,7 +1,6 @@
 """A study goes on after any end, shows what failed with its reason, and repeats nothing that is finished."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launch_fake_verb import wait_until
+from processes import kill_all
 from small_segmentation import make_store
 from small_study import study_tree
 from study_fake_verbs import install, starts
@@ -70,8 +70,7 @@ def test_a_study_of_which_everything_was_killed_goes_on_and_repeats_only_what_wa
     job = place.wait_for_finetune()
     study.kill()  # as when the machine loses power: first the study, then the node at work
     study.communicate()
-    for process in job.living():
-        os.kill(process.pid, signal.SIGKILL)
+    kill_all(process.pid for process in job.living())
     wait_until(lambda: not job.living())
     before = starts(tmp_path)
 

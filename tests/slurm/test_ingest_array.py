@@ -1,11 +1,11 @@
 """Ingest as a job array: a killed task is done again, the merge waits for it, and the store is that of one machine."""
 
-import os
-import signal
+import sys
 from pathlib import Path
 
 import pytest
 from devcluster import DevCluster, Site
+from processes import kill_all
 from store_samples import write_pairs
 
 from launch.attempts import read_attempts
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def task_processes(cluster: DevCluster, task: int) -> list[int]:
-    """The processes that convert in one task of an array, on whichever node."""
+    """The processes that convert in one task of an array, on whichever node; not srun, which may start before them."""
     found = []
     for pid in (pid for node in (1, 2) for pid in cluster.processes(node)):
         try:
@@ -24,7 +24,8 @@ def task_processes(cluster: DevCluster, task: int) -> list[int]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:  # it has just ended
             continue
-        if f"SLURM_ARRAY_TASK_ID={task}".encode() in variables and b"submitit" in words:
+        converts = words.startswith(sys.executable.encode()) and b"submitit" in words
+        if f"SLURM_ARRAY_TASK_ID={task}".encode() in variables and converts:
             found.append(pid)
     return found
 
@@ -56,8 +57,7 @@ def test_an_array_with_a_killed_task_makes_the_store_of_a_local_ingest_byte_for_
     assert done.returncode == 0, done.stderr
     cluster.runs.append(site.run("array.job"))
     victims = cluster.wait_for("the task to start", lambda: task_processes(cluster, KILLED))
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(victims)
     cluster.wait_for("the merge to end", lambda: site.is_settled("array.job"), timeout_s=300)
     outcome = site.newest("array.job").read_outcome()
     assert outcome is not None

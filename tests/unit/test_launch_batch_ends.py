@@ -125,6 +125,20 @@ def test_what_fails_before_the_ranks_is_named_by_its_own_words_and_not_by_those_
     assert not any(call.startswith("requeue") for call in job.slurm.calls("scontrol"))
 
 
+def test_a_start_that_was_killed_before_it_could_write_is_another_try_and_not_the_end_of_the_one_before(
+    job: Job,
+) -> None:
+    job.start()
+    job.commit(5)
+    job.end(0, replace(INTERRUPTED, stopped_by="time limit"))
+    job.run.outcome.unlink()  # by the start that follows
+    assert requeue.main(["end", str(job.folder.path), "137", "before-ranks"]) == 75
+    assert job.slurm.calls("scontrol")[-1] == "requeue 100"
+    first, second = read_attempts(job.folder.attempts_file())
+    assert (first.cause, second.cause) == ("time limit", "lost rank")
+    assert second.message == "before its ranks started: killed by signal 9"
+
+
 def test_what_a_preemption_cancels_is_submitted_again_and_what_waits_for_it_waits_for_the_new_job(job: Job) -> None:
     child = job.claim(job_id="300")
     job.slurm.answer("count", "199")

@@ -218,8 +218,11 @@ def test_starts_and_ends_are_kept_and_a_start_without_an_end_is_completed_by_the
     file = tmp_path / "attempts.jsonl"
     assert [attempt.number for attempt in begin_attempt(file, "5", 0)] == [0]
     assert begin_attempt(file, "5", 12)[0].last_step == 12
-    end_attempt(file, 20, "preempted", "m")
+    end_attempt(file, "5", 20, "preempted", "m")
     file.write_text(file.read_text() + '{"job_id": "5", "numb')
     first, second = read_attempts(file)
     assert (first.cause, first.last_step, second.first_step, second.last_step) == (None, 12, 12, 20)
     assert (second.cause, second.message) == ("preempted", "m")
+    third = end_attempt(file, "6", 20, "lost rank", "killed before it was written down")[-1]
+    assert (third.number, third.job_id, third.first_step, third.last_step) == (2, "6", 20, 20)
+    assert len(read_attempts(file)) == 3

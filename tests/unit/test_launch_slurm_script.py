@@ -107,11 +107,11 @@ def test_a_value_with_a_line_end_is_refused(field: str) -> None:
         SlurmConfig(**{field: value})  # type: ignore[arg-type]
 
 
-def _run_script(job: BatchJob, folder: Path, *, srun: str = "", **variables: str) -> list[str]:
+def _run_script(job: BatchJob, folder: Path, *, srun: str = "", python: str = "", **variables: str) -> list[str]:
     """Run a batch script, with every program that it calls replaced by one that notes its words."""
     programs, ran = folder / "bin", folder / "ran"
     programs.mkdir()
-    bodies = {"srun": srun, "module": "", "scancel": "", "python": ""}
+    bodies = {"srun": srun, "module": "", "scancel": "", "python": python}
     for name, body in bodies.items():
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {ran}\n{body}\n')
         (programs / name).chmod(0o755)
@@ -156,6 +156,34 @@ def test_an_archive_that_cannot_be_unpacked_ends_the_job_before_its_ranks(tmp_pa
     assert words.count("srun") == 1
     assert words[words.index("launch.unpack") + 2] == str(environment_folder(archive, str(tmp_path / "a 'b")))
     assert words[-5:] == ["launch.requeue", "end", str(tmp_path / "logs"), "5", "before-ranks"]
+
+
+@pytest.mark.parametrize(("death", "asked"), [("kill -9 $$", "137"), ("exit 6", None)])
+def test_a_start_that_is_killed_is_an_end_and_one_that_may_not_be_is_not_asked_about_again(
+    tmp_path: Path, death: str, asked: str | None
+) -> None:
+    words = _run_script(_job(tmp_path / "logs"), tmp_path, python=f"test $3 != start || {death}")
+    assert "srun" not in words
+    end = (
+        []
+        if asked is None
+        else ["python", "-m", "launch.requeue", "end", str(tmp_path / "logs"), asked, "before-ranks"]
+    )
+    assert words == ["python", "-m", "launch.requeue", "start", str(tmp_path / "logs"), *end]
+
+
+def test_nothing_of_a_script_outlives_it(tmp_path: Path) -> None:
+    mark = str(tmp_path / "outlived")
+    _run_script(_job(tmp_path / "logs"), tmp_path, srun="sleep 0.3", MARK=mark)
+    left = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if f"MARK={mark}" in _text_of(path)]
+    assert not [(process / "cmdline").read_text() for process in left]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # ended meanwhile, or another user's
+        return ""
 
 
 def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
