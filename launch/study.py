@@ -32,7 +32,7 @@ from mimscale.lock import sole_writer
 from mimscale.report.study import StudyView
 from mimscale.study.config import StudyConfig, load_study
 from mimscale.study.graph import Graph, Node, expand
-from mimscale.study.nodes import data_problems, leaks, resolve
+from mimscale.study.nodes import absent_data, data_problems, leaks, resolve
 from mimscale.study.view import NodeState, study_view, write_study_report
 from mimscale.train.run_dir import RunDir
 
@@ -326,6 +326,8 @@ def main(argv: list[str]) -> int:
     stopped, report = False, None
     if arguments.dry_run:
         study.look()
+        for absent in absent_data(study.graph):
+            console.say(f"{absent}; a study that starts here needs it")
     elif profile.executor == "slurm":
         from launch.study_slurm import stay, submit_all
 

@@ -100,7 +100,7 @@ def add_segmentation_scores(folder: Path, volumes=("0123456789abcdef", "fedcba98
         "split": "val",
         "store": "demo/store",
         "classes": CLASSES,
-        "settings": {"crop_voxels": [64, 64, 64], "overlap": 0.5, "nsd_tolerance_mm": 2.0},
+        "settings": {"split": "val", "crop_voxels": [64, 64, 64], "overlap": 0.5, "nsd_tolerance_mm": 2.0},
         "per_class": per_class,
         "mean": over_classes,
         "store_grid": {"per_class": per_class, "mean": over_classes},

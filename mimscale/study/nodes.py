@@ -68,6 +68,16 @@ def data_problems(config: StudyConfig, graph: Graph, study_dir: Path, node_id: s
     return problems
 
 
+def absent_data(graph: Graph) -> list[str]:
+    """What the user has given by path, and weights of a seed in it, that are not here; one sentence each."""
+    users = {place: f"data.{name}.path" for name, place in graph.data.items() if place not in graph.nodes}
+    for node in graph.nodes.values():
+        weights = node.config.get("init_from")
+        if isinstance(weights, str) and not weights.startswith("@") and not node.missing:
+            users.setdefault(weights, f"{node.label}: init_from")
+    return [f"{user}={place}: no such file or folder" for place, user in users.items() if not Path(place).exists()]
+
+
 def leaks(config: StudyConfig, graph: Graph, study_dir: Path, node: Node) -> str:
     """Why a pretraining may not start: it would read what is validated or tested on. Empty when it may.
 

@@ -1,6 +1,7 @@
 """The tables of a study's report: all formatting of its numbers happens here."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from mimscale.report.study import Table
 from mimscale.study.config import StudyConfig
@@ -16,6 +17,7 @@ _TIMES_SOONER = (
     "and a time is that of the validation at which it was reached. Where an arm has runs of one seed alone there is no "
     "interval."
 )
+_OF_WHICH_VOLUMES = ("split", "store")
 _SAID_OF_SCORING = ("crop_voxels", "overlap", "blending", "flips", "nsd_tolerance_mm")
 
 
@@ -25,7 +27,7 @@ def heading(experiment: str) -> str:
 
 
 def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
-    """Test scores of every arm and setting.
+    """Scores of every arm and setting.
 
     Args:
         groups: of an experiment.
@@ -49,7 +51,7 @@ def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
             ]
         )
     return Table(
-        title="Test scores of the last checkpoint",
+        title="Scores of the last checkpoint",
         columns=[
             "arm",
             "setting",
@@ -85,13 +87,17 @@ def _runs_differ(folds: int | None) -> str:
 
 def _scoring(groups: Sequence[Group]) -> str:
     """How whole volumes were scored, in a sentence; where groups differ in it, only what they share."""
+    keys = (*_OF_WHICH_VOLUMES, *_SAID_OF_SCORING)
     shared: set[tuple[str, str]] | None = None
     for settings in (result.scores["settings"] for group in groups for result in group.results if result.scores):
-        said = {(key, str(settings[key])) for key in _SAID_OF_SCORING if settings.get(key) not in (None, [])}
+        said = {(key, str(settings[key])) for key in keys if settings.get(key) not in (None, [])}
         shared = said if shared is None else shared & said
     values = dict(shared or ())
-    said_of_all = ", ".join(f"{key} {values[key]}" for key in _SAID_OF_SCORING if key in values)
-    return f" Scoring: {said_of_all}." if values else ""
+    said_of_all = [f"{key} {values[key]}" for key in _SAID_OF_SCORING if key in values]
+    if "split" in values:
+        where = f"in {Path(values['store']).name}" if "store" in values else "of each run's own store"
+        said_of_all = [f"the volumes to {values['split']} {where}", *said_of_all]
+    return f" Scoring: {', '.join(said_of_all)}." if values else ""
 
 
 def comparison_table(config: StudyConfig, found: Sequence[Comparison], folds: int | None = None) -> Table:

@@ -158,7 +158,8 @@ def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(s
         "with the time of pretraining, later."
     )
     assert "not measured yet" in " ".join(main.answers)
-    assert "Scoring: crop_voxels [64, 64, 64], overlap 0.5, nsd_tolerance_mm 2.0." in main.tables[0].note
+    own = "the volumes to val of each run's own store"
+    assert f"Scoring: {own}, crop_voxels [64, 64, 64], overlap 0.5, nsd_tolerance_mm 2.0." in main.tables[0].note
     assert [table.title for table in main.classes] == [
         "Dice of each class",
         "HD95 of each class, mm",
@@ -236,7 +237,7 @@ def test_an_experiment_of_which_nothing_is_scored_shows_no_empty_tables(study):
     view = replace(study[1], sections=[replace(study[1].sections[1], measured=False)])
     text = study_markdown(view)
     assert "Nothing is measured yet." in text
-    assert "Test scores" not in text
+    assert "Scores of the last checkpoint" not in text
 
 
 def test_the_chart_says_when_the_target_was_reached(study):

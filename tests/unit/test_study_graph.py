@@ -218,6 +218,25 @@ def test_a_dry_run_shows_a_node_that_cannot_be_and_what_depends_on_it(tmp_path, 
     assert not (tmp_path / "study").exists()
 
 
+def test_a_dry_run_names_what_is_given_by_path_and_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "human", lambda: Console(stderr=True, width=300))
+    weights = tmp_path / "weights"
+    (weights / "0").mkdir(parents=True)
+    tree = study_tree(tmp_path, arms={"scratch": {}, "theirs": {"weights": "@theirs/{seed}"}}, pretrain_seeds=[0, 1])
+    tree["experiments"] = {"main": experiment(["scratch", "theirs"])}
+    tree["target"] = {"arm": "scratch"}
+    tree["data"]["theirs"] = {"path": str(weights)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    words = ["study", str(tmp_path / "recipe.yaml"), "--dry-run"]
+    assert main(words) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "no such file" in line]
+    assert said == [
+        f"finetune theirs, seeds 1, 0: init_from={weights}/1: no such file or folder; a study that starts here needs it"
+    ]
+    assert main([*words, "data.theirs.path=/none"]) == 0
+    assert "data.theirs.path=/none: no such file or folder" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_what_each_node_comes_after(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "human", lambda: Console(stderr=True, width=300))  # no line is wrapped
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(study_tree(tmp_path)))
