@@ -229,8 +229,11 @@ def recipe_text(recipe: str) -> str:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Positional words and `key=value` overrides of a command line, each in order."""
-    overrides = [word for word in arguments if re.match(r"^[A-Za-z_][\w.]*=", word)]
+    """Positional words and `key=value` overrides of a command line, each in order.
+
+    After its first dot a key may hold what names have: `arms.mae, trained positions.note=...`.
+    """
+    overrides = [word for word in arguments if re.match(r"^[A-Za-z_]\w*(\.[^=/]+)?=", word)]
     return [word for word in arguments if word not in overrides], overrides
 
 

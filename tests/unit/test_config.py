@@ -115,7 +115,9 @@ def test_differing_keys_show_both_values():
 
 
 def test_words_with_an_equals_sign_are_overrides_and_paths_are_not():
-    assert config.split_arguments(["demo/pretrain", "a.b=1", "/x/y=z"]) == (["demo/pretrain", "/x/y=z"], ["a.b=1"])
+    named = "arms.mae, own rate.note=x"
+    positional, overrides = config.split_arguments(["demo/pretrain", "a.b=1", "/x/y=z", named, "a.b/c=d"])
+    assert (positional, overrides) == (["demo/pretrain", "/x/y=z", "a.b/c=d"], ["a.b=1", named])
 
 
 def test_every_packaged_recipe_has_a_description_and_is_printed(capsys):

@@ -175,8 +175,16 @@ def test_a_start_that_is_killed_is_an_end_and_one_that_may_not_be_is_not_asked_a
 def test_nothing_of_a_script_outlives_it(tmp_path: Path) -> None:
     mark = str(tmp_path / "outlived")
     _run_script(_job(tmp_path / "logs"), tmp_path, srun="sleep 0.3", MARK=mark)
-    left = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if f"MARK={mark}" in _text_of(path)]
-    assert not [(process / "cmdline").read_text() for process in left]
+    deadline_s = time.monotonic() + 20  # they are told to end, which takes a moment
+    while (left := _marked(mark)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not left
+
+
+def _marked(mark: str) -> list[str]:
+    """The commands that run with this mark in their environment."""
+    found = [path for path in Path("/proc").glob("[0-9]*/environ") if f"MARK={mark}" in _text_of(path)]
+    return [_text_of(path.with_name("cmdline")) for path in found]
 
 
 def _text_of(path: Path) -> str:
