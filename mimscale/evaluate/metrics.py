@@ -10,6 +10,13 @@ What happens to a class that is empty (`null` is JSON's word for "not defined"):
 A null takes no part in a mean, and each mean carries the number of cases behind it and the number left out.
 Since a missed class leaves the HD95 mean, HD95 is only to be read beside Dice and its `undefined` count.
 
+Definitions differ between tools, so that the same masks have other numbers elsewhere. A false alarm is a Dice of 0
+here, as in nnU-Net; MONAI's `DiceMetric` leaves every case without the class out of its mean. HD95 is the larger of the
+two directed 95th percentiles, as MONAI's; others pool the distances of both directions. NSD counts surface *voxels*, as
+MONAI's default does; surface-distance (Nikolov et al. 2018, "Deep learning to achieve clinically applicable
+segmentation of head and neck anatomy") weighs by surface area, which on thick slices is another number: 0.66 instead of
+0.41 of a sphere of 30 mm that is off by one slice of 5 mm, with a tolerance of 2 mm.
+
 Background has a Dice only: its surface is mostly the edge of the image.
 
     Z Y X volume, voxels
@@ -37,8 +44,8 @@ class ClassScore:
     """Scores of one class in one case; None where the metric is not defined."""
 
     dice: float | None  # 0 to 1
-    hd95_mm: float | None  # 95th percentile of the distances between the two surfaces, symmetric
-    nsd: float | None  # share of both surfaces within the tolerance, 0 to 1
+    hd95_mm: float | None  # 95th percentile of the distances between the two surfaces, of the larger direction
+    nsd: float | None  # share of the voxels of both surfaces within the tolerance, 0 to 1
     truth_voxels: int
     predicted_voxels: int
 

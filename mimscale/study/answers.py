@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from mimscale.study.comparisons import Comparison
 from mimscale.study.config import ExperimentConfig
-from mimscale.study.results import Comparison
 from mimscale.study.statistics import Interval, RatioInterval
 from mimscale.study.tables import interval_text, seeds_text, signed, with_interval
+
+ENOUGH_SEEDS = 3  # of each kind, for a sentence about others than these
 
 
 def question(recipe: ExperimentConfig) -> str:
@@ -41,8 +43,13 @@ def answer(one: Comparison) -> str:
         text += f"; the target is reached {with_interval(one.steps)} times as fast in steps, {_sooner(one.steps)}"
         if one.seconds.ratio.value is not None:
             text += f", and {with_interval(one.seconds)} with the time of pretraining, {_sooner(one.seconds)}"
-    elif one.target is not None:
-        text += "; neither reaches the target"
+    elif one.ours_times and one.theirs_times:
+        reached = [[not time.censored for time in times] for times in (one.ours_times, one.theirs_times)]
+        if any(map(any, reached)):
+            said = " and ".join(f"{sum(runs)} of {len(runs)}" for runs in reached)
+            text += f"; {said} runs reach the target, too few to say how soon"
+        else:
+            text += "; neither reaches the target"
     return text + "."
 
 
@@ -54,8 +61,10 @@ def _sooner(ratio: RatioInterval) -> str:
 
 
 def _of_few_seeds(interval: Interval | RatioInterval) -> str:
-    """Resampling one seed gives that seed again: the interval is one of other things, and seeds differ by more."""
-    if interval.shows == "nothing" or 1 not in (interval.pretrain_seeds, interval.finetune_seeds):
+    """Resampling one seed gives that seed again, and of two every other draw is of one: seeds differ by more."""
+    counts = [interval.finetune_seeds, *([interval.pretrain_seeds] if interval.pretrain_seeds else [])]
+    if interval.shows == "nothing" or min(counts) >= ENOUGH_SEEDS:
         return ""
-    seeds = f"{seeds_text(interval)} seeds" if interval.pretrain_seeds else "one fine-tuning seed"
+    plural = "" if counts == [1] else "s"
+    seeds = f"{seeds_text(interval)} {'' if interval.pretrain_seeds else 'fine-tuning '}seed{plural}"
     return f" for {seeds}, too few to speak of others"

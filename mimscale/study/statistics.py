@@ -172,14 +172,17 @@ def time_to_target(curve: Sequence[tuple[int, float]], target: float, last_step:
 
 
 def median_time(times: Sequence[Time]) -> Time | None:
-    """The median of times. It is censored when half of them or more are; they are then later than all others.
+    """The median of times, of an even number the mean of the middle two.
 
-    Of an even number the later one of the middle two is taken: the mean with a censored time would be no time.
+    It is censored when half of them or more are: they are later than all others, and the mean with a time that is at
+    least so much is at least so much too. The later one of the middle two would be simpler, and of two runs be their
+    maximum, later than the median of as many runs of another arm that are three.
     """
     if not times:
         return None
     ordered = sorted(times, key=lambda time: (time.censored, time.value))
-    return ordered[len(ordered) // 2]
+    middle = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return Time(value=(middle[0].value + middle[1].value) / 2, censored=middle[1].censored)
 
 
 def time_ratio(reference: Time | None, arm: Time | None) -> Ratio:
@@ -248,9 +251,9 @@ def _drawn_medians(times: SeedTimes, p: Ints, f: Ints) -> tuple[Floats, NDArray[
     )
     so_far = drawn.cumsum(axis=1)
     total = so_far[:, -1]
-    middle = (so_far > (total // 2)[:, None]).argmax(axis=1)
-    value = np.array([time.value for time, *_ in runs])[middle]
-    return np.where(total > 0, value, np.nan), np.array([time.censored for time, *_ in runs])[middle]
+    middle = [(so_far > (count // 2)[:, None]).argmax(axis=1) for count in (total - 1, total)]
+    value = np.array([time.value for time, *_ in runs])[middle].mean(axis=0)
+    return np.where(total > 0, value, np.nan), np.array([time.censored for time, *_ in runs])[middle[1]]
 
 
 def _how_often(draws: Ints, count: int) -> Ints:

@@ -1,11 +1,12 @@
 """The tables of a study's report: all formatting of its numbers happens here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mimscale.report.study import Table
+from mimscale.study.comparisons import Comparison
 from mimscale.study.config import StudyConfig
-from mimscale.study.results import Comparison, Group
+from mimscale.study.results import Group, Targets
 from mimscale.study.statistics import Interval, Ratio, RatioInterval, Spread, Time, median_time, spread
 
 NOTHING = "n/a"
@@ -15,7 +16,7 @@ _TIMES_SOONER = (
     "of an arm's runs or more never reach it. In brackets the interval, from the same draws of seeds; an end of it is "
     "at least or at most a number, or unknown, where that is so of the draws that decide it. The target is held fixed, "
     "and a time is that of the validation at which it was reached. Where an arm has runs of one seed alone there is no "
-    "interval."
+    "interval. There is no ratio where the two are validated on other crops or volumes, whose Dice is another quantity."
 )
 _OF_WHICH_VOLUMES = ("split", "store")
 _SAID_OF_SCORING = ("crop_voxels", "overlap", "blending", "flips", "nsd_tolerance_mm")
@@ -33,7 +34,7 @@ def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
         groups: of an experiment.
         folds: how many of them are in each group; None where its settings are no folds.
     """
-    rows, has_best = [], any(group.best.count for group in groups)
+    rows, has_best = [], any(group.best().count for group in groups)
     for group in groups:
         best = [result.best_validation for result in group.results if result.best_validation is not None]
         rows.append(
@@ -42,8 +43,9 @@ def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
                 group.setting,
                 f"{sum(result.scores is not None for result in group.results)} of {group.planned}",
                 _spread(group.spread("dice")),
-                *([_spread(group.best)] if has_best else []),
+                *([_spread(group.best())] if has_best else []),
                 _spread(group.spread("dice", background=True)),
+                *([_spread(group.best(background=True))] if has_best else []),
                 _spread(group.spread("hd95_mm"), 2),
                 _spread(group.spread("nsd")),
                 _spread(group.last_validation),
@@ -59,6 +61,7 @@ def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
             "Dice",
             *(["Dice, best on validation"] if has_best else []),
             "Dice with background",
+            *(["Dice with background, best on validation"] if has_best else []),
             "HD95, mm",
             "NSD",
             "validation Dice, last",
@@ -68,8 +71,9 @@ def score_table(groups: Sequence[Group], folds: int | None = None) -> Table:
         note=f"Mean +/- standard deviation over runs, {_runs_differ(folds)} Each run is scored on whole volumes, on "
         "the grid and against the labels of the source files; a mean over classes leaves out the background unless it "
         "says otherwise. A class that a run misses or invents has Dice and NSD 0 there and no HD95, which is then a "
-        f"mean over fewer.{_scoring(groups)} Validation Dice is that of fixed crops; the best of it chose nothing"
-        + (" but the checkpoint of the column that names it, which looks better than it is." if has_best else "."),
+        f"mean over fewer. NSD counts surface voxels, not area.{_scoring(groups)} "
+        "Validation Dice is that of fixed crops; the best of it chose nothing"
+        + (" but the checkpoint of the columns that name it, which looks better than it is." if has_best else "."),
         text_columns=2,
     )
 
@@ -152,21 +156,20 @@ def _how_drawn(config: StudyConfig, folds: int | None) -> str:
     )
 
 
-def time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> Table:
+def time_table(groups: Sequence[Group], targets: Targets) -> Table:
     """Steps until validation Dice reached the target."""
     rows = []
     for group in groups:
-        target = targets[group.setting]
-        if target is None:
+        times = group.times(targets)
+        if not times:
             continue
-        times = group.times(target)
         rows.append(
             [
                 group.arm,
                 group.setting,
-                f"{target:.3f}",
+                _from_to([targets[result.trial] for result in group.results if result.trial in targets]),
                 time_text(median_time(times)),
-                time_text(median_time(group.seconds_to(target))),
+                time_text(median_time(group.seconds_to(targets))),
                 f"{sum(time.censored for time in times)} of {len(times)}",
                 ", ".join(time_text(time) for time in times),
             ]
@@ -176,9 +179,16 @@ def time_table(groups: Sequence[Group], targets: Mapping[str, float | None]) -> 
         columns=["arm", "setting", "target", "steps, median", "seconds, median", "never reached", "each run"],
         rows=rows,
         note="The first validation at which Dice is at least the target; > marks a run that ended before. Seconds: of "
-        "computing, pretraining included.",
+        "computing, pretraining included. A median of an even number of runs is the mean of the middle two. Each fold "
+        "has a target of its own.",
         text_columns=2,
     )
+
+
+def _from_to(values: Sequence[float]) -> str:
+    """Values that may all be one."""
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def class_tables(groups: Sequence[Group]) -> list[Table]:

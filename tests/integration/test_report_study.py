@@ -155,7 +155,7 @@ def test_numbers_are_means_over_seeds_with_their_spread_and_paired_differences(s
     assert difference[5:] == ["1.00 [1.00, 1.00]", "0.50 [0.50, 0.50]"]
     assert main.answers[0].endswith(
         "; the target is reached 1.00 [1.00, 1.00] times as fast in steps, not shown to differ, and 0.50 [0.50, 0.50] "
-        "with the time of pretraining, later."
+        "with the time of pretraining, later for 2 x 2 seeds, too few to speak of others."
     )
     assert "not measured yet" in " ".join(main.answers)
     own = "the volumes to val of each run's own store"

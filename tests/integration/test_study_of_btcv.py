@@ -12,8 +12,9 @@ from study_in_process import run_every_node
 from mimscale.store.layout import read_info
 from mimscale.store.manifest import load_manifest
 from mimscale.study.checks import used_rows
+from mimscale.study.comparisons import shared_seeds
 from mimscale.study.nodes import resolve, use_of
-from mimscale.study.results import read_groups, shared_seeds
+from mimscale.study.results import read_groups
 
 SHAPE, SPACING_MM = (60, 56, 24), (1.0, 1.0, 2.5)  # of the files: X, Y, Z
 BODY = (slice(14, 46), slice(12, 44), slice(5, 19))  # 14 mm of air in front of it, and as much behind

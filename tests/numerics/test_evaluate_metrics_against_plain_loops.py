@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
@@ -71,3 +71,26 @@ def test_the_transform_and_monais_tree_give_the_same_scores_of_noise(share, tole
         scores.append(score_case(prediction, truth, NAMES, (0.7, 1.0, 2.1), tolerance_mm)["blob"])
     assert scores[0].hd95_mm == pytest.approx(scores[1].hd95_mm, rel=1e-6)  # float32
     assert scores[0].nsd == pytest.approx(scores[1].nsd, rel=1e-6)
+
+
+def test_nsd_of_thick_slices_counts_voxels_and_is_not_that_of_areas():
+    """The numbers that the module's docstring gives: a sphere of 30 mm, one slice of 5 mm off, tolerance 2 mm."""
+    spacing_mm = (5.0, 0.8, 0.8)
+    z, y, x = (np.arange(count) * edge for count, edge in zip((18, 84, 84), spacing_mm, strict=True))
+    truth = (z[:, None, None] - 40) ** 2 + (y[:, None] - 33.6) ** 2 + (x - 33.6) ** 2 <= 30**2
+    masks = np.roll(truth, 1, axis=0), truth
+    sphere = score_case(*(mask.astype(np.uint8) for mask in masks), NAMES, spacing_mm, 2.0)["blob"]
+    tensors = [torch.from_numpy(mask)[None, None] for mask in masks]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="monai.metrics.utils get_mask_edges:always_return_as_numpy")
+        by_area = compute_surface_dice(*tensors, [2.0], include_background=True, spacing=spacing_mm, use_subvoxels=True)
+    assert sphere.nsd == pytest.approx(0.41, abs=0.01)
+    assert float(by_area) == pytest.approx(0.66, abs=0.01)
+
+
+def test_a_false_alarm_has_a_dice_of_zero_where_monais_metric_leaves_the_case_out():
+    prediction, truth = np.zeros((2, 4, 4, 4), np.uint8)
+    prediction[0, 0, 0] = 1
+    masks = [torch.from_numpy(volume == 1)[None, None] for volume in (prediction, truth)]
+    assert score_case(prediction, truth, NAMES, SPACING_MM, 2.0)["blob"].dice == 0.0
+    assert torch.isnan(DiceMetric()(*masks)).all()

@@ -288,4 +288,5 @@ def test_a_setting_can_put_another_recipe_below_all_keys():
         "Primus-M": {("mae", "primus"), (None, "primus")},
         "residual-encoder U-Net": {("resenc_mae", "resenc"), (None, "resenc")},
         "Swin, SimMIM": {("swin_simmim", "swin_unetr"), (None, "swin_unetr")},
+        "Swin, SimMIM, UperNet": {("swin_simmim", "swin_upernet"), (None, "swin_upernet")},
     }

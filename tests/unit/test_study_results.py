@@ -13,12 +13,14 @@ from small_study import study_tree
 
 from mimscale.cli import main
 from mimscale.config import build_config
+from mimscale.study.comparisons import compare, comparisons
 from mimscale.study.config import StudyConfig
 from mimscale.study.cost import cost_table
 from mimscale.study.graph import expand
-from mimscale.study.results import compare, comparisons, read_groups
+from mimscale.study.results import read_groups
 from mimscale.study.statistics import Ratio
 from mimscale.study.tables import comparison_table, score_table
+from mimscale.study.targets import race_targets
 from mimscale.study.view import _section
 
 
@@ -96,7 +98,8 @@ def test_how_much_sooner_an_arm_is_has_an_interval_over_seeds(tmp_path):
     row = comparison_table(config, [found]).rows[0]
     assert row[4:] == ["2 x 3, 2 cases", "3.00 [2.00, at least 4.00]", "0.60 [0.40, at least 0.80]"]
     (said,) = _section(config, "main", groups, [found]).answers
-    assert "3.00 [2.00, at least 4.00] times as fast in steps, sooner, and 0.60 [0.40, at least 0.80] with" in said
+    sooner = "3.00 [2.00, at least 4.00] times as fast in steps, sooner for 2 x 3 seeds, too few to speak of others"
+    assert f"{sooner}, and 0.60 [0.40, at least 0.80] with" in said
     assert said.endswith("with the time of pretraining, not shown to differ.")
 
 
@@ -108,11 +111,11 @@ def test_of_one_seed_there_is_no_interval_of_a_ratio(tmp_path):
 def test_ratios_are_of_the_fine_tuning_seeds_that_both_arms_have(tmp_path):
     reached = {"scratch": {(0, 0): 20, (0, 1): 40}, "mae": {(0, 0): 10, (0, 1): 10}}
     config, (scratch, mae), found = made_up(tmp_path, reached, finetune_seeds=[0, 1])
-    assert found.steps.ratio.value == 4.0
+    assert found.steps.ratio.value == 3.0  # of the mean of 20 and 40
     left = replace(scratch, results=scratch.results[:1])
-    assert compare(config, mae, left, 0.8).steps.ratio.value == 2.0
+    assert compare(config, mae, left, race_targets(config, [scratch, mae], left, mae, left)).steps.ratio.value == 2.0
     other = replace(mae, results=mae.results[1:])
-    nothing = compare(config, other, left, 0.8)
+    nothing = compare(config, other, left, race_targets(config, [scratch, mae], left, other, left))
     assert (nothing.steps.ratio.value, nothing.dice.difference) == (None, None)
     assert comparison_table(config, [nothing]).rows[0][2:] == ["n/a"] * 5
 
@@ -120,7 +123,7 @@ def test_ratios_are_of_the_fine_tuning_seeds_that_both_arms_have(tmp_path):
 def test_arms_without_pretraining_are_compared_over_their_fine_tuning_seeds(tmp_path):
     reached = {"scratch": {(0, 0): 20, (0, 1): 40}, "mae": {(0, 0): 10, (0, 1): 10}}
     config, (scratch, _), _ = made_up(tmp_path, reached, finetune_seeds=[0, 1])
-    found = compare(config, scratch, scratch, 0.8)
+    found = compare(config, scratch, scratch, race_targets(config, [scratch], scratch, scratch))
     assert (found.dice.pretrain_seeds, found.dice.finetune_seeds) == (0, 2)
     assert comparison_table(config, [found]).rows[0][4] == "2, 2 cases"
 
@@ -169,6 +172,7 @@ def test_the_best_checkpoint_is_a_column_beside_the_last_and_changes_no_differen
         scores = add_segmentation_scores(run, volumes=["a", "b"], dice=last)
         if kept:
             mean = {key: {"dice": 0.9, "hd95_mm": 1.0, "nsd": 0.9} for key in scores["mean"]}
+            mean["with_background"]["dice"] = 0.95
             scores["best"] = {"checkpoint": "step_00000030", "step": 30, "mean": mean}
         (run / "evaluate" / "scores.json").write_text(json.dumps(scores))
     groups = read_groups(config, graph, tmp_path, {*graph.nodes} - {t.pretrain for t in graph.trials})
@@ -176,6 +180,7 @@ def test_the_best_checkpoint_is_a_column_beside_the_last_and_changes_no_differen
     row = dict(zip(table.columns, table.rows[1], strict=True))
     assert row["Dice"] == "0.700"
     assert row.get("Dice, best on validation") == ("0.900" if kept else None)
+    assert row.get("Dice with background, best on validation") == ("0.950" if kept else None)
     assert ("looks better than it is" in table.note) == kept
     (found,) = comparisons(config, "main", groups)
     assert found.dice.difference == pytest.approx(0.2)
@@ -207,8 +212,9 @@ def test_weights_from_outside_of_the_study_have_no_time_of_pretraining(tmp_path)
     for init_from, known in ((None, 1), ("/weights", 0)):
         (run / "config.yaml").write_text(yaml.safe_dump({**tree, "init_from": init_from}))
         group = read_groups(config, graph, tmp_path, {trial.finetune})[0]
-        assert len(group.times(0.0)) == 1
-        assert len(group.seconds_to(0.0)) == known
+        targets = {result.trial: 0.0 for result in group.results}
+        assert len(group.times(targets)) == 1
+        assert len(group.seconds_to(targets)) == known
 
 
 def test_costs_hold_each_run_once_with_the_size_of_what_is_trained_first(tmp_path):
