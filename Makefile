@@ -12,7 +12,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 # slurm/devcluster.
 DEBIAN_PACKAGES := mricron-data chromium slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server munge iproute2
 
-.PHONY: help install demo study-small study-small-quick study-small-monai test soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-plan bench-checkpoint bench-simulate format clean debian-packages
+.PHONY: help install demo study-small study-small-quick study-small-monai test test-unit test-numerics soak check bench bench-ingest bench-stream bench-step bench-training bench-less-work bench-plan bench-checkpoint bench-simulate format clean debian-packages
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -57,9 +57,13 @@ debian-packages:
 	touch $@
 
 test: .venv/op-built-test debian-packages ## install what tests need and run all of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/numerics
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-unit test-numerics
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/fault
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+
+# Neither starts more than one process at once, so they share two cores; what they print comes when they end.
+test-unit test-numerics: test-%:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/$*
 
 soak: .venv/op-built-test debian-packages ## the long tests: hundreds of kills; dead nodes, time limits and crowds on a Slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fault tests/slurm -m soak -o faulthandler_timeout=0

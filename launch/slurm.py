@@ -194,18 +194,17 @@ class BatchJob:
         step = f'"$SLURM_JOB_ID.{int(slurm.env_archive is not None)}"'
         return [
             *lines,
-            "# Ranks that hang although they were told to stop are ended while the job can still be requeued.",
-            "watch() {",
-            "  trap 'kill $nap; exit' TERM",
-            f"  sleep $((end - {self.last_word_s} - $(date +%s))) & nap=$!",
-            f"  wait $nap && scancel --signal=KILL {step}",
-            "}",
-            "watch & watchdog=$!",
+            "# Ranks that hang although they were told to stop are ended while the job can still be requeued. The",
+            "# watchdog waits for its time or the end of a pipe: it ends with this script, in whatever way that ends.",
+            "exec {watchdog}> >(",
+            f"  read -rt $((end - {self.last_word_s} - $(date +%s)))",
+            f"  (($? > 128)) && scancel --signal=KILL {step}",
+            ")",
             "export MIMSCALE_SRUN_UNIX_S=$(date +%s.%N)",
         ]
 
     def _teardown(self) -> list[str]:
-        return ["code=$?", "kill $watchdog 2>/dev/null", 'ask end "$code"', "exit $?"]
+        return ["code=$?", "exec {watchdog}>&-", 'ask end "$code"', "exit $?"]
 
 
 def _megabytes(gigabytes: float | None) -> str | None:

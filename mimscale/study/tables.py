@@ -178,9 +178,9 @@ def time_table(groups: Sequence[Group], targets: Targets) -> Table:
         title="Steps to the target",
         columns=["arm", "setting", "target", "steps, median", "seconds, median", "never reached", "each run"],
         rows=rows,
-        note="The first validation at which Dice is at least the target; > marks a run that ended before. Seconds: of "
-        "computing, pretraining included. A median of an even number of runs is the mean of the middle two. Each fold "
-        "has a target of its own.",
+        note="The first validation at which Dice is at least the target; > means later than that: the run ended there. "
+        "Seconds: of computing, pretraining included. A median of an even number of runs is the mean of the middle "
+        "two. Each fold has a target of its own.",
         text_columns=2,
     )
 

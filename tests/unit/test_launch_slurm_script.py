@@ -172,10 +172,11 @@ def test_a_start_that_is_killed_is_an_end_and_one_that_may_not_be_is_not_asked_a
     assert words == ["python", "-m", "launch.requeue", "start", str(tmp_path / "logs"), *end]
 
 
-def test_nothing_of_a_script_outlives_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("srun", ["", "kill -9 $PPID"], ids=["ends", "is killed"])
+def test_nothing_of_a_script_outlives_it(tmp_path: Path, srun: str) -> None:
     mark = str(tmp_path / "outlived")
-    _run_script(_job(tmp_path / "logs"), tmp_path, srun="sleep 0.3", MARK=mark)
-    deadline_s = time.monotonic() + 20  # they are told to end, which takes a moment
+    _run_script(_job(tmp_path / "logs"), tmp_path, srun=srun, MARK=mark)
+    deadline_s = time.monotonic() + 20  # it ends a moment later
     while (left := _marked(mark)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not left
