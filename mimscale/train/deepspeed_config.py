@@ -41,7 +41,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": config.clip_grad_norm,
+        "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,  # stage 0: the engine clips
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).

@@ -1,4 +1,4 @@
-"""The only place that imports DeepSpeed: start, one optimizer step, and the state that a checkpoint holds.
+"""The place that imports DeepSpeed: start, one optimizer step, and the state that a checkpoint holds.
 
 An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward` and `step`.
 """
@@ -17,7 +17,6 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
-from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
@@ -27,6 +26,7 @@ from mimscale.models.contract import WEIGHTS_FILE
 from mimscale.train.compiled_blocks import compile_blocks, compiles_blocks
 from mimscale.train.config import RunConfig, accumulation
 from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.deepspeed_waits import let_no_step_wait
 from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
 from mimscale.train.optim import adamw, group_rate, learning_rate
 from mimscale.train.ranks import Ranks
@@ -120,21 +120,6 @@ def leave_ranks() -> None:
         distributed.destroy_process_group()
 
 
-def ask_no_norm() -> None:
-    """Let ZeRO not ask whether a gradient norm is finite: the question makes the host wait for the device.
-
-    Unasked, the norm of gradients that are not finite is not finite either; see `Engine._leave_out`.
-    """
-    for optimizer in (stage_1_and_2, stage3):
-        optimizer.is_invalid_grad_norm = lambda norm: False
-        optimizer.mask_nan_or_inf_with_val_inplace = _mark_not_finite
-
-
-def _mark_not_finite(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
-    # DeepSpeed's own takes -1 as a tensor on the device, and masked_fill_ makes the host wait to read it.
-    norm.masked_fill_(~norm.isfinite(), val)
-
-
 class Engine:
     """A model under DeepSpeed ZeRO, with AdamW.
 
@@ -149,7 +134,7 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
-        ask_no_norm()
+        let_no_step_wait()
         self._stage_0_norm = torch.zeros(())
         if config.engine.deterministic and ranks.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -230,9 +215,13 @@ class Engine:
         The device decides that by itself, and the host learns of it when it reads the norm.
         """
         if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
-            # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
+            # DeepSpeed does not report the norm of this stage, and clips with numbers that it copies to the device.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             self._stage_0_norm = nn.utils.get_total_norm(gradients)
+            if self._config.engine.clip_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(
+                    self.module.parameters(), self._config.engine.clip_grad_norm, self._stage_0_norm
+                )
         self._deepspeed.step()
 
     def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -253,7 +253,10 @@ def test_the_watch_sees_what_waits():
         values.tolist()
         values.numpy()
         values.cpu()
-    assert [name for name, _ in watch.places] == ["_local_scalar_dense", "nonzero", "tolist", "numpy", "cpu"]
+        torch.tensor(1.0, device=values.device)
+        torch.tensor(1.0)
+    seen = ["_local_scalar_dense", "nonzero", "tolist", "numpy", "cpu", "tensor"]
+    assert [name for name, _ in watch.places] == seen
     with SyncWatch(host=[values]) as theirs:
         values.tolist()
     assert theirs.places == []
