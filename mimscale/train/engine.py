@@ -96,7 +96,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
             timeout=timedelta(minutes=collective_timeout_min),
             verbose=False,
         )
-    return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
+    device = torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu")
+    return Ranks(world, device, collective_timeout_min=collective_timeout_min)
 
 
 def import_muon_without_compiler() -> None:
@@ -118,6 +119,26 @@ def leave_ranks() -> None:
     """Leave the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Iterator[Ranks]:
+    """The process group of a run, for a block.
+
+    A rank that fails beside others stays in it, and its process has to end. NCCL would have it wait there for the
+    others, which are in collectives that it does not take part in any more, and its error would come too late.
+
+    Raises:
+        LaunchError: as from `join_ranks`.
+    """
+    ranks = join_ranks(world, collective_timeout_min=collective_timeout_min)
+    try:
+        yield ranks
+    except BaseException:
+        if world.size == 1:
+            leave_ranks()
+        raise
+    leave_ranks()
 
 
 class Engine:
