@@ -141,6 +141,14 @@ def joined_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Itera
     leave_ranks()
 
 
+def choose_kernels(*, deterministic: bool) -> None:
+    """Let cuDNN time its convolutions and take the fastest, since shapes stay the same; or kernels that repeat bits."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 class Engine:
     """A model under DeepSpeed ZeRO, with AdamW.
 
@@ -157,9 +165,8 @@ class Engine:
         self._config = config
         let_no_step_wait()
         self._stage_0_norm = torch.zeros(())
-        if config.engine.deterministic and ranks.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        if ranks.device.type == "cuda":
+            choose_kernels(deterministic=config.engine.deterministic)
         if compiles_blocks(model, config, ranks):
             compile_blocks(model)
         optimizer = adamw(model, config.optim, config.model.layers)

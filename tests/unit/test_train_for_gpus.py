@@ -186,3 +186,25 @@ def test_ranks_that_join_on_gpus_pass_the_time_limit_on(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     engine.join_ranks(World(), collective_timeout_min=3)
     assert asked == [timedelta(minutes=3)] * 2
+
+
+class Chosen(Exception):
+    """The engine has come as far as it has to."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_takes_the_fastest_convolution_unless_bits_have_to_repeat(deterministic, monkeypatch):
+    def chosen(*_):
+        raise Chosen
+
+    asked = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(engine, "compiles_blocks", chosen)
+    words = [*METHODS["mae"], *SMALL, "global_batch=2", f"engine.deterministic={str(deterministic).lower()}"]
+    ranks = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(Chosen):
+        engine.Engine(torch.nn.Linear(1, 1), bench_config(words, needs_store=False), ranks)
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert asked == [True] * deterministic
