@@ -277,7 +277,7 @@ class Engine:
         if self.zero_stage == 0:
             pieces = share_of_copies(pieces, self.ranks.world.rank, self.ranks.world.size)
         steps = adam_steps(self._deepspeed, self.zero_stage)
-        self._snapshot.take(pieces, steps, self.full_weights())
+        self._snapshot.take(pieces, steps, self.full_weights(self._snapshot.full_weights))
         return self._snapshot
 
     def write_index(self, folder: Path, parts: list[PartIndex]) -> Path:
@@ -320,21 +320,26 @@ class Engine:
         """The ranges of the training state that this rank holds."""
         return held_pieces(self._deepspeed, self.zero_stage, self._names, self.ranks.world.rank)
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Copies of all weights in fp32 on the CPU, on rank 0. A collective under ZeRO-3 and in bf16."""
-        if self.zero_stage < 3 and self.precision == "fp32":
-            if not self.ranks.is_first:
-                return {}
-            return {name: value.detach().to("cpu", copy=True) for name, value in self.module.named_parameters()}
-        weights, shapes = {}, shapes_of(self.module)
+    def full_weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Copies of all weights in fp32 on the CPU, on rank 0. A collective under ZeRO-3 and in bf16.
+
+        Args:
+            into: those of an earlier call, or an empty dict: they are written over. A GPU then copies by itself, into
+                page-locked memory, and the caller waits for it.
+        """
+        weights = {} if into is None else into
+        goes_on = into is not None and self.ranks.device.type == "cuda"
+        shapes, is_whole = shapes_of(self.module), self.zero_stage < 3 and self.precision == "fp32"
         for name, parameter in self.module.named_parameters():
             # What is not trained has no fp32 copy, and ZeRO-3 has it in pieces.
             frozen = self.zero_stage == 3 and not parameter.requires_grad
             with deepspeed.zero.GatheredParameters([parameter], enabled=frozen):
-                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                full = None if is_whole or not parameter.requires_grad else safe_get_full_fp32_param(parameter)
                 if self.ranks.is_first:
-                    exact = (parameter if full is None else full).detach().float().cpu()
-                    weights[name] = exact.reshape(shapes[name]).clone()
+                    exact = (parameter if full is None else full).detach()
+                    if name not in weights:
+                        weights[name] = torch.empty(shapes[name], pin_memory=goes_on)
+                    weights[name].copy_(exact.reshape(shapes[name]), non_blocking=goes_on)
         return weights
 
 
