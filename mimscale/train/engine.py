@@ -21,11 +21,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
+from mimscale.console import say
 from mimscale.errors import LaunchError
 from mimscale.models.contract import WEIGHTS_FILE
 from mimscale.train.compiled_blocks import compile_blocks, compiles_blocks
 from mimscale.train.config import RunConfig, accumulation
-from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.deepspeed_config import deepspeed_config, sums_micro_batches_in_bf16
 from mimscale.train.deepspeed_waits import let_no_step_wait
 from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
 from mimscale.train.optim import adamw, group_rate, learning_rate
@@ -172,11 +173,17 @@ class Engine:
         optimizer = adamw(model, config.optim, config.model.layers)
         self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
         optimizer.register_step_pre_hook(self._leave_out)
+        micro_batches = accumulation(config, ranks.world.size)
+        if ranks.is_first and sums_micro_batches_in_bf16(self.zero_stage, micro_batches, bf16=self.precision == "bf16"):
+            say(
+                f"{micro_batches} micro-batches a step: engine.zero_stage=1 sums their gradients in bf16, which loses "
+                "digits; engine.zero_stage=2 sums them in fp32 and sends them after each micro-batch"
+            )
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
             micro_batch=config.micro_batch,
-            accumulation=accumulation(config, ranks.world.size),
+            accumulation=micro_batches,
             world_size=ranks.world.size,
         )
         import_muon_without_compiler()
