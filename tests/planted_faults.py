@@ -4,6 +4,7 @@ Each function is called in the process of every rank with the number of that ran
 """
 
 import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,24 @@ def hang_in_loader_worker(bad_rank: int, batches: int, rank: int) -> None:
 
     if rank == bad_rank:
         SampleReader.read_together = read_or_hang
+
+
+def data_error_and_leaving_that_waits(bad_rank: int, step: int, waited: Path, rank: int) -> None:
+    """A rank alone finds data broken. To leave the process group waits for the others, as with NCCL; `waited` tells."""
+    from torch import distributed
+
+    from mimscale.errors import DataError
+
+    def wait_for_others() -> None:
+        waited.with_suffix(f".rank{rank}").touch()
+        time.sleep(20)
+
+    def find_broken_data() -> None:
+        distributed.destroy_process_group = wait_for_others
+        raise DataError("pack 7 is broken; ingest it again")
+
+    if rank == bad_rank:
+        _at_step(step, find_broken_data)
 
 
 def nan_voxel(bad_rank: int, batch_index: int, rank: int) -> None:

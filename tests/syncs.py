@@ -17,6 +17,9 @@ WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzer
 # Ways to the host that are no operation where a tensor lies on the CPU already.
 UNSEEN = ("cpu", "numpy", "tolist")
 
+# With a device they make a tensor on the host, from no page-locked memory, and wait until it is copied.
+MADE_ON_HOST = ("tensor", "as_tensor")
+
 
 class SyncWatch(TorchDispatchMode):
     """Lists `file:function` of every operation inside the block that makes the host wait.
@@ -36,6 +39,8 @@ class SyncWatch(TorchDispatchMode):
     def __enter__(self):
         for name in UNSEEN:
             self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._noting(name)))
+        for name in MADE_ON_HOST:
+            self._patches.enter_context(mock.patch.object(torch, name, self._noting_device(name)))
         return super().__enter__()
 
     def __exit__(self, *details):
@@ -50,6 +55,16 @@ class SyncWatch(TorchDispatchMode):
             if tensor.device.type == "cpu" and not is_hosts:  # of another device the dispatch mode sees the copy
                 self.places.append((name, _caller()))
             return method(tensor, *args, **kwargs)
+
+        return noted
+
+    def _noting_device(self, name):
+        make = getattr(torch, name)
+
+        def noted(data, *args, device=None, **kwargs):
+            if device is not None and not isinstance(data, torch.Tensor):
+                self.places.append((name, _caller()))
+            return make(data, *args, device=device, **kwargs)
 
         return noted
 

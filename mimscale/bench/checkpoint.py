@@ -29,7 +29,7 @@ from mimscale.train.build import build_pretrain
 from mimscale.train.checkpoint import Checkpoints, Saved
 from mimscale.train.committed import MANIFEST, PART_PREFIX, read_manifest, tags, why_not_loadable
 from mimscale.train.config import PretrainConfig
-from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, joined_ranks
 from mimscale.train.environment import installed_versions
 from mimscale.train.ranks import Ranks
 from mimscale.train.run_dir import RunDir
@@ -60,15 +60,12 @@ def main(argv: list[str]) -> int:
     config = replace(config, global_batch=world.size, micro_batch=1)
     if world.is_first:
         results.make_folder(folder)
-    ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
-    try:
+    with joined_ranks(world, collective_timeout_min=config.engine.collective_timeout_min) as ranks:
         parent = ranks.first_does(lambda: tempfile.mkdtemp(prefix="mimscale_bench_", dir=arguments.folder))
         try:
             result = bench_checkpoints(replace(config, run_dir=Path(parent)), ranks, repeats=arguments.repeats)
         finally:
             ranks.first_does(lambda: shutil.rmtree(parent, ignore_errors=True))
-    finally:
-        leave_ranks()
     if ranks.is_first:
         results.tell(result, as_text, draw, as_json=arguments.json, folder=folder)
     return 0 if result["stall_percent"] <= MOST_STALL_PERCENT else 1

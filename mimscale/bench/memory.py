@@ -21,7 +21,7 @@ from mimscale.bench.synthetic import synthetic_batch
 from mimscale.bench.verbs import bench_config
 from mimscale.config import verb_parser
 from mimscale.train.config import PretrainConfig
-from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, joined_ranks
 from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
 from mimscale.world import World
@@ -108,16 +108,13 @@ def main(argv: list[str]) -> int:
     arguments: argparse.Namespace = parser.parse_intermixed_args(argv)
     config = bench_config(arguments.words, needs_store=False)
     world = World.from_environment(os.environ)
-    ranks = join_ranks(world)
-    try:
+    with joined_ranks(world) as ranks:
         rows = []
         for stage in arguments.stages:
             precision = "fp32" if stage == 0 else config.engine.precision
             engine = replace(config.engine, zero_stage=stage, precision=precision)
             batch = config.micro_batch * world.size
             rows.append(states_of(replace(config, engine=engine, global_batch=batch), ranks))
-    finally:
-        leave_ranks()
     if world.is_first:
         durable.write_json(arguments.out, rows)
     return 0

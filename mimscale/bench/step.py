@@ -30,7 +30,7 @@ from mimscale.errors import ConfigError
 from mimscale.stream.batch import Batch
 from mimscale.train.compiled_blocks import compile_blocks
 from mimscale.train.config import PretrainConfig
-from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, joined_ranks
 from mimscale.train.optim import adamw
 from mimscale.train.pretrain import pretrain_objective
 from mimscale.train.ranks import Ranks
@@ -326,15 +326,12 @@ def bench_recipe(config: PretrainConfig, arguments: argparse.Namespace, world: W
     """All that the verb measures, as its JSON tells it."""
     # The engine then takes an optimizer step each time.
     config = replace(config, global_batch=config.micro_batch * world.size)
-    ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
-    try:
+    with joined_ranks(world, collective_timeout_min=config.engine.collective_timeout_min) as ranks:
         contenders = own_contenders(config.engine.zero_stage)
         if arguments.no_compile:
             del contenders[COMPILED]
         setting = Setting(config, arguments.channels, ranks)
         table = measure_setting(setting, contenders, repeats=arguments.repeats, round_s=arguments.seconds)
-    finally:
-        leave_ranks()
     return {
         "schema_version": measure.SCHEMA_VERSION,
         "benchmark": "step",

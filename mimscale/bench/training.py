@@ -28,7 +28,7 @@ from mimscale.models.flops import Flops
 from mimscale.stream.batch import Batch
 from mimscale.stream.device import OnDevice
 from mimscale.train.config import PretrainConfig, accumulation
-from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, joined_ranks
 from mimscale.train.garbage import collected_between_steps
 from mimscale.train.loop import train
 from mimscale.train.pretrain import pretrain_objective
@@ -335,11 +335,8 @@ def run_training(config: PretrainConfig, windows: Windows, *, channels: int, as_
     accumulation(config, world.size)
     if world.is_first:
         make_folder(folder)
-    ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
-    try:
+    with joined_ranks(world, collective_timeout_min=config.engine.collective_timeout_min) as ranks:
         result = bench_training(config, ranks, windows, with_store=config.store != Path("none"), channels=channels)
-    finally:
-        leave_ranks()
     if world.is_first:
         tell(result, as_markdown, draw, as_json=as_json, folder=folder)
     return 0

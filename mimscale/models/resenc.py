@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mimscale.models.averages import BoxMean
 from mimscale.models.config import ResencConfig, TargetConfig, UnetrConfig, Zyx
 from mimscale.models.encoder import Encoder, spread_channel
 from mimscale.models.patches import hidden_voxels, patchify
@@ -45,7 +46,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = ConvNorm(inputs, outputs, kernel, stride)
         self.second = ConvNorm(outputs, outputs, kernel, bend=False)
-        self.average = nn.AvgPool3d(stride, stride) if max(stride) > 1 else nn.Identity()
+        self.average = BoxMean(stride, stride) if max(stride) > 1 else nn.Identity()
         self.shortcut = (
             ConvNorm(inputs, outputs, (1, 1, 1), bias=False, bend=False) if inputs != outputs else nn.Identity()
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimscale.models.averages import averaged
 from mimscale.models.config import POOLED_EDGES, SwinConfig, UnetrConfig, UpernetConfig
 from mimscale.models.swin import Swin
 
@@ -59,7 +60,7 @@ class Upernet(nn.Module):
         """Scores before softmax or sigmoid: [B, C, Z, Y, X] -> fp32 [B, K, Z, Y, X]."""
         *finer, coarsest = self.encoder(image)
         pooled = [
-            _resized(conv(F.adaptive_avg_pool3d(coarsest, edge)), coarsest.shape[2:])
+            _resized(conv(averaged(coarsest, (edge, edge, edge))), coarsest.shape[2:])
             for conv, edge in zip(self.pooled, POOLED_EDGES, strict=True)
         ]
         features = self.context(torch.cat([coarsest, *pooled], dim=1))  # [B, W, ...]

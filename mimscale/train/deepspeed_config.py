@@ -22,6 +22,14 @@ def copies_no_gradients(zero_stage: int, world_size: int, *, bf16: bool) -> bool
     return zero_stage == 1 and world_size == 1 and not bf16
 
 
+def sums_micro_batches_in_bf16(zero_stage: int, accumulation: int, *, bf16: bool) -> bool:
+    """Whether the gradients of a step's micro-batches are added up in bf16, which loses digits.
+
+    DeepSpeed's stage 1 adds them up where autograd puts them; asked for fp32 it takes an optimizer of another kind.
+    """
+    return bf16 and zero_stage == 1 and accumulation > 1
+
+
 def deepspeed_config(
     config: EngineConfig,
     *,
@@ -37,11 +45,12 @@ def deepspeed_config(
     """
     alone = copies_no_gradients(config.zero_stage, world_size, bf16=precision == "bf16")
     overlaps = config.zero_stage >= 2 or (config.zero_stage == 1 and accumulation == 1 and not alone)
+    sums = "fp32" if accumulation > 1 and config.zero_stage > 1 else precision
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": config.clip_grad_norm,
+        "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,  # stage 0: the engine clips
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         # Sums of bf16 gradients over many ranks lose digits (DeepSpeed issue 5898).
@@ -49,6 +58,7 @@ def deepspeed_config(
         # The check makes the host wait for the device in every step; the engine leaves out what is not finite itself.
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": sums},
         "zero_optimization": {
             "stage": config.zero_stage,
             # Stage 1 of DeepSpeed 0.19.8 reduces wrong gradients when it overlaps several buckets over more than one

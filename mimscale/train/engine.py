@@ -1,4 +1,4 @@
-"""The only place that imports DeepSpeed: start, one optimizer step, and the state that a checkpoint holds.
+"""The place that imports DeepSpeed: start, one optimizer step, and the state that a checkpoint holds.
 
 An `Engine` hides ZeRO from the loop: the loop sees a callable model, `backward` and `step`.
 """
@@ -17,16 +17,17 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
-from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
+from mimscale.console import say
 from mimscale.errors import LaunchError
 from mimscale.models.contract import WEIGHTS_FILE
 from mimscale.train.compiled_blocks import compile_blocks, compiles_blocks
 from mimscale.train.config import RunConfig, accumulation
-from mimscale.train.deepspeed_config import deepspeed_config
+from mimscale.train.deepspeed_config import deepspeed_config, sums_micro_batches_in_bf16
+from mimscale.train.deepspeed_waits import let_no_step_wait
 from mimscale.train.environment import keep_freed_memory, remove_stale_build_locks
 from mimscale.train.optim import adamw, group_rate, learning_rate
 from mimscale.train.ranks import Ranks
@@ -96,7 +97,8 @@ def join_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Ranks:
             timeout=timedelta(minutes=collective_timeout_min),
             verbose=False,
         )
-    return Ranks(world, torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu"))
+    device = torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu")
+    return Ranks(world, device, collective_timeout_min=collective_timeout_min)
 
 
 def import_muon_without_compiler() -> None:
@@ -120,19 +122,32 @@ def leave_ranks() -> None:
         distributed.destroy_process_group()
 
 
-def ask_no_norm() -> None:
-    """Let ZeRO not ask whether a gradient norm is finite: the question makes the host wait for the device.
+@contextlib.contextmanager
+def joined_ranks(world: World, *, collective_timeout_min: float = 30.0) -> Iterator[Ranks]:
+    """The process group of a run, for a block.
 
-    Unasked, the norm of gradients that are not finite is not finite either; see `Engine._leave_out`.
+    A rank that fails beside others stays in it, and its process has to end. NCCL would have it wait there for the
+    others, which are in collectives that it does not take part in any more, and its error would come too late.
+
+    Raises:
+        LaunchError: as from `join_ranks`.
     """
-    for optimizer in (stage_1_and_2, stage3):
-        optimizer.is_invalid_grad_norm = lambda norm: False
-        optimizer.mask_nan_or_inf_with_val_inplace = _mark_not_finite
+    ranks = join_ranks(world, collective_timeout_min=collective_timeout_min)
+    try:
+        yield ranks
+    except BaseException:
+        if world.size == 1:
+            leave_ranks()
+        raise
+    leave_ranks()
 
 
-def _mark_not_finite(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
-    # DeepSpeed's own takes -1 as a tensor on the device, and masked_fill_ makes the host wait to read it.
-    norm.masked_fill_(~norm.isfinite(), val)
+def choose_kernels(*, deterministic: bool) -> None:
+    """Let cuDNN time its convolutions and take the fastest, since shapes stay the same; or kernels that repeat bits."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 class Engine:
@@ -149,21 +164,26 @@ class Engine:
         self.zero_stage: int = config.engine.zero_stage
         self.precision = self._precision(config)
         self._config = config
-        ask_no_norm()
+        let_no_step_wait()
         self._stage_0_norm = torch.zeros(())
-        if config.engine.deterministic and ranks.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        if ranks.device.type == "cuda":
+            choose_kernels(deterministic=config.engine.deterministic)
         if compiles_blocks(model, config, ranks):
             compile_blocks(model)
         optimizer = adamw(model, config.optim, config.model.layers)
         self._groups = [{key: group[key] for key in ("lr_scale", "is_encoder")} for group in optimizer.param_groups]
         optimizer.register_step_pre_hook(self._leave_out)
+        micro_batches = accumulation(config, ranks.world.size)
+        if ranks.is_first and sums_micro_batches_in_bf16(self.zero_stage, micro_batches, bf16=self.precision == "bf16"):
+            say(
+                f"{micro_batches} micro-batches a step: engine.zero_stage=1 sums their gradients in bf16, which loses "
+                "digits; engine.zero_stage=2 sums them in fp32 and sends them after each micro-batch"
+            )
         tree = deepspeed_config(
             config.engine,
             precision=self.precision,
             micro_batch=config.micro_batch,
-            accumulation=accumulation(config, ranks.world.size),
+            accumulation=micro_batches,
             world_size=ranks.world.size,
         )
         import_muon_without_compiler()
@@ -230,9 +250,13 @@ class Engine:
         The device decides that by itself, and the host learns of it when it reads the norm.
         """
         if self.zero_stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
-            # DeepSpeed does not report the norm of this stage. Here the gradients are averaged and not yet clipped.
+            # DeepSpeed does not report the norm of this stage, and clips with numbers that it copies to the device.
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             self._stage_0_norm = nn.utils.get_total_norm(gradients)
+            if self._config.engine.clip_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(
+                    self.module.parameters(), self._config.engine.clip_grad_norm, self._stage_0_norm
+                )
         self._deepspeed.step()
 
     def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -260,7 +284,7 @@ class Engine:
         if self.zero_stage == 0:
             pieces = share_of_copies(pieces, self.ranks.world.rank, self.ranks.world.size)
         steps = adam_steps(self._deepspeed, self.zero_stage)
-        self._snapshot.take(pieces, steps, self.full_weights())
+        self._snapshot.take(pieces, steps, self.full_weights(self._snapshot.full_weights))
         return self._snapshot
 
     def write_index(self, folder: Path, parts: list[PartIndex]) -> Path:
@@ -303,21 +327,26 @@ class Engine:
         """The ranges of the training state that this rank holds."""
         return held_pieces(self._deepspeed, self.zero_stage, self._names, self.ranks.world.rank)
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Copies of all weights in fp32 on the CPU, on rank 0. A collective under ZeRO-3 and in bf16."""
-        if self.zero_stage < 3 and self.precision == "fp32":
-            if not self.ranks.is_first:
-                return {}
-            return {name: value.detach().to("cpu", copy=True) for name, value in self.module.named_parameters()}
-        weights, shapes = {}, shapes_of(self.module)
+    def full_weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Copies of all weights in fp32 on the CPU, on rank 0. A collective under ZeRO-3 and in bf16.
+
+        Args:
+            into: those of an earlier call, or an empty dict: they are written over. A GPU then copies by itself, into
+                page-locked memory, and the caller waits for it.
+        """
+        weights = {} if into is None else into
+        goes_on = into is not None and self.ranks.device.type == "cuda"
+        shapes, is_whole = shapes_of(self.module), self.zero_stage < 3 and self.precision == "fp32"
         for name, parameter in self.module.named_parameters():
             # What is not trained has no fp32 copy, and ZeRO-3 has it in pieces.
             frozen = self.zero_stage == 3 and not parameter.requires_grad
             with deepspeed.zero.GatheredParameters([parameter], enabled=frozen):
-                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                full = None if is_whole or not parameter.requires_grad else safe_get_full_fp32_param(parameter)
                 if self.ranks.is_first:
-                    exact = (parameter if full is None else full).detach().float().cpu()
-                    weights[name] = exact.reshape(shapes[name]).clone()
+                    exact = (parameter if full is None else full).detach()
+                    if name not in weights:
+                        weights[name] = torch.empty(shapes[name], pin_memory=goes_on)
+                    weights[name].copy_(exact.reshape(shapes[name]), non_blocking=goes_on)
         return weights
 
 

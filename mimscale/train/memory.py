@@ -55,6 +55,7 @@ def estimate_memory(
     forward_activations = kept_activations + config.micro_batch * activations.transient
     backward_activations = kept_activations + config.micro_batch * activations.recomputed
 
+    summed = _FP32 if accumulates and stage > 1 else width  # a gradient that micro-batches are added up in
     weights, optimizer = width * numbers, (BYTES_OF_ADAM + (BYTES_OF_MASTER if stage else 0)) * share
     overlapped_buckets = 1 if stage == 1 and accumulates else 2
     buckets = overlapped_buckets * width * bucket
@@ -68,18 +69,19 @@ def estimate_memory(
     elif stage < 3:
         if copies_no_gradients(stage, world_size, bf16=bf16):
             buckets = waiting = 0
-        gradients, communication = width * share, buckets + waiting
+        gradients, communication = summed * share, buckets + waiting
         before = 0
         if accumulates:
             before = width * numbers + buckets if stage == 1 else gradients
         resting = weights + optimizer
         forward, backward = before, before + (0 if stage == 1 and accumulates else buckets)
-        reduced = gradients + communication + (gradients if stage == 2 and accumulates else 0)
-        update = 2 * gradients + (_FP32 * share if bf16 else 0)  # flattened, then widened
+        reduced = gradients + communication + (gradients if stage == 2 and accumulates and summed == width else 0)
+        # Flattened, then widened; what was summed in fp32 is both.
+        update = 2 * gradients + (_FP32 * share if bf16 else 0) if summed == width else gradients
     else:
         persistent = sum(size for size in sizes if size < PERSISTENT_BELOW_ELEMENTS)
         gathered = min(numbers - persistent, LIVE_PARAMETERS) if world_size > 1 else 0
-        gradients, communication = width * share, buckets + waiting
+        gradients, communication = summed * share, buckets + waiting
         resting = width * (share + (persistent if world_size > 1 else 0)) + optimizer + gradients + width * bucket
         weights = width * (share + gathered + (persistent if world_size > 1 else 0))
         forward = backward = width * gathered

@@ -4,6 +4,7 @@ Everything here but `is_first` is a collective: every rank calls it, in the same
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -52,13 +53,18 @@ class Ranks:
     Args:
         world: this process's place.
         device: this rank's device.
+        collective_timeout_min: how long a rank waits for another.
     """
 
-    def __init__(self, world: World, device: torch.device) -> None:
+    def __init__(self, world: World, device: torch.device, *, collective_timeout_min: float = 30.0) -> None:
         self.world = world
         self.device = device
         # Python objects travel over gloo on the CPU, so that agreeing does not make the GPU wait.
-        self._cpu_group = distributed.new_group(backend="gloo") if device.type == "cuda" else None
+        self._cpu_group: distributed.ProcessGroup | None = None
+        if device.type == "cuda":
+            # A group of its own does not take over the time of the one that all are in.
+            timeout = timedelta(minutes=collective_timeout_min)
+            self._cpu_group = distributed.new_group(backend="gloo", timeout=timeout)
 
     @property
     def is_first(self) -> bool:

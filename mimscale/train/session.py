@@ -23,7 +23,7 @@ from mimscale.stream.device import OnDevice
 from mimscale.stream.plan import Position, SamplePlan
 from mimscale.train.checkpoint import Checkpoints, Saved
 from mimscale.train.config import DATA_KEYS, FREE_KEYS, RunConfig, accumulation
-from mimscale.train.engine import Engine, join_ranks, leave_ranks
+from mimscale.train.engine import Engine, joined_ranks
 from mimscale.train.environment import job_record, memory_peak_bytes
 from mimscale.train.garbage import collected_between_steps
 from mimscale.train.health import Health
@@ -70,8 +70,8 @@ def run_session(
     claimed = False
     try:
         with ExitStack() as stack:
-            ranks = join_ranks(world, collective_timeout_min=config.engine.collective_timeout_min)
-            stack.callback(leave_ranks)
+            timeout_min = config.engine.collective_timeout_min
+            ranks = stack.enter_context(joined_ranks(world, collective_timeout_min=timeout_min))
             startup.ends("init_s")
             preflight(config, ranks)
             startup.ends("preflight_s")

@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from disks import small_disk
+from planted_faults import data_error_and_leaving_that_waits
 from rank_pool import run_ranks
 from stream_stores import write_store
 from tiny_runs import SHAPES, pretrain_words, run_of
@@ -59,6 +61,17 @@ def test_a_run_leaves_nothing_in_shared_memory(store, tmp_path):
     ended = run_ranks(pretrain_words(store, tmp_path / "run", "steps=2"), size=2)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_rank_that_fails_alone_says_why_at_once_and_waits_for_no_other(store, tmp_path):
+    words, waited = pretrain_words(store, tmp_path / "run"), tmp_path / "waited"
+    ended = run_ranks(words, plant=partial(data_error_and_leaving_that_waits, 1, 3, waited))
+    assert not waited.with_suffix(".rank1").exists()
+    assert [rank.code for rank in ended] == [6, 3], ended[1].err
+    assert "pack 7 is broken; ingest it again" in ended[1].err
+    outcome = run_of(words).read_outcome()
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 3)
+    assert "pack 7 is broken" in outcome.message
 
 
 def test_a_store_that_is_none_is_a_data_error(tmp_path):

@@ -84,7 +84,7 @@ def change_stages(words: list[str]) -> int:
         config = load_config(PretrainConfig, "demo/pretrain", [*words, *more])
         return Engine(build_pretrain(config, channels=1), config, ranks)
 
-    def save(engine: Engine, folder: Path) -> None:
+    def save(engine: Engine, folder: Path) -> dict[str, int]:
         folder.mkdir(parents=True, exist_ok=True)
         part = engine.snapshot()
         part.write(folder)
@@ -93,6 +93,7 @@ def change_stages(words: list[str]) -> int:
             engine.write_index(folder, parts)
             save_file(part.full_weights, folder / "full.safetensors")
         ranks.gather(None)  # the next one writes into the same memory
+        return {name: values.data_ptr() for name, values in part.full_weights.items()}
 
     def train(engine: Engine) -> None:
         generator = torch.Generator().manual_seed(ranks.world.rank)
@@ -108,9 +109,10 @@ def change_stages(words: list[str]) -> int:
         if number:
             before = root / f"{number - 1}-trained"
             engine.load(before, [path.name for path in before.iterdir()])
-            save(engine, root / f"{number}-taken-over")
+            places = save(engine, root / f"{number}-taken-over")
         train(engine)
-        save(engine, root / f"{number}-trained")
+        places_then = save(engine, root / f"{number}-trained")
+        assert number == 0 or places_then == places
     leave_ranks()
     return 0
 
@@ -132,9 +134,11 @@ def test_every_stage_and_precision_takes_over_the_state_of_every_other_bit_by_bi
         change = f"{HANDED_ON[number - 1]} -> {HANDED_ON[number]}"
         assert any(values.abs().sum() > 0 for name, values in given.items() if name.startswith("exp_avg_sq ")), change
         assert all(torch.equal(taken[name], values) for name, values in given.items()), change
-        weights = load_file(after / "full.safetensors")
-        assert all(torch.equal(given[f"weights {name}"], values) for name, values in weights.items()), change
         # AdamW's bias correction goes on where it stood.
         assert json.loads((after / "state.json").read_text())["adam_steps"] == number, change
         trained = whole_state(tmp_path / "states" / f"{number}-trained")
         assert not torch.equal(trained["weights encoder.norm.bias"], taken["weights encoder.norm.bias"]), change
+        for state, folder in ((taken, after), (trained, tmp_path / "states" / f"{number}-trained")):
+            weights = load_file(folder / "full.safetensors")
+            assert all(torch.equal(state[f"weights {name}"], values) for name, values in weights.items()), change
+            assert len(state) == 3 * len(weights)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import pytest
 from rank_pool import start_ranks, wait_for
 
-from mimscale.bench.peak import CASES, against_estimates, measure_cases
+from mimscale.bench.peak import CASES, against_estimates, measure_cases, run_case
 from mimscale.train.engine import join_ranks, leave_ranks
 from mimscale.world import World, leave_at_once
 
@@ -29,6 +29,8 @@ def measure_and_leave(trees: list[dict[str, Any]], rank: int) -> NoReturn:
 @pytest.mark.parametrize("size", CASES, ids=lambda size: f"{size} rank(s)")
 def test_memory_of_a_rank_and_a_checkpoint_are_within_a_tenth_of_the_estimates_at_each_stage(size: int) -> None:
     trees = [tree for trees in CASES[size].values() for tree in trees]
+    if size == 2:  # gradients of micro-batches, summed in fp32
+        trees += [run_case(stage, precision="bf16", accumulate=2) for stage in (2, 3)]
     started = start_ranks([], size=size, plant=partial(measure_and_leave, trees))
     ended = wait_for(started, timeout_s=240)
     assert [rank.code for rank in ended] == [0] * size, ended[0].err

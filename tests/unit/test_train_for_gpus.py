@@ -2,13 +2,16 @@
 
 import importlib.util
 import inspect
+import os
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 from torch.nn import functional
 
 from mimscale.bench.synthetic import synthetic_batch
@@ -16,11 +19,14 @@ from mimscale.bench.verbs import bench_config
 from mimscale.config import load_config, recipe_text
 from mimscale.models.config import VitConfig
 from mimscale.models.masking import draw_masks
+from mimscale.train import engine
 from mimscale.train.compiled_blocks import compiles_blocks
 from mimscale.train.config import EngineConfig, FinetuneConfig, PretrainConfig
 from mimscale.train.deepspeed_config import deepspeed_config
 from mimscale.train.optim import adamw
+from mimscale.train.ranks import Ranks
 from mimscale.train.size import count_parameters
+from mimscale.world import World
 
 RECIPES = sorted(
     path.stem
@@ -160,3 +166,45 @@ def test_what_is_in_the_way_of_compiling_is_said_in_one_line_and_blocks_run_as_t
     assert re.search(rf"blocks are not compiled: {reason}", line)
     assert not compiles(words, monkeypatch, device="cpu", **machine)
     assert capsys.readouterr().err == ""
+
+
+def test_ranks_of_gpus_agree_over_a_group_with_the_runs_own_time_limit(monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "new_group", lambda **words: asked.append(words))
+    Ranks(World(), torch.device("cpu"), collective_timeout_min=3)
+    Ranks(World(), torch.device("cuda", 0), collective_timeout_min=3)
+    assert asked == [{"backend": "gloo", "timeout": timedelta(minutes=3)}]
+
+
+def test_ranks_that_join_on_gpus_pass_the_time_limit_on(monkeypatch):
+    asked = []
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **words: asked.append(words["timeout"]))
+    monkeypatch.setattr(distributed, "new_group", lambda **words: asked.append(words["timeout"]))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    engine.join_ranks(World(), collective_timeout_min=3)
+    assert asked == [timedelta(minutes=3)] * 2
+
+
+class Chosen(Exception):
+    """The engine has come as far as it has to."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_takes_the_fastest_convolution_unless_bits_have_to_repeat(deterministic, monkeypatch):
+    def chosen(*_):
+        raise Chosen
+
+    asked = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(engine, "compiles_blocks", chosen)
+    words = [*METHODS["mae"], *SMALL, "global_batch=2", f"engine.deterministic={str(deterministic).lower()}"]
+    ranks = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(Chosen):
+        engine.Engine(torch.nn.Linear(1, 1), bench_config(words, needs_store=False), ranks)
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert asked == [True] * deterministic
