@@ -13,145 +13,23 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from launch import slurm_commands
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
+from launch.ending import Decision, SlurmView, decide, rank_outcome, saying, setup_outcome
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
 from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
 from mimscale.console import say
-from mimscale.errors import (
-    INTERRUPTED_EXIT_CODE,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    LaunchError,
-    LostRankError,
-)
+from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
 from mimscale.train.run_dir import Outcome, RunDir
 
-# The same again would fail the same way.
-LASTING_FAILURES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, LaunchError))
 CONTROLLER_S = 120.0  # how long an answer of the controller is waited for
 RETRY_S = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlurmView:
-    """What Slurm says about a job whose ranks have ended."""
-
-    state: str  # of squeue, by its long name
-    preempted: bool
-    restarts: int  # so far; more than we know of when Slurm has requeued it meanwhile
-    reason: str = ""
-
-    @classmethod
-    def of(cls, shown: Mapping[str, str]) -> "SlurmView":
-        """Read what `scontrol show job` prints."""
-        state = shown.get("JobState", "")
-        preempt_time = shown.get("PreemptTime", "None")
-        return cls(
-            state=state,
-            preempted=state == "PREEMPTED" or preempt_time not in ("None", "Unknown", "N/A", ""),
-            restarts=int(shown.get("Restarts", "0")),
-            reason=shown.get("Reason", ""),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What follows the end of the ranks."""
-
-    action: Literal["settle", "again", "leave"]  # leave: Slurm has requeued the job itself
-    cause: Cause
-    outcome: Outcome
-
-
-def decide(outcome: Outcome, slurm: SlurmView, *, restart: int, cancelled: bool) -> Decision:
-    """What follows the end of the ranks.
-
-    Args:
-        outcome: how they ended, by `rank_outcome`.
-        slurm: what the controller says.
-        restart: how often Slurm had restarted the job when the ranks began.
-        cancelled: somebody asked for the end of the job with `mimscale cancel`.
-    """
-    if outcome.exit_code == 0:
-        return Decision(action="settle", cause="ended", outcome=outcome)
-    if cancelled:
-        return Decision(
-            action="settle", cause="stopped", outcome=_saying(outcome, "cancelled; `mimscale resume` goes on")
-        )
-    if slurm.restarts > restart or slurm.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-        return Decision(action="leave", cause="requeued from outside", outcome=_saying(outcome, "requeued by Slurm"))
-    if slurm.preempted:
-        return Decision(action="again", cause="preempted", outcome=_saying(outcome, "preempted"))
-    if slurm.state in ("TIMEOUT", "DEADLINE") or slurm.reason == "TimeLimit":
-        return Decision(action="again", cause="time limit", outcome=_saying(outcome, "cut off by the time limit"))
-    # While its script still runs a job is completing only when somebody ends it, and this is the only way that is left.
-    if slurm.state in ("CANCELLED", "COMPLETING"):
-        return Decision(action="settle", cause="stopped", outcome=_saying(outcome, "cancelled with scancel"))
-    if outcome.exit_code == INTERRUPTED_EXIT_CODE:
-        if outcome.stopped_by == "SIGTERM":
-            why = "stopped by a TERM that was no preemption; `mimscale resume` goes on"
-            return Decision(action="settle", cause="stopped", outcome=_saying(outcome, why))
-        return Decision(action="again", cause="time limit", outcome=outcome)
-    if outcome.exit_code in LASTING_FAILURES:
-        return Decision(action="settle", cause="ended", outcome=outcome)
-    return Decision(action="again", cause="lost rank", outcome=outcome)
-
-
-def rank_outcome(
-    written: Outcome | None, srun_code: int, first: FirstEnd | None, *, trains: bool, step: int, message: str = ""
-) -> Outcome:
-    """How the ranks ended: what training wrote; where it wrote nothing, what srun says.
-
-    Args:
-        written: outcome.json of this attempt, or None. It stands whatever came later: all that matters is on disk.
-        srun_code: 128 + signal when a signal ended a rank. Ranks that were interrupted together leave with 0, because
-            srun would kill the others when one leaves with another code.
-        first: the first rank that failed.
-        message: what that rank printed.
-        trains: only training writes an outcome.
-        step: newest committed step.
-    """
-    if written is not None:
-        return written
-    if srun_code == 0 and trains:
-        return Outcome(
-            outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=step, message="stopped before training began"
-        )
-    if srun_code == 0:
-        return Outcome(outcome="finished", exit_code=0, step=-1)
-    if srun_code == INTERRUPTED_EXIT_CODE:
-        return Outcome(outcome="interrupted", exit_code=srun_code, step=step, message="stopped by request")
-    who = f"rank {first.rank} on {first.node}" if first else "a rank"
-    code = first.code if first else srun_code
-    if code is None or code > 128:
-        how = first.how if first else f"killed by signal {srun_code - 128}"
-        text = f"{who}: {how}; its log ends where it happened"
-        return Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=text)
-    text = f"{who} failed with exit code {code}: {message or 'see its log'}"
-    return Outcome(outcome="failed", exit_code=code, step=step, message=text)
-
-
-def setup_outcome(code: int, *, step: int, message: str) -> Outcome:
-    """How a batch script ended that could not start its ranks: no module, no file of the site, nothing unpacked.
-
-    Args:
-        code: of the command that failed; 128 + signal when a signal ended it, and then another try may go well.
-        step: newest committed step.
-        message: what that command printed.
-    """
-    killed = code > 128
-    why = f"killed by signal {code - 128}" if killed else message or f"exit code {code}; see the log"
-    exit_code = LostRankError.exit_code if killed else code
-    return Outcome(outcome="failed", exit_code=exit_code, step=step, message=f"before its ranks started: {why}")
 
 
 def start(folder: JobFolder) -> int:
@@ -177,8 +55,7 @@ def start(folder: JobFolder) -> int:
         folder.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=step, message=str(error)), task)
         return error.exit_code
     # Submitit looks for the task under the job's id, which nobody knew when it was written.
-    name = job_id if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    shutil.copyfile(folder.task_file(task), folder.path / f"{name}_submitted.pkl")
+    shutil.copyfile(folder.task_file(task), folder.path / f"{_own_name()}_submitted.pkl")
     folder.outcome_file(task).unlink(missing_ok=True)  # somebody has requeued a job that was over
     if record.trains:
         folder.run.outcome.unlink(missing_ok=True)  # how the attempt before ended
@@ -204,7 +81,7 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:
-        view = SlurmView.of(_patiently(lambda: slurm_commands.show_job(job_id), {}))
+        view = SlurmView.of(_patiently(lambda: slurm_commands.show_job(_own_name()), {}))
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         decision = decide(outcome, view, restart=restart, cancelled=folder.cancelled.exists())
         _say(f"ranks ended: {outcome.outcome}, exit code {outcome.exit_code}; Slurm says {view}")
@@ -243,18 +120,18 @@ def _again(
     if why is not None:
         if outcome.outcome == "interrupted" and not attempts[-1].made_progress:
             outcome = replace(outcome, outcome="failed", exit_code=LostRankError.exit_code)
-        return replace(decision, action="settle", outcome=_saying(outcome, why))
+        return replace(decision, action="settle", outcome=saying(outcome, why))
     try:
         how = _requeue(decision.cause, record) or _resubmit(folder, record, task)
     except LaunchError as error:
-        return replace(decision, action="settle", outcome=_saying(outcome, f"could not be requeued: {error}"))
+        return replace(decision, action="settle", outcome=saying(outcome, f"could not be requeued: {error}"))
     waiting = replace(outcome, outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE)
-    return replace(decision, outcome=_saying(waiting, f"{how} ({decision.cause})"))
+    return replace(decision, outcome=saying(waiting, f"{how} ({decision.cause})"))
 
 
 def _requeue(cause: Cause, record: JobRecord) -> str | None:
     """Let Slurm start the job again under its id; None where that is not to be had."""
-    job_id = os.environ["SLURM_JOB_ID"]
+    job_id = _own_name()
     partition = os.environ.get("SLURM_JOB_PARTITION", record.partition or "")
     if cause == "preempted" and "CANCEL" in slurm_commands.preempt_mode(partition):
         return None  # what a preemption cancels cannot be requeued
@@ -272,7 +149,7 @@ def _requeue(cause: Cause, record: JobRecord) -> str | None:
 
 def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     """Submit the same batch script again, to start when this job is gone."""
-    own_id = os.environ["SLURM_JOB_ID"]
+    own_id = _own_name()
     name = f"{record.job_name}.{own_id}"
     options = [f"--dependency=afterany:{own_id}", f"--job-name={name}", *([] if task is None else [f"--array={task}"])]
     new_id = slurm_commands.submit(folder.script, slurm_commands.without_allocation(os.environ), name, *options)
@@ -330,14 +207,15 @@ def committed_step(run: RunDir) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def _own_name() -> str:
+    """What Slurm calls this job and no other: the last task of an array has the array's own number."""
+    task = _array_task()
+    return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+
+
 def _array_task() -> int | None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return None if task is None else int(task)
-
-
-def _saying(outcome: Outcome, message: str) -> Outcome:
-    told = f"{outcome.message}; {message}" if outcome.message else message
-    return replace(outcome, message=told)
 
 
 def _say(message: str) -> None:

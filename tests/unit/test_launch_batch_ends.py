@@ -1,9 +1,10 @@
 """What a batch script's two questions do to the files of a job, with a Slurm that pretends."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     for name, value in {"SLURM_JOB_ID": "100", "SLURM_JOB_PARTITION": "main", "SLURM_RESTART_COUNT": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
@@ -77,7 +78,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(slurm_commands, "LOST_ID_S", 0.1)
     slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
     slurm.answer("shown", RUNNING)
-    return Job(tmp_path, slurm)
+    before = signal.getsignal(signal.SIGTERM)
+    yield Job(tmp_path, slurm)
+    signal.signal(signal.SIGTERM, before)  # the last question ignores it, and what other tests start would inherit that
 
 
 def test_a_job_whose_id_got_lost_runs_all_the_same_and_writes_it_down(job: Job) -> None:
@@ -244,6 +247,22 @@ def test_each_task_of_an_array_ends_by_itself_and_the_array_when_all_have(
     assert outcome.message.startswith("1 of 2 tasks did not finish; task 1: a rank failed with exit code 3")
 
 
+def test_the_last_task_of_an_array_asks_and_acts_for_itself_although_it_has_the_number_of_the_array(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.folder = job.claim(trains=False, array=2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    job.start()
+    sibling = RUNNING.replace("RUNNING", "PENDING").replace("Restarts=0", "Restarts=1")
+    scontrol = job.slurm.folder / "bin" / "scontrol"
+    scontrol.write_text(f'{scontrol.read_text()}test "${{*: -1}}" != 100 || echo "{sibling.strip()}"\n')
+    assert job.end(137) == 75
+    assert job.slurm.calls("scontrol") == ["--oneliner show job 100_1", "requeue 100_1"]
+    (attempt,) = read_attempts(job.folder.attempts_file(1))
+    assert attempt.cause == "lost rank"
+
+
 def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merge_waits_for_all(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +276,7 @@ def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merg
     job.slurm.answer("shown", PREEMPTED.strip() + " PreemptMode=CANCEL\n")
     assert job.end(75) == 75
     (call,) = job.slurm.calls("sbatch")
+    assert "--dependency=afterany:100_1 " in call
     assert "--array=1 " in call
     assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:100_0:200_1"
     assert job.folder.read().job_id == "100"

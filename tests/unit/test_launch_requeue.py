@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, read_attempts, why_not_again
-from launch.requeue import SlurmView, decide, rank_outcome, setup_outcome
+from launch.ending import SlurmView, decide, rank_outcome, setup_outcome
 from launch.srun_log import FirstEnd, first_end, last_message
 from mimscale.train.run_dir import Outcome
 
