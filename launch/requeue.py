@@ -13,18 +13,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm_commands
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
+from launch.dependents import repoint
 from launch.ending import Decision, SlurmView, decide, rank_outcome, saying, setup_outcome
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import SlurmSilentError
 from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
-from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
 from mimscale.train.run_dir import Outcome, RunDir
 
@@ -168,20 +168,8 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
             "folder": str(folder.path.relative_to(folder.run.path)),
         },
     )
-    repoint_dependents(folder, folder.unfinished_job_ids())
+    repoint(folder.waiting(), folder.unfinished_job_ids())
     return f"submitted again as job {new_id}"
-
-
-def repoint_dependents(folder: JobFolder, job_ids: Sequence[str]) -> list[JobFolder]:
-    """Let the submissions that wait for this one wait for `job_ids`, which continue it; returns them."""
-    children = []
-    for child in folder.waiting():
-        try:
-            slurm_commands.set_dependency(str(child.read().job_id), slurm_commands.after_success(job_ids))
-            children.append(child)
-        except SlurmSilentError as error:
-            say(f"job {child.read().job_id} waits for a job that is over and will never start ({error}); cancel it")
-    return children
 
 
 def _patiently(ask: Callable[[], dict[str, str]], otherwise: dict[str, str]) -> dict[str, str]:

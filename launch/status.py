@@ -26,6 +26,7 @@ from mimscale.train.run_dir import Outcome, RunDir
 SUFFIX = ".job"  # of the folder beside what a verb without a run directory writes
 WATCH_EVERY_S = 10.0
 STALE_HEARTBEAT_S = 300.0
+NEVER_STARTS = "never starts"  # so begins the reason of a job whose parent did not finish
 WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 
 
@@ -174,7 +175,7 @@ def _of_active(jobs: list[QueuedJob], record: JobRecord) -> tuple[str, str]:
     text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) if record.array else ""
     reasons = sorted({job.reason for job in jobs if job.state in WAITING and job.reason})
     if "DependencyNeverSatisfied" in reasons:
-        return "queued", f"never starts: {record.after} did not finish; resume that, or `mimscale cancel` this"
+        return "queued", f"{NEVER_STARTS}: {record.after} did not finish; resume that, or `mimscale cancel` this"
     waiting = f"waits for {', '.join(reasons)}" if reasons else ""
     running = [job for job in jobs if job.state not in WAITING]
     left = f"{running[0].time_left} left" if running and not record.array else ""

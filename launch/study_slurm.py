@@ -12,6 +12,7 @@ from types import FrameType
 
 from launch.jobs import JOB_SIGNALS
 from launch.slurm_commands import SlurmSilentError, require_sbatch
+from launch.status import NEVER_STARTS
 from launch.study import AHEAD, DATA_VERBS, Study
 from launch.submission import submit_batch
 from mimscale import console
@@ -203,7 +204,9 @@ def _will_end(study: Study) -> list[str]:
     found: list[str] = []
     for node in study.graph.nodes.values():
         name = study.states[node.id].name
-        starts = all(study.states[parent].name == "done" or parent in found for parent in node.parents)
+        starts = not study.states[node.id].reason.startswith(NEVER_STARTS) and all(
+            study.states[parent].name == "done" or parent in found for parent in node.parents
+        )
         if name == "running" or (name == "queued" and starts):
             found.append(node.id)
     return found
