@@ -45,23 +45,31 @@ def read_attempts(file: Path) -> list[Attempt]:
 
 def begin_attempt(file: Path, job_id: str, committed_step: int) -> list[Attempt]:
     """Add an attempt that starts now; returns all."""
-    attempts = read_attempts(file)
-    if attempts and attempts[-1].last_step is None:  # ended from outside: what it committed is what is there now
-        attempts[-1] = replace(attempts[-1], last_step=committed_step)
-    start = Attempt(job_id=job_id, number=len(attempts), started_unix_s=time.time(), first_step=committed_step)
-    _write(file, [*attempts, start])
-    return [*attempts, start]
+    attempts = _begun(read_attempts(file), job_id, committed_step)
+    write_attempts(file, attempts)
+    return attempts
 
 
 def end_attempt(file: Path, job_id: str, committed_step: int, cause: Cause, message: str) -> list[Attempt]:
-    """Complete the newest attempt; returns all. A start that was killed before it was written down counts as one."""
-    attempts = read_attempts(file)
+    """Complete the newest attempt; returns all."""
+    attempts = with_end(read_attempts(file), job_id, committed_step, cause, message)
+    write_attempts(file, attempts)
+    return attempts
+
+
+def with_end(attempts: list[Attempt], job_id: str, committed_step: int, cause: Cause, message: str) -> list[Attempt]:
+    """The attempts with the newest completed. A start that was killed before it was written down counts as one."""
     if not attempts or attempts[-1].cause is not None:
-        attempts = begin_attempt(file, job_id, committed_step)
+        attempts = _begun(attempts, job_id, committed_step)
     *before, last = attempts
-    last = replace(last, last_step=committed_step, cause=cause, message=message)
-    _write(file, [*before, last])
-    return [*before, last]
+    return [*before, replace(last, last_step=committed_step, cause=cause, message=message)]
+
+
+def _begun(attempts: list[Attempt], job_id: str, committed_step: int) -> list[Attempt]:
+    if attempts and attempts[-1].last_step is None:  # ended from outside: what it committed is what is there now
+        attempts = [*attempts[:-1], replace(attempts[-1], last_step=committed_step)]
+    start = Attempt(job_id=job_id, number=len(attempts), started_unix_s=time.time(), first_step=committed_step)
+    return [*attempts, start]
 
 
 def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str | None:
@@ -91,5 +99,6 @@ def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str 
     )
 
 
-def _write(file: Path, attempts: Sequence[Attempt]) -> None:
+def write_attempts(file: Path, attempts: Sequence[Attempt]) -> None:
+    """Replace the file."""
     durable.write_text(file, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))

@@ -41,6 +41,10 @@ class SlurmView:
             reason=shown.get("Reason", ""),
         )
 
+    def is_requeued(self, restart: int) -> bool:
+        """Whether Slurm has queued the job again since its restart number `restart` began."""
+        return self.restarts > restart or self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -66,7 +70,7 @@ def decide(outcome: Outcome, slurm: SlurmView, *, restart: int, cancelled: bool)
         return Decision(
             action="settle", cause="stopped", outcome=saying(outcome, "cancelled; `mimscale resume` goes on")
         )
-    if slurm.restarts > restart or slurm.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+    if slurm.is_requeued(restart):
         return Decision(action="leave", cause="requeued from outside", outcome=saying(outcome, "requeued by Slurm"))
     if slurm.preempted:
         return Decision(action="again", cause="preempted", outcome=saying(outcome, "preempted"))

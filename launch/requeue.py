@@ -13,16 +13,26 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm_commands
-from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
+from launch.attempts import (
+    Attempt,
+    Cause,
+    begin_attempt,
+    end_attempt,
+    read_attempts,
+    why_not_again,
+    with_end,
+    write_attempts,
+)
 from launch.dependents import repoint
 from launch.ending import Decision, SlurmView, decide, rank_outcome, saying, setup_outcome
 from launch.folder import JobFolder, JobRecord, append_job, now_utc
-from launch.slurm_commands import SlurmSilentError
+from launch.slurm_commands import LostAnswerError, SlurmSilentError, UnreachableError
 from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
@@ -82,18 +92,30 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:
         view = SlurmView.of(_patiently(lambda: slurm_commands.show_job(_own_name()), {}))
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        decision = decide(outcome, view, restart=restart, cancelled=folder.cancelled.exists())
+        decision = decide(outcome, view, restart=_restart_count(), cancelled=folder.cancelled.exists())
         _say(f"ranks ended: {outcome.outcome}, exit code {outcome.exit_code}; Slurm says {view}")
-    attempts = end_attempt(folder.attempts_file(task), job_id, step, decision.cause, decision.outcome.message)
+    file = folder.attempts_file(task)
+    attempts = with_end(read_attempts(file), job_id, step, decision.cause, decision.outcome.message)
+    with _said_when_full(file):  # then the next start completes what stands there
+        write_attempts(file, attempts)
     if decision.action == "again":
         decision = _again(folder, record, attempts, decision, task)
-    if decision.action == "settle":
-        folder.settle(decision.outcome, task)
-    elif record.trains:
-        folder.run.write_outcome(decision.outcome)
+    with _said_when_full(folder.path):
+        if decision.action == "settle":
+            folder.settle(decision.outcome, task)
+        elif record.trains:
+            folder.run.write_outcome(decision.outcome)
     _say(f"{decision.outcome.outcome}: {decision.outcome.message or 'all done'}")
     return decision.outcome.exit_code
+
+
+@contextmanager
+def _said_when_full(path: Path) -> Iterator[None]:
+    """Say what cannot be written, and go on: to start a job again, or to end it with its own code, needs no disk."""
+    try:
+        yield
+    except OSError as error:
+        _say(f"{path}: {error}")
 
 
 def _first_failure(folder: JobFolder, task: int | None) -> tuple[FirstEnd | None, str]:
@@ -123,7 +145,7 @@ def _again(
         return replace(decision, action="settle", outcome=saying(outcome, why))
     try:
         how = _requeue(decision.cause, record) or _resubmit(folder, record, task)
-    except LaunchError as error:
+    except (LaunchError, OSError) as error:
         return replace(decision, action="settle", outcome=saying(outcome, f"could not be requeued: {error}"))
     waiting = replace(outcome, outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE)
     return replace(decision, outcome=saying(waiting, f"{how} ({decision.cause})"))
@@ -142,9 +164,28 @@ def _requeue(cause: Cause, record: JobRecord) -> str | None:
             return f"requeued as job {job_id}"
         except SlurmSilentError as error:
             _say(str(error))
-            if ("contact" not in str(error) and "answer" not in str(error)) or time.monotonic() > deadline_s:
+            requeued = _is_requeued(job_id)
+            if requeued:  # by this call, whose answer got lost, or by the one before
+                return f"requeued as job {job_id}"
+            no_answer = isinstance(error, LostAnswerError | UnreachableError)
+            if requeued is False and not no_answer:
                 return None
+            if time.monotonic() > deadline_s:
+                if requeued is False or isinstance(error, UnreachableError):
+                    return None
+                # Another job now could become a second one for the same run, of which nobody keeps track.
+                raise SlurmSilentError(f"nobody says whether job {job_id} is queued again: {error}") from None
             time.sleep(RETRY_S)
+
+
+def _is_requeued(job_id: str) -> bool | None:
+    """Whether Slurm has queued this job again; None when nobody says."""
+    try:
+        view = SlurmView.of(slurm_commands.show_job(job_id))
+    except SlurmSilentError as error:
+        _say(str(error))
+        return None
+    return view.is_requeued(_restart_count())
 
 
 def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
@@ -152,9 +193,11 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     own_id = _own_name()
     name = f"{record.job_name}.{own_id}"
     options = [f"--dependency=afterany:{own_id}", f"--job-name={name}", *([] if task is None else [f"--array={task}"])]
+    if task is None:  # by its name the job is found when its id cannot be written down
+        folder.write(replace(folder.read(), job_name=name))
     new_id = slurm_commands.submit(folder.script, slurm_commands.without_allocation(os.environ), name, *options)
     if task is None:
-        folder.write(replace(folder.read(), job_id=new_id, job_name=name))
+        folder.write(replace(folder.read(), job_id=new_id))
     else:
         durable.write_text(folder.moved_file(task), new_id)
     append_job(
@@ -201,6 +244,10 @@ def _own_name() -> str:
     return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
 
 
+def _restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _array_task() -> int | None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return None if task is None else int(task)
@@ -220,7 +267,8 @@ def main(argv: list[str]) -> int:
         return start(job) if what == "start" else end(job, int(rest[0]), ranks_began=rest[1:] != ["before-ranks"])
     except OSError as error:  # the run directory's disk is full or gone
         _say(f"{job.path}: {error}")
-        return LaunchError.exit_code if what == "start" else int(rest[0])
+        # Never 0: ranks that stop together leave with it, and what waits for the job would start.
+        return LaunchError.exit_code if what == "start" else int(rest[0]) or LaunchError.exit_code
 
 
 if __name__ == "__main__":
