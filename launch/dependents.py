@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import slurm_commands
-from launch.folder import JobFolder, job_folders
+from launch.folder import BESIDE, JobFolder, job_folders
 from launch.slurm_commands import QueuedJob, SlurmSilentError
 from mimscale.console import say
 from mimscale.errors import LaunchError
@@ -33,7 +33,7 @@ def find_parent(run_dir: Path, verb: str | None = None) -> JobFolder | None:
     Raises:
         LaunchError: there is none, it has failed, or it is no job of Slurm.
     """
-    places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(f"{run_dir.name}.job"))]
+    places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(run_dir.name + BESIDE))]
     folders = [folder for place in places for folder in job_folders(place.logs)]
     folders = [folder for folder in folders if verb in (None, folder.read().verb)]
     if not folders:

@@ -96,8 +96,8 @@ def rank_outcome(
 
     Args:
         written: outcome.json of this attempt, or None. It stands whatever came later: all that matters is on disk.
-        srun_code: 128 + signal when a signal ended a rank. Ranks that were interrupted together leave with 0, because
-            srun would kill the others when one leaves with another code.
+        srun_code: 128 + signal when a signal ended a rank. Ranks that train and were interrupted together leave with
+            0, because srun would kill the others when one leaves with another code.
         first: the first rank that failed.
         message: what that rank printed.
         trains: only training writes an outcome.
@@ -111,8 +111,8 @@ def rank_outcome(
         )
     if srun_code == 0:
         return Outcome(outcome="finished", exit_code=0, step=-1)
-    if srun_code == INTERRUPTED_EXIT_CODE:
-        return Outcome(outcome="interrupted", exit_code=srun_code, step=step, message="stopped by request")
+    if INTERRUPTED_EXIT_CODE in (srun_code, first.code if first else None):  # srun kills the others with the first
+        return Outcome(outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=step, message="stopped by request")
     who = f"rank {first.rank} on {first.node}" if first else "a rank"
     code = first.code if first else srun_code
     if code is None or code > 128:

@@ -34,6 +34,8 @@ from mimscale.errors import LaunchError
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.world import Process
 
+BESIDE = ".job"  # suffix of a job's folder beside the folder that it writes
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:

@@ -31,7 +31,7 @@ from launch.attempts import (
 )
 from launch.dependents import repoint
 from launch.ending import Decision, SlurmView, decide, rank_outcome, saying, setup_outcome
-from launch.folder import JobFolder, JobRecord, append_job, now_utc
+from launch.folder import BESIDE, JobFolder, JobRecord, append_job, now_utc
 from launch.slurm_commands import LostAnswerError, SlurmSilentError, UnreachableError
 from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
@@ -50,18 +50,21 @@ def start(folder: JobFolder) -> int:
     if record.job_id is None:  # the submission was killed, or its answer got lost
         folder.write(replace(record, job_id=os.environ.get("SLURM_ARRAY_JOB_ID", job_id)))
     step = _committed_step(folder, record)
-    attempts = begin_attempt(folder.attempts_file(task), job_id, step)
-    why = "cancelled" if folder.cancelled.exists() else why_not_again(attempts[:-1], record.max_requeues)
+    reached = _reached(folder, record)
+    attempts = begin_attempt(folder.attempts_file(task), job_id, reached)
+    why = why_not_again(attempts[:-1], record.max_requeues, trains=record.trains)
+    if folder.cancelled.exists():
+        why = "cancelled"
     if why is not None:
         _say(why)
-        end_attempt(folder.attempts_file(task), job_id, step, "ended", why)
+        end_attempt(folder.attempts_file(task), job_id, reached, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
     try:
         folder.run.refuse_foreign([folder.task_file(task), folder.run.code], LaunchError)
     except LaunchError as error:
         _say(str(error))
-        end_attempt(folder.attempts_file(task), job_id, step, "ended", str(error))
+        end_attempt(folder.attempts_file(task), job_id, reached, "ended", str(error))
         folder.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=step, message=str(error)), task)
         return error.exit_code
     # Submitit looks for the task under the job's id, which nobody knew when it was written.
@@ -69,7 +72,8 @@ def start(folder: JobFolder) -> int:
     folder.outcome_file(task).unlink(missing_ok=True)  # somebody has requeued a job that was over
     if record.trains:
         folder.run.outcome.unlink(missing_ok=True)  # how the attempt before ended
-    _say(f"start {len(attempts)} of job {job_id} on {os.environ.get('SLURM_JOB_NODELIST')}, from step {step}")
+    where = f"step {step}" if record.trains else f"{reached} finished part(s)"
+    _say(f"start {len(attempts)} of job {job_id} on {os.environ.get('SLURM_JOB_NODELIST')}, from {where}")
     return 0
 
 
@@ -95,7 +99,7 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
         decision = decide(outcome, view, restart=_restart_count(), cancelled=folder.cancelled.exists())
         _say(f"ranks ended: {outcome.outcome}, exit code {outcome.exit_code}; Slurm says {view}")
     file = folder.attempts_file(task)
-    attempts = with_end(read_attempts(file), job_id, step, decision.cause, decision.outcome.message)
+    attempts = with_end(read_attempts(file), job_id, _reached(folder, record), decision.cause, decision.outcome.message)
     with _said_when_full(file):  # then the next start completes what stands there
         write_attempts(file, attempts)
     if decision.action == "again":
@@ -138,7 +142,7 @@ def _again(
 ) -> Decision:
     """Requeue the job or submit it again, unless it has had its chances."""
     outcome = decision.outcome
-    why = why_not_again(attempts, record.max_requeues)
+    why = why_not_again(attempts, record.max_requeues, trains=record.trains)
     if why is not None:
         if outcome.outcome == "interrupted" and not attempts[-1].made_progress:
             outcome = replace(outcome, outcome="failed", exit_code=LostRankError.exit_code)
@@ -230,6 +234,14 @@ def _patiently(ask: Callable[[], dict[str, str]], otherwise: dict[str, str]) -> 
 def _committed_step(folder: JobFolder, record: JobRecord) -> int:
     """The newest step that the run can continue from; 0 for what does not train."""
     return committed_step(folder.run) if record.trains else 0
+
+
+def _reached(folder: JobFolder, record: JobRecord) -> int:
+    """What restarts must add to: the newest committed step; for what does not train the number of finished parts."""
+    if record.trains:
+        return committed_step(folder.run)
+    made = folder.run.path.with_name(folder.run.path.name.removesuffix(BESIDE))
+    return sum(1 for _ in made.glob("receipts/part-*"))  # of a store or of features; others have none
 
 
 def committed_step(run: RunDir) -> int:

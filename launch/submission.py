@@ -180,6 +180,7 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
         | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
         # Slurm has said that no other job of this run is alive, but not that its node has let go of the lock.
         lock_owner=str(plan.run.path) if plan.profile.executor == "slurm" else None,
+        trains=plan.trains is not None,
         master_port=master_port,
     )
 

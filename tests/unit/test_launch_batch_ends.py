@@ -1,9 +1,6 @@
 """What a batch script's two questions do to the files of a job, with a Slurm that pretends."""
 
-import errno
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,79 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
+from batch_job import INTERRUPTED, LOST, PREEMPTED, RUNNING, Job, away, batch_job
 
 from launch import requeue, slurm_commands
 from launch.attempts import read_attempts
-from launch.folder import JobFolder, JobRecord, claim_folder
-from mimscale import durable
 from mimscale.train.run_dir import Outcome, RunDir
-from mimscale.world import Process
-
-RUNNING = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=None\n"
-PREEMPTED = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=2026-11-24T22:31:08\n"
-INTERRUPTED = Outcome(outcome="interrupted", exit_code=75, step=7, stopped_by="SIGTERM")
-LOST = Outcome(outcome="failed", exit_code=6, step=7, message="rank 1 on node1: Killed")
-
-
-class Job:
-    """A submitted training in a folder, on a node that believes to be in job 100."""
-
-    def __init__(self, folder: Path, slurm: FakeSlurm) -> None:
-        self.slurm, self.run = slurm, RunDir(folder / "run")
-        self.folder = self.claim()
-
-    def claim(self, **changes: object) -> JobFolder:
-        record = JobRecord(
-            **{  # type: ignore[arg-type]
-                "verb": "pretrain",
-                "executor": "slurm",
-                "processes": 2,
-                "master_port": None,
-                "config_hash": "",
-                "timeout_min": 30.0,
-                "signal_lead_s": 60.0,
-                "lost_rank_grace_s": 10.0,
-                "trains": True,
-                "submitted_utc": "2026-01-01T00:00:00Z",
-                "submitter": Process(pid=1, host="login", start_ticks=-1),
-                "job_name": "mimscale-x",
-                "user": "ana",
-                "job_id": "100",
-                **changes,
-            }
-        )
-        folder = claim_folder(self.run.logs, record, "")
-        folder.script.write_text("#!/bin/bash\n")
-        for task in (None, 0, 1):
-            folder.task_file(task).write_bytes(b"task")
-        return folder
-
-    def commit(self, step: int) -> None:
-        (self.run.checkpoints / f"step_{step:08d}").mkdir(parents=True)
-
-    def start(self) -> int:
-        return requeue.start(self.folder)
-
-    def end(self, code: int = 0, outcome: Outcome | None = None) -> int:
-        if outcome is not None:
-            self.run.write_outcome(outcome)
-        return requeue.end(self.folder, code)
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
-    for name, value in {"SLURM_JOB_ID": "100", "SLURM_JOB_PARTITION": "main", "SLURM_RESTART_COUNT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(requeue, "CONTROLLER_S", 0.3)
-    monkeypatch.setattr(requeue, "RETRY_S", 0.1)
-    monkeypatch.setattr(slurm_commands, "LOST_ID_S", 0.1)
-    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
-    slurm.answer("shown", RUNNING)
-    before = signal.getsignal(signal.SIGTERM)
-    yield Job(tmp_path, slurm)
-    signal.signal(signal.SIGTERM, before)  # the last question ignores it, and what other tests start would inherit that
+    yield from batch_job(tmp_path, monkeypatch)
 
 
 def test_a_job_whose_id_got_lost_runs_all_the_same_and_writes_it_down(job: Job) -> None:
@@ -211,16 +145,31 @@ def test_a_job_that_its_node_takes_down_again_and_again_stops_at_its_next_start(
     assert "crash loop" in outcome.message
 
 
-def test_a_controller_that_is_away_for_a_while_is_waited_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_an_ingest_of_many_time_limits_goes_on_while_it_finishes_parts(
+    job: Job, monkeypatch: pytest.MonkeyPatch, gets_on: bool
+) -> None:
+    job.run = RunDir(job.run.path.with_name("store.job"))
+    job.folder, receipts = job.claim(trains=False), job.run.path.with_name("store") / "receipts"
+    receipts.mkdir(parents=True)
+    for restart in range(6):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        limit = "JobState=COMPLETING Reason=TimeLimit"
+        job.slurm.answer("shown", RUNNING.replace("JobState=RUNNING", limit).replace("=0", f"={restart}"))
+        assert job.start() == (0 if gets_on or restart < 4 else 6)
+        if gets_on:
+            (receipts / f"part-{restart:05d}.jsonl").write_text("")
+        code = job.end(137)
+    assert code == (75 if gets_on else 6)
+    assert (job.folder.read_outcome() is None) == gets_on
+
+
+def test_a_controller_that_isaway_for_a_while_is_waited_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.start()
-    answers: list[Callable[[], dict[str, str]]] = [_away, lambda: {"JobState": "RUNNING"}]
+    answers: list[Callable[[], dict[str, str]]] = [away, lambda: {"JobState": "RUNNING"}]
     monkeypatch.setattr(slurm_commands, "show_job", lambda job_id: answers.pop(0)())
     assert job.end(137, LOST) == 75
     assert job.slurm.calls("scontrol")[-1] == "requeue 100"
-
-
-def _away() -> dict[str, str]:
-    raise slurm_commands.SlurmSilentError("scontrol gave no answer in 8 s; is the controller up?")
 
 
 def test_a_job_that_cannot_be_requeued_says_so(job: Job) -> None:
@@ -231,92 +180,6 @@ def test_a_job_that_cannot_be_requeued_says_so(job: Job) -> None:
     outcome = job.folder.read_outcome()
     assert outcome is not None
     assert "could not be requeued: sbatch refused the job: sbatch: error: Access denied" in outcome.message
-
-
-LOST_ANSWER = "slurm_requeue error: Socket timed out on send/recv operation"
-PENDING = "slurm_requeue error: Job is pending execution"
-
-
-def _requeue_says(job: Job, complaint: str, *, takes_it: bool) -> None:
-    """Let every requeue fail with this text; where it `takes_it`, the controller shows the restart all the same."""
-    body = f"""#!/bin/bash
-        cd {job.slurm.folder}; echo "$*" >> scontrol.calls
-        if [ $1 != requeue ]; then test -e taken && echo Restarts=1 || echo JobState=RUNNING Restarts=0; exit; fi
-        {"touch taken" if takes_it else ":"}; echo {complaint!r} >&2; exit 1\n"""
-    (job.slurm.folder / "bin" / "scontrol").write_text(body)
-
-
-@pytest.mark.parametrize("complaint", [LOST_ANSWER, PENDING])
-def test_a_requeue_whose_answer_got_lost_is_not_done_a_second_time_by_another_job(job: Job, complaint: str) -> None:
-    job.start()
-    _requeue_says(job, complaint, takes_it=True)
-    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
-    assert job.slurm.calls("sbatch") == []
-    assert job.slurm.calls("scontrol").count("requeue 100") == 1
-    assert job.folder.read().job_id == "100"
-    outcome = job.run.read_outcome()
-    assert outcome is not None
-    assert "requeued as job 100" in outcome.message
-
-
-@pytest.mark.parametrize(("complaint", "tries"), [(LOST_ANSWER, 2), ("slurm_requeue error: Job is held", 1)])
-def test_a_requeue_that_was_not_taken_is_tried_again_unless_it_is_refused(job: Job, complaint: str, tries: int) -> None:
-    job.start()
-    _requeue_says(job, complaint, takes_it=False)
-    job.slurm.answer("count", "199")
-    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
-    assert job.slurm.calls("scontrol").count("requeue 100") >= tries
-    assert (job.slurm.calls("scontrol").count("requeue 100") == 1) == (tries == 1)
-    assert len(job.slurm.calls("sbatch")) == 1
-    assert job.folder.read().job_id == "200"
-
-
-def test_no_other_job_is_submitted_while_nobody_says_whether_this_one_is_queued_again(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job.start()
-    _requeue_says(job, LOST_ANSWER, takes_it=False)
-    monkeypatch.setattr(slurm_commands, "show_job", lambda job_id: _away())
-    assert job.end(0, replace(INTERRUPTED, stopped_by="time limit")) == 75
-    assert job.slurm.calls("sbatch") == []
-    outcome = job.folder.read_outcome()
-    assert outcome is not None
-    assert "could not be requeued: nobody says whether job 100 is queued again" in outcome.message
-
-
-def _no_space(path: Path, data: bytes) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def test_a_full_disk_keeps_no_interrupted_run_from_starting_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.start()
-    with monkeypatch.context() as full:
-        full.setattr(durable, "write_bytes", _no_space)
-        assert requeue.main(["end", str(job.folder.path), "0"]) == 75  # ranks that stop together leave with 0
-    assert job.slurm.calls("scontrol")[-1] == "requeue 100"
-    job.start()
-    first, _ = read_attempts(job.folder.attempts_file())
-    assert (first.cause, first.last_step) == (None, 0)
-
-
-@pytest.mark.parametrize(
-    ("written", "code"), [(INTERRUPTED, 75), (replace(INTERRUPTED, outcome="finished", exit_code=0), 0)]
-)
-def test_a_job_whose_end_cannot_be_written_down_ends_with_its_own_code(
-    job: Job, monkeypatch: pytest.MonkeyPatch, written: Outcome, code: int
-) -> None:
-    job.start()
-    job.folder.cancelled.write_text("{}")
-    job.run.write_outcome(written)
-    monkeypatch.setattr(durable, "write_bytes", _no_space)
-    assert requeue.main(["end", str(job.folder.path), "0"]) == code
-    assert job.folder.read_outcome() is None
-
-
-def test_a_job_whose_folder_is_gone_does_not_end_well(job: Job) -> None:
-    job.start()
-    shutil.rmtree(job.folder.path)
-    assert requeue.main(["end", str(job.folder.path), "0"]) == 5
 
 
 def test_each_task_of_an_array_ends_by_itself_and_the_array_when_all_have(
