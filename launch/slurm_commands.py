@@ -36,6 +36,8 @@ SUBMIT_S = 90.0  # sbatch itself waits for a controller that does not answer
 LOST_ID_S = 30.0  # how long a submission whose answer got lost is looked for
 # Commands may say these after the controller has done what they ask for.
 LOST_ANSWERS = ("Socket timed out", "Zero Bytes were transmitted", "Transport endpoint", "Unexpected message received")
+# scancel's words about what has ended since it was listed.
+ENDED_MEANWHILE = ("already completing or completed", "Invalid job id specified")
 UNREACHABLE = "unable to contact"
 _QUEUE_FORMAT = "%i|%A|%u|%T|%r|%N|%L|%j"  # the name last: it may hold a bar
 _PAIR = re.compile(r"([A-Za-z][A-Za-z0-9_/:]*)=(\S*)")
@@ -249,6 +251,10 @@ def set_dependency(job_id: str, dependency: str) -> None:
 
 def cancel(job_id: str, *options: str) -> None:
     """`scancel`.
+
+    Args:
+        job_id: a job; of an array all tasks, or one as `12_3`.
+        options: which of them, and with which signal.
 
     Raises:
         SlurmSilentError: the controller refuses or does not answer.
