@@ -12,6 +12,10 @@ from mimscale.errors import LaunchError
 from mimscale.train.run_dir import Outcome, RunDir
 
 
+class NoOutcomeError(LaunchError):
+    """A job that is gone and shows no outcome, or not yet."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
     """The submissions that a new one may find alive, and those whose success it waits for."""
@@ -32,6 +36,7 @@ def find_parent(run_dir: Path, verb: str | None = None) -> JobFolder | None:
 
     Raises:
         LaunchError: there is none, it has failed, or it is no job of Slurm.
+        NoOutcomeError: it is gone, and nothing says how it ended.
     """
     places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(run_dir.name + BESIDE))]
     folders = [folder for place in places for folder in job_folders(place.logs)]
@@ -53,7 +58,7 @@ def find_parent(run_dir: Path, verb: str | None = None) -> JobFolder | None:
     if record.executor != "slurm":
         raise LaunchError(f"--after {run_dir}: job {record.job_id} is no job of Slurm; wait for it")
     if not active:
-        raise LaunchError(
+        raise NoOutcomeError(
             f"--after {run_dir}: job {record.job_id} is not in the queue and left no outcome; see `mimscale status "
             f"{run_dir}`, then `mimscale resume {run_dir}`"
         )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+from launch.dependents import NoOutcomeError
+from launch.folder import LOST_S
 from launch.jobs import JOB_SIGNALS
 from launch.slurm_commands import SlurmSilentError, require_sbatch
 from launch.status import NEVER_STARTS
@@ -24,7 +26,6 @@ from mimscale.study.view import NodeState
 POLL_S = 1.0  # how often it is asked whether a job has written its outcome
 QUEUE_EVERY_S = 15.0  # how often Slurm is asked; more often annoys a controller that many users ask
 SILENT_EVERY_S = 5.0  # how often, while it does not answer
-LOST_S = 60.0  # how long a job that is gone may take to show its outcome on a file system that other nodes write to
 OVER = ("done", "failed", "left out")
 
 
@@ -75,6 +76,9 @@ def _submit(study: Study, node: Node, parent: Node | None) -> bool:
             folder, job_id = submit_batch(plan, [node.verb, node.id], fresh=False, after=after, after_verb=verb)
     except SlurmSilentError as error:
         study.silent = str(error)
+        return False
+    except NoOutcomeError as error:  # it ended a moment ago: the next look tells how
+        console.say(f"{node.label}: not yet: {error}")
         return False
     except MimscaleError as error:
         study.started.add(node.id)

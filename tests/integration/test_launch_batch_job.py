@@ -14,7 +14,7 @@ from launch_fake_verb import wait_until
 from launch_site import FAILED, FINISHED, Site, site_in
 
 from launch import follow
-from launch.folder import job_folders
+from launch.folder import JobFolder, job_folders
 from mimscale.train.run_dir import Outcome, RunDir
 
 
@@ -68,8 +68,24 @@ def test_a_waited_for_job_shows_rank_0_and_returns_the_exit_code_of_its_outcome(
     assert f"{end.outcome} (exit code {end.exit_code}): {end.message or 'all done'}" in said
 
 
+def test_a_waited_for_job_that_is_gone_may_show_its_outcome_late(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def is_alive(folder: JobFolder) -> bool:
+        asked.append(folder)
+        if len(asked) == 3:  # by now the file that another node wrote is seen here
+            folder.settle(FINISHED)
+        return False
+
+    monkeypatch.setattr(follow, "_is_alive", is_alive)
+    monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    code, _, said = site.submit("--wait")
+    assert code == 0, said
+
+
 def test_a_waited_for_job_that_vanishes_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    monkeypatch.setattr(follow, "LOST_S", 0.3)
     code, _, said = site.submit("--wait")
     assert code == 6
     assert "has left the queue without an outcome; see `mimscale status`" in said

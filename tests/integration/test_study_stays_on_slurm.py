@@ -273,6 +273,29 @@ def test_a_job_that_is_gone_may_show_its_outcome_late(
     assert len(slurm.calls("sbatch")) == (1 if code else 3)
 
 
+def test_a_child_whose_parent_ends_while_it_is_submitted_is_submitted_once_the_outcome_shows(
+    tmp_path, slurm, cluster, no_page, capsys, monkeypatch
+):
+    write_recipe(tmp_path, "scratch", "mae")
+    submit, refused = study_slurm.submit_batch, []
+
+    def submit_while_the_parent_ends(plan, argv, *, after, **words):
+        if argv[0] == "finetune" and after is not None and not refused:
+            refused.append(argv)
+            cluster.rewrite(JobFolder(after / "logs" / "001"), "|PENDING|", "|COMPLETED|")
+        return submit(plan, argv, after=after, **words)
+
+    monkeypatch.setattr(study_slurm, "submit_batch", submit_while_the_parent_ends)
+    cluster.interludes += [
+        lambda study: cluster.work(study, study.graph.nodes[study.graph.data["store"]]),
+        lambda study: cluster.work(study, next(n for n in study.graph.nodes.values() if n.verb == "pretrain")),
+    ]
+    code, nodes, said = stay(capsys)
+    assert refused
+    assert "finetune mae, seeds 0, 0: not yet: " in said
+    assert (code, set(states(nodes).values())) == (0, {"done"})
+
+
 def test_a_second_command_does_not_stay_with_the_same_study(tmp_path, slurm, cluster, no_page, capsys):
     write_recipe(tmp_path, "scratch")
     seen = []
