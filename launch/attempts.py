@@ -24,14 +24,14 @@ class Attempt:
     job_id: str
     number: int  # restarts before it
     started_unix_s: float
-    first_step: int  # newest committed step when it started
+    first_step: int  # newest committed step when it started; where nothing is trained, the number of finished parts
     last_step: int | None = None  # and when it ended
     cause: Cause | None = None  # of its end
     message: str = ""
 
     @property
     def made_progress(self) -> bool:
-        """True when it has ended at a later step than it began."""
+        """True when it has ended at a later step, or with more parts, than it began."""
         return self.last_step is not None and self.last_step > self.first_step
 
 
@@ -43,28 +43,36 @@ def read_attempts(file: Path) -> list[Attempt]:
     return [Attempt(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def begin_attempt(file: Path, job_id: str, committed_step: int) -> list[Attempt]:
+def begin_attempt(file: Path, job_id: str, reached: int) -> list[Attempt]:
     """Add an attempt that starts now; returns all."""
-    attempts = read_attempts(file)
+    attempts = _begun(read_attempts(file), job_id, reached)
+    write_attempts(file, attempts)
+    return attempts
+
+
+def end_attempt(file: Path, job_id: str, reached: int, cause: Cause, message: str) -> list[Attempt]:
+    """Complete the newest attempt; returns all."""
+    attempts = with_end(read_attempts(file), job_id, reached, cause, message)
+    write_attempts(file, attempts)
+    return attempts
+
+
+def with_end(attempts: list[Attempt], job_id: str, reached: int, cause: Cause, message: str) -> list[Attempt]:
+    """The attempts with the newest completed. A start that was killed before it was written down counts as one."""
+    if not attempts or attempts[-1].cause is not None:
+        attempts = _begun(attempts, job_id, reached)
+    *before, last = attempts
+    return [*before, replace(last, last_step=reached, cause=cause, message=message)]
+
+
+def _begun(attempts: list[Attempt], job_id: str, reached: int) -> list[Attempt]:
     if attempts and attempts[-1].last_step is None:  # ended from outside: what it committed is what is there now
-        attempts[-1] = replace(attempts[-1], last_step=committed_step)
-    start = Attempt(job_id=job_id, number=len(attempts), started_unix_s=time.time(), first_step=committed_step)
-    _write(file, [*attempts, start])
+        attempts = [*attempts[:-1], replace(attempts[-1], last_step=reached)]
+    start = Attempt(job_id=job_id, number=len(attempts), started_unix_s=time.time(), first_step=reached)
     return [*attempts, start]
 
 
-def end_attempt(file: Path, job_id: str, committed_step: int, cause: Cause, message: str) -> list[Attempt]:
-    """Complete the newest attempt; returns all. A start that was killed before it was written down counts as one."""
-    attempts = read_attempts(file)
-    if not attempts or attempts[-1].cause is not None:
-        attempts = begin_attempt(file, job_id, committed_step)
-    *before, last = attempts
-    last = replace(last, last_step=committed_step, cause=cause, message=message)
-    _write(file, [*before, last])
-    return [*before, last]
-
-
-def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str | None:
+def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None, *, trains: bool = True) -> str | None:
     """None when the job may start again after these attempts, else the reason in words.
 
     Preemptions and what an administrator does count for nothing: they end, and say nothing about the job.
@@ -72,6 +80,7 @@ def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str 
     Args:
         attempts: all that have ended, oldest first.
         max_requeues: restarts that are allowed in all; None for no limit.
+        trains: progress is a committed step; else a finished part of what is made.
     """
     own = [attempt for attempt in attempts if attempt.cause not in ("preempted", "requeued from outside")]
     if max_requeues is not None and len(own) > max_requeues:
@@ -84,12 +93,15 @@ def why_not_again(attempts: Sequence[Attempt], max_requeues: int | None) -> str 
     if idle < MAX_IDLE_RESTARTS:
         return None
     causes = [f"{attempt.cause or 'killed from outside'}: {attempt.message}".rstrip(": ") for attempt in own[-idle:]]
+    reached = own[-1].first_step
+    progress = f"committed step after step {reached}" if trains else f"finished part ({reached} are)"
     return (
-        f"crash loop: {idle} restarts in a row without a new committed step after step {own[-1].first_step} "
+        f"crash loop: {idle} restarts in a row without a new {progress} "
         f"({'; '.join(dict.fromkeys(causes))}); put the cause right (a time limit or grace period shorter than a save, "
         "a bad node, memory), then `mimscale resume`"
     )
 
 
-def _write(file: Path, attempts: Sequence[Attempt]) -> None:
+def write_attempts(file: Path, attempts: Sequence[Attempt]) -> None:
+    """Replace the file."""
     durable.write_text(file, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))

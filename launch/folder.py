@@ -34,6 +34,9 @@ from mimscale.errors import LaunchError
 from mimscale.train.run_dir import Outcome, RunDir
 from mimscale.world import Process
 
+BESIDE = ".job"  # suffix of a job's folder beside the folder that it writes
+LOST_S = 60.0  # how long a job that is gone may take to show its outcome on a file system that other nodes write to
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TextIO
 
 from launch import slurm_commands
-from launch.folder import JobFolder
+from launch.folder import LOST_S, JobFolder
 from launch.jobs import JOB_SIGNALS
 from launch.slurm_commands import SlurmSilentError
 from mimscale import console
@@ -107,6 +107,7 @@ def show_until_ended(folder: JobFolder, rank: int, stream: TextIO) -> None:
     """Show a rank's log as it grows, also over restarts of the job, until the job has ended."""
     logs: dict[str, Log] = {}
     next_question_s = time.monotonic() + QUEUE_EVERY_S
+    alive_s = time.monotonic()  # when that was known last
     while True:
         ended = folder.read_outcome() is not None
         record = folder.read()
@@ -117,7 +118,9 @@ def show_until_ended(folder: JobFolder, rank: int, stream: TextIO) -> None:
             return
         if time.monotonic() > next_question_s:
             next_question_s = time.monotonic() + QUEUE_EVERY_S
-            if not _is_alive(folder):
+            if _is_alive(folder):
+                alive_s = time.monotonic()
+            elif record.executor != "slurm" or time.monotonic() - alive_s > LOST_S:
                 return
         time.sleep(POLL_S)
 

@@ -19,9 +19,11 @@ from typing import NoReturn
 
 import submitit
 
+from launch.folder import JobFolder
 from launch.profile import OWN_VARIABLES, Accelerator
 from launch.slurm_commands import without_allocation
 from mimscale import cli
+from mimscale.console import say
 from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError
 from mimscale.train.startup import MARKS as STARTUP_MARKS
 from mimscale.world import World, leave_at_once
@@ -46,6 +48,7 @@ class RunVerb:
     folder: Path  # working directory: the one that the job was submitted from
     environment: Mapping[str, str]  # see `job_environment`
     lock_owner: str | None = None  # jobs with the same one follow each other, and wait for what the one before left
+    trains: bool = False  # it writes outcome.json, however it ends
     master_port: int | None = None  # None: the batch script chooses one at each start
 
     def __call__(self) -> int:
@@ -79,6 +82,10 @@ class RunVerb:
         _prepare_process()
         _remove_stale_result(place.paths.result_pickle)
         try:
+            # Before there were handlers a cancellation could signal nobody; from here on it finds them.
+            if place.cluster == "slurm" and JobFolder(Path(place.paths.folder)).cancelled.exists():
+                say("cancelled before it began")
+                sys.exit(INTERRUPTED_EXIT_CODE)
             code = cli.main(list(self.arguments))
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -88,7 +95,7 @@ class RunVerb:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # too late to stop what is done
         # srun would kill the ranks that still close their files when one leaves with 75; outcome.json has the truth.
-        together = place.cluster == "slurm" and code == INTERRUPTED_EXIT_CODE and world.size > 1
+        together = self.trains and place.cluster == "slurm" and code == INTERRUPTED_EXIT_CODE and world.size > 1
         return leave_at_once(0 if together else code)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch.folder import BESIDE
 from launch.profile import Accelerator, Profile, resolve_accelerator, resolve_processes, resolve_threads, slurm_config
 from mimscale import cli
 from mimscale.config import build_config, config_tree, parse_yaml, tree_yaml
@@ -16,8 +17,6 @@ from mimscale.train.config import FinetuneConfig, PretrainConfig, RunConfig, acc
 from mimscale.train.memory import estimate_memory
 from mimscale.train.run_dir import RunDir
 from mimscale.train.size import checkpoint_bytes, count_parameters, save_seconds
-
-BESIDE = ".job"  # suffix of a job's folder beside the folder that it writes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,145 +13,33 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from launch import slurm_commands
-from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, why_not_again
-from launch.folder import JobFolder, JobRecord, append_job, now_utc
-from launch.slurm_commands import SlurmSilentError
+from launch.attempts import (
+    Attempt,
+    Cause,
+    begin_attempt,
+    end_attempt,
+    read_attempts,
+    why_not_again,
+    with_end,
+    write_attempts,
+)
+from launch.dependents import repoint
+from launch.ending import Decision, SlurmView, decide, rank_outcome, saying, setup_outcome
+from launch.folder import BESIDE, JobFolder, JobRecord, append_job, now_utc
+from launch.slurm_commands import LostAnswerError, SlurmSilentError, UnreachableError
 from launch.srun_log import FirstEnd, first_end, last_message, newest_start
 from mimscale import durable
-from mimscale.console import say
-from mimscale.errors import (
-    INTERRUPTED_EXIT_CODE,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    LaunchError,
-    LostRankError,
-)
+from mimscale.errors import INTERRUPTED_EXIT_CODE, LaunchError, LostRankError
 from mimscale.train.run_dir import Outcome, RunDir
 
-# The same again would fail the same way.
-LASTING_FAILURES = tuple(error.exit_code for error in (ConfigError, DataError, CheckpointError, LaunchError))
 CONTROLLER_S = 120.0  # how long an answer of the controller is waited for
 RETRY_S = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlurmView:
-    """What Slurm says about a job whose ranks have ended."""
-
-    state: str  # of squeue, by its long name
-    preempted: bool
-    restarts: int  # so far; more than we know of when Slurm has requeued it meanwhile
-    reason: str = ""
-
-    @classmethod
-    def of(cls, shown: Mapping[str, str]) -> "SlurmView":
-        """Read what `scontrol show job` prints."""
-        state = shown.get("JobState", "")
-        preempt_time = shown.get("PreemptTime", "None")
-        return cls(
-            state=state,
-            preempted=state == "PREEMPTED" or preempt_time not in ("None", "Unknown", "N/A", ""),
-            restarts=int(shown.get("Restarts", "0")),
-            reason=shown.get("Reason", ""),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What follows the end of the ranks."""
-
-    action: Literal["settle", "again", "leave"]  # leave: Slurm has requeued the job itself
-    cause: Cause
-    outcome: Outcome
-
-
-def decide(outcome: Outcome, slurm: SlurmView, *, restart: int, cancelled: bool) -> Decision:
-    """What follows the end of the ranks.
-
-    Args:
-        outcome: how they ended, by `rank_outcome`.
-        slurm: what the controller says.
-        restart: how often Slurm had restarted the job when the ranks began.
-        cancelled: somebody asked for the end of the job with `mimscale cancel`.
-    """
-    if outcome.exit_code == 0:
-        return Decision(action="settle", cause="ended", outcome=outcome)
-    if cancelled:
-        return Decision(
-            action="settle", cause="stopped", outcome=_saying(outcome, "cancelled; `mimscale resume` goes on")
-        )
-    if slurm.restarts > restart or slurm.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-        return Decision(action="leave", cause="requeued from outside", outcome=_saying(outcome, "requeued by Slurm"))
-    if slurm.preempted:
-        return Decision(action="again", cause="preempted", outcome=_saying(outcome, "preempted"))
-    if slurm.state in ("TIMEOUT", "DEADLINE") or slurm.reason == "TimeLimit":
-        return Decision(action="again", cause="time limit", outcome=_saying(outcome, "cut off by the time limit"))
-    # While its script still runs a job is completing only when somebody ends it, and this is the only way that is left.
-    if slurm.state in ("CANCELLED", "COMPLETING"):
-        return Decision(action="settle", cause="stopped", outcome=_saying(outcome, "cancelled with scancel"))
-    if outcome.exit_code == INTERRUPTED_EXIT_CODE:
-        if outcome.stopped_by == "SIGTERM":
-            why = "stopped by a TERM that was no preemption; `mimscale resume` goes on"
-            return Decision(action="settle", cause="stopped", outcome=_saying(outcome, why))
-        return Decision(action="again", cause="time limit", outcome=outcome)
-    if outcome.exit_code in LASTING_FAILURES:
-        return Decision(action="settle", cause="ended", outcome=outcome)
-    return Decision(action="again", cause="lost rank", outcome=outcome)
-
-
-def rank_outcome(
-    written: Outcome | None, srun_code: int, first: FirstEnd | None, *, trains: bool, step: int, message: str = ""
-) -> Outcome:
-    """How the ranks ended: what training wrote; where it wrote nothing, what srun says.
-
-    Args:
-        written: outcome.json of this attempt, or None. It stands whatever came later: all that matters is on disk.
-        srun_code: 128 + signal when a signal ended a rank. Ranks that were interrupted together leave with 0, because
-            srun would kill the others when one leaves with another code.
-        first: the first rank that failed.
-        message: what that rank printed.
-        trains: only training writes an outcome.
-        step: newest committed step.
-    """
-    if written is not None:
-        return written
-    if srun_code == 0 and trains:
-        return Outcome(
-            outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE, step=step, message="stopped before training began"
-        )
-    if srun_code == 0:
-        return Outcome(outcome="finished", exit_code=0, step=-1)
-    if srun_code == INTERRUPTED_EXIT_CODE:
-        return Outcome(outcome="interrupted", exit_code=srun_code, step=step, message="stopped by request")
-    who = f"rank {first.rank} on {first.node}" if first else "a rank"
-    code = first.code if first else srun_code
-    if code is None or code > 128:
-        how = first.how if first else f"killed by signal {srun_code - 128}"
-        text = f"{who}: {how}; its log ends where it happened"
-        return Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=text)
-    text = f"{who} failed with exit code {code}: {message or 'see its log'}"
-    return Outcome(outcome="failed", exit_code=code, step=step, message=text)
-
-
-def setup_outcome(code: int, *, step: int, message: str) -> Outcome:
-    """How a batch script ended that could not start its ranks: no module, no file of the site, nothing unpacked.
-
-    Args:
-        code: of the command that failed; 128 + signal when a signal ended it, and then another try may go well.
-        step: newest committed step.
-        message: what that command printed.
-    """
-    killed = code > 128
-    why = f"killed by signal {code - 128}" if killed else message or f"exit code {code}; see the log"
-    exit_code = LostRankError.exit_code if killed else code
-    return Outcome(outcome="failed", exit_code=exit_code, step=step, message=f"before its ranks started: {why}")
 
 
 def start(folder: JobFolder) -> int:
@@ -162,27 +50,30 @@ def start(folder: JobFolder) -> int:
     if record.job_id is None:  # the submission was killed, or its answer got lost
         folder.write(replace(record, job_id=os.environ.get("SLURM_ARRAY_JOB_ID", job_id)))
     step = _committed_step(folder, record)
-    attempts = begin_attempt(folder.attempts_file(task), job_id, step)
-    why = "cancelled" if folder.cancelled.exists() else why_not_again(attempts[:-1], record.max_requeues)
+    reached = _reached(folder, record)
+    attempts = begin_attempt(folder.attempts_file(task), job_id, reached)
+    why = why_not_again(attempts[:-1], record.max_requeues, trains=record.trains)
+    if folder.cancelled.exists():
+        why = "cancelled"
     if why is not None:
         _say(why)
-        end_attempt(folder.attempts_file(task), job_id, step, "ended", why)
+        end_attempt(folder.attempts_file(task), job_id, reached, "ended", why)
         folder.settle(Outcome(outcome="failed", exit_code=LostRankError.exit_code, step=step, message=why), task)
         return LostRankError.exit_code
     try:
         folder.run.refuse_foreign([folder.task_file(task), folder.run.code], LaunchError)
     except LaunchError as error:
         _say(str(error))
-        end_attempt(folder.attempts_file(task), job_id, step, "ended", str(error))
+        end_attempt(folder.attempts_file(task), job_id, reached, "ended", str(error))
         folder.settle(Outcome(outcome="failed", exit_code=error.exit_code, step=step, message=str(error)), task)
         return error.exit_code
     # Submitit looks for the task under the job's id, which nobody knew when it was written.
-    name = job_id if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    shutil.copyfile(folder.task_file(task), folder.path / f"{name}_submitted.pkl")
+    shutil.copyfile(folder.task_file(task), folder.path / f"{_own_name()}_submitted.pkl")
     folder.outcome_file(task).unlink(missing_ok=True)  # somebody has requeued a job that was over
     if record.trains:
         folder.run.outcome.unlink(missing_ok=True)  # how the attempt before ended
-    _say(f"start {len(attempts)} of job {job_id} on {os.environ.get('SLURM_JOB_NODELIST')}, from step {step}")
+    where = f"step {step}" if record.trains else f"{reached} finished part(s)"
+    _say(f"start {len(attempts)} of job {job_id} on {os.environ.get('SLURM_JOB_NODELIST')}, from {where}")
     return 0
 
 
@@ -204,19 +95,31 @@ def end(folder: JobFolder, srun_code: int, *, ranks_began: bool = True) -> int:
     if outcome.exit_code == 0:  # needs nobody's opinion, and the controller may be away
         decision = Decision(action="settle", cause="ended", outcome=outcome)
     else:
-        view = SlurmView.of(_patiently(lambda: slurm_commands.show_job(job_id), {}))
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        decision = decide(outcome, view, restart=restart, cancelled=folder.cancelled.exists())
+        view = SlurmView.of(_patiently(lambda: slurm_commands.show_job(_own_name()), {}))
+        decision = decide(outcome, view, restart=_restart_count(), cancelled=folder.cancelled.exists())
         _say(f"ranks ended: {outcome.outcome}, exit code {outcome.exit_code}; Slurm says {view}")
-    attempts = end_attempt(folder.attempts_file(task), job_id, step, decision.cause, decision.outcome.message)
+    file = folder.attempts_file(task)
+    attempts = with_end(read_attempts(file), job_id, _reached(folder, record), decision.cause, decision.outcome.message)
+    with _said_when_full(file):  # then the next start completes what stands there
+        write_attempts(file, attempts)
     if decision.action == "again":
         decision = _again(folder, record, attempts, decision, task)
-    if decision.action == "settle":
-        folder.settle(decision.outcome, task)
-    elif record.trains:
-        folder.run.write_outcome(decision.outcome)
+    with _said_when_full(folder.path):
+        if decision.action == "settle":
+            folder.settle(decision.outcome, task)
+        elif record.trains:
+            folder.run.write_outcome(decision.outcome)
     _say(f"{decision.outcome.outcome}: {decision.outcome.message or 'all done'}")
     return decision.outcome.exit_code
+
+
+@contextmanager
+def _said_when_full(path: Path) -> Iterator[None]:
+    """Say what cannot be written, and go on: to start a job again, or to end it with its own code, needs no disk."""
+    try:
+        yield
+    except OSError as error:
+        _say(f"{path}: {error}")
 
 
 def _first_failure(folder: JobFolder, task: int | None) -> tuple[FirstEnd | None, str]:
@@ -239,22 +142,22 @@ def _again(
 ) -> Decision:
     """Requeue the job or submit it again, unless it has had its chances."""
     outcome = decision.outcome
-    why = why_not_again(attempts, record.max_requeues)
+    why = why_not_again(attempts, record.max_requeues, trains=record.trains)
     if why is not None:
         if outcome.outcome == "interrupted" and not attempts[-1].made_progress:
             outcome = replace(outcome, outcome="failed", exit_code=LostRankError.exit_code)
-        return replace(decision, action="settle", outcome=_saying(outcome, why))
+        return replace(decision, action="settle", outcome=saying(outcome, why))
     try:
         how = _requeue(decision.cause, record) or _resubmit(folder, record, task)
-    except LaunchError as error:
-        return replace(decision, action="settle", outcome=_saying(outcome, f"could not be requeued: {error}"))
+    except (LaunchError, OSError) as error:
+        return replace(decision, action="settle", outcome=saying(outcome, f"could not be requeued: {error}"))
     waiting = replace(outcome, outcome="interrupted", exit_code=INTERRUPTED_EXIT_CODE)
-    return replace(decision, outcome=_saying(waiting, f"{how} ({decision.cause})"))
+    return replace(decision, outcome=saying(waiting, f"{how} ({decision.cause})"))
 
 
 def _requeue(cause: Cause, record: JobRecord) -> str | None:
     """Let Slurm start the job again under its id; None where that is not to be had."""
-    job_id = os.environ["SLURM_JOB_ID"]
+    job_id = _own_name()
     partition = os.environ.get("SLURM_JOB_PARTITION", record.partition or "")
     if cause == "preempted" and "CANCEL" in slurm_commands.preempt_mode(partition):
         return None  # what a preemption cancels cannot be requeued
@@ -265,19 +168,40 @@ def _requeue(cause: Cause, record: JobRecord) -> str | None:
             return f"requeued as job {job_id}"
         except SlurmSilentError as error:
             _say(str(error))
-            if ("contact" not in str(error) and "answer" not in str(error)) or time.monotonic() > deadline_s:
+            requeued = _is_requeued(job_id)
+            if requeued:  # by this call, whose answer got lost, or by the one before
+                return f"requeued as job {job_id}"
+            no_answer = isinstance(error, LostAnswerError | UnreachableError)
+            if requeued is False and not no_answer:
                 return None
+            if time.monotonic() > deadline_s:
+                if requeued is False or isinstance(error, UnreachableError):
+                    return None
+                # Another job now could become a second one for the same run, of which nobody keeps track.
+                raise SlurmSilentError(f"nobody says whether job {job_id} is queued again: {error}") from None
             time.sleep(RETRY_S)
+
+
+def _is_requeued(job_id: str) -> bool | None:
+    """Whether Slurm has queued this job again; None when nobody says."""
+    try:
+        view = SlurmView.of(slurm_commands.show_job(job_id))
+    except SlurmSilentError as error:
+        _say(str(error))
+        return None
+    return view.is_requeued(_restart_count())
 
 
 def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
     """Submit the same batch script again, to start when this job is gone."""
-    own_id = os.environ["SLURM_JOB_ID"]
+    own_id = _own_name()
     name = f"{record.job_name}.{own_id}"
     options = [f"--dependency=afterany:{own_id}", f"--job-name={name}", *([] if task is None else [f"--array={task}"])]
+    if task is None:  # by its name the job is found when its id cannot be written down
+        folder.write(replace(folder.read(), job_name=name))
     new_id = slurm_commands.submit(folder.script, slurm_commands.without_allocation(os.environ), name, *options)
     if task is None:
-        folder.write(replace(folder.read(), job_id=new_id, job_name=name))
+        folder.write(replace(folder.read(), job_id=new_id))
     else:
         durable.write_text(folder.moved_file(task), new_id)
     append_job(
@@ -291,20 +215,8 @@ def _resubmit(folder: JobFolder, record: JobRecord, task: int | None) -> str:
             "folder": str(folder.path.relative_to(folder.run.path)),
         },
     )
-    repoint_dependents(folder, folder.unfinished_job_ids())
+    repoint(folder.waiting(), folder.unfinished_job_ids())
     return f"submitted again as job {new_id}"
-
-
-def repoint_dependents(folder: JobFolder, job_ids: Sequence[str]) -> list[JobFolder]:
-    """Let the submissions that wait for this one wait for `job_ids`, which continue it; returns them."""
-    children = []
-    for child in folder.waiting():
-        try:
-            slurm_commands.set_dependency(str(child.read().job_id), slurm_commands.after_success(job_ids))
-            children.append(child)
-        except SlurmSilentError as error:
-            say(f"job {child.read().job_id} waits for a job that is over and will never start ({error}); cancel it")
-    return children
 
 
 def _patiently(ask: Callable[[], dict[str, str]], otherwise: dict[str, str]) -> dict[str, str]:
@@ -324,20 +236,33 @@ def _committed_step(folder: JobFolder, record: JobRecord) -> int:
     return committed_step(folder.run) if record.trains else 0
 
 
+def _reached(folder: JobFolder, record: JobRecord) -> int:
+    """What restarts must add to: the newest committed step; for what does not train the number of finished parts."""
+    if record.trains:
+        return committed_step(folder.run)
+    made = folder.run.path.with_name(folder.run.path.name.removesuffix(BESIDE))
+    return sum(1 for _ in made.glob("receipts/part-*"))  # of a store or of features; others have none
+
+
 def committed_step(run: RunDir) -> int:
     """The step of the newest committed checkpoint; 0 when there is none."""
     names = [path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def _own_name() -> str:
+    """What Slurm calls this job and no other: the last task of an array has the array's own number."""
+    task = _array_task()
+    return os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _array_task() -> int | None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return None if task is None else int(task)
-
-
-def _saying(outcome: Outcome, message: str) -> Outcome:
-    told = f"{outcome.message}; {message}" if outcome.message else message
-    return replace(outcome, message=told)
 
 
 def _say(message: str) -> None:
@@ -354,7 +279,8 @@ def main(argv: list[str]) -> int:
         return start(job) if what == "start" else end(job, int(rest[0]), ranks_began=rest[1:] != ["before-ranks"])
     except OSError as error:  # the run directory's disk is full or gone
         _say(f"{job.path}: {error}")
-        return LaunchError.exit_code if what == "start" else int(rest[0])
+        # Never 0: ranks that stop together leave with it, and what waits for the job would start.
+        return LaunchError.exit_code if what == "start" else int(rest[0]) or LaunchError.exit_code
 
 
 if __name__ == "__main__":

@@ -191,7 +191,9 @@ class BatchJob:
                 f"{one_a_node} --kill-on-bad-exit=1 {shlex.join(unpack)} || {{ ask end $? before-ranks; exit $?; }}"
             )
         # srun's first step is number 0, and unpacking is a step.
-        step = f'"$SLURM_JOB_ID.{int(slurm.env_archive is not None)}"'
+        # The last task of an array has the array's own number, by which scancel would end the steps of all tasks.
+        name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+        step = f'"{name}.{int(slurm.env_archive is not None)}"'
         return [
             *lines,
             "# Ranks that hang although they were told to stop are ended while the job can still be requeued. The",

@@ -34,14 +34,25 @@ ACTIVE_STATES = frozenset(
 QUERY_S = 8.0  # a busy controller answers in one or two
 SUBMIT_S = 90.0  # sbatch itself waits for a controller that does not answer
 LOST_ID_S = 30.0  # how long a submission whose answer got lost is looked for
-# sbatch may say these after the controller has taken the job.
+# Commands may say these after the controller has done what they ask for.
 LOST_ANSWERS = ("Socket timed out", "Zero Bytes were transmitted", "Transport endpoint", "Unexpected message received")
+# scancel's words about what has ended since it was listed.
+ENDED_MEANWHILE = ("already completing or completed", "Invalid job id specified")
+UNREACHABLE = "unable to contact"
 _QUEUE_FORMAT = "%i|%A|%u|%T|%r|%N|%L|%j"  # the name last: it may hold a bar
 _PAIR = re.compile(r"([A-Za-z][A-Za-z0-9_/:]*)=(\S*)")
 
 
 class SlurmSilentError(LaunchError):
     """A command of Slurm that is missing, fails, or does not answer in time."""
+
+
+class UnreachableError(SlurmSilentError):
+    """The controller was not reached: nothing was done, and may be done later."""
+
+
+class LostAnswerError(SlurmSilentError):
+    """The controller did not answer: it may or may not have done what it was told."""
 
 
 class LostSubmissionError(SlurmSilentError):
@@ -80,7 +91,9 @@ def call(command: Sequence[str], timeout_s: float = QUERY_S) -> str:
     """Standard output of one of Slurm's commands.
 
     Raises:
-        SlurmSilentError: it is not there, fails or does not answer.
+        UnreachableError: nothing was done.
+        LostAnswerError: nobody knows whether it was done.
+        SlurmSilentError: it is not there, or fails.
     """
     try:
         done = subprocess.run(
@@ -95,9 +108,15 @@ def call(command: Sequence[str], timeout_s: float = QUERY_S) -> str:
     except FileNotFoundError:
         raise SlurmSilentError(f"no {command[0]} on PATH; load the site's Slurm module") from None
     except subprocess.TimeoutExpired:
-        raise SlurmSilentError(f"{command[0]} gave no answer in {timeout_s:.0f} s; is the controller up?") from None
+        raise LostAnswerError(f"{command[0]} gave no answer in {timeout_s:.0f} s; is the controller up?") from None
     if done.returncode:
-        raise SlurmSilentError(f"{command[0]} failed: {' '.join(done.stderr.split()) or done.returncode}")
+        complaint = " ".join(done.stderr.split())
+        kind = SlurmSilentError
+        if any(text in complaint for text in LOST_ANSWERS):
+            kind = LostAnswerError
+        elif UNREACHABLE in complaint.lower():
+            kind = UnreachableError
+        raise kind(f"{command[0]} failed: {complaint or done.returncode}")
     return done.stdout
 
 
@@ -204,13 +223,16 @@ def limit_minutes(text: str) -> float | None:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def requeue(raw_id: str) -> None:
+def requeue(job_id: str) -> None:
     """Let a job start again under its id.
+
+    Args:
+        job_id: its number; of a task of an array `12_3`.
 
     Raises:
         SlurmSilentError: the controller refuses or does not answer.
     """
-    call(["scontrol", "requeue", raw_id], timeout_s=SUBMIT_S)
+    call(["scontrol", "requeue", job_id], timeout_s=SUBMIT_S)
 
 
 def after_success(job_ids: Sequence[str]) -> str:
@@ -229,6 +251,10 @@ def set_dependency(job_id: str, dependency: str) -> None:
 
 def cancel(job_id: str, *options: str) -> None:
     """`scancel`.
+
+    Args:
+        job_id: a job; of an array all tasks, or one as `12_3`.
+        options: which of them, and with which signal.
 
     Raises:
         SlurmSilentError: the controller refuses or does not answer.
@@ -273,7 +299,7 @@ def submit(script: Path, environment: Mapping[str, str], job_name: str, *options
         return _find_lost(job_name, complaint)
     assert done is not None
     if done.returncode:
-        kind = SlurmSilentError if "unable to contact" in complaint.lower() else LaunchError
+        kind = SlurmSilentError if UNREACHABLE in complaint.lower() else LaunchError
         raise kind(f"{_refusal(complaint)} (the script is {script})")
     return str(done.stdout).strip().partition(";")[0]
 
@@ -310,6 +336,6 @@ def _refusal(complaint: str) -> str:
         return (
             f"{text}; set slurm.account, slurm.qos and slurm.partition as `sacctmgr show assoc user=$USER` lists them"
         )
-    if "unable to contact" in lower:
+    if UNREACHABLE in lower:
         return f"{text}; nothing was queued: submit again when the controller is back"
     return f"{text}; change the profile, or see `sinfo` for what the nodes have"

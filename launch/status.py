@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm_commands
-from launch.folder import JobFolder, JobRecord, job_folders
+from launch.folder import BESIDE, JobFolder, JobRecord, job_folders
 from launch.requeue import committed_step
 from launch.slurm_commands import QueuedJob, SlurmSilentError
 from mimscale import console
@@ -23,9 +23,9 @@ from mimscale.errors import ConfigError
 from mimscale.train.health_log import HealthLog
 from mimscale.train.run_dir import Outcome, RunDir
 
-SUFFIX = ".job"  # of the folder beside what a verb without a run directory writes
 WATCH_EVERY_S = 10.0
 STALE_HEARTBEAT_S = 300.0
+NEVER_STARTS = "never starts"  # so begins the reason of a job whose parent did not finish
 WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 
 
@@ -65,7 +65,7 @@ def expand(paths: Sequence[Path]) -> list[RunDir]:
     """
     runs: list[RunDir] = []
     for path in (Path(os.path.abspath(path)) for path in paths):  # `..` and `.` gone, links as they are
-        found = [run for place in (path, path.with_name(path.name + SUFFIX)) if (run := _as_run(place))]
+        found = [run for place in (path, path.with_name(path.name + BESIDE)) if (run := _as_run(place))]
         if not found and path.is_dir():
             children = sorted(child for child in path.iterdir() if child.is_dir())
             found = [run for child in children if (run := _as_run(child))]
@@ -174,7 +174,7 @@ def _of_active(jobs: list[QueuedJob], record: JobRecord) -> tuple[str, str]:
     text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) if record.array else ""
     reasons = sorted({job.reason for job in jobs if job.state in WAITING and job.reason})
     if "DependencyNeverSatisfied" in reasons:
-        return "queued", f"never starts: {record.after} did not finish; resume that, or `mimscale cancel` this"
+        return "queued", f"{NEVER_STARTS}: {record.after} did not finish; resume that, or `mimscale cancel` this"
     waiting = f"waits for {', '.join(reasons)}" if reasons else ""
     running = [job for job in jobs if job.state not in WAITING]
     left = f"{running[0].time_left} left" if running and not record.array else ""

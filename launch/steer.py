@@ -7,16 +7,19 @@ import shlex
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from launch import slurm_commands
 from launch.folder import JobFolder, JobRecord, job_folders, now_utc
 from launch.follow import Log, show_until_ended
-from launch.slurm_commands import SlurmSilentError
+from launch.slurm_commands import ENDED_MEANWHILE, LostAnswerError, QueuedJob, SlurmSilentError, UnreachableError
 from launch.status import expand, submissions_to_show
 from mimscale import console, durable
 from mimscale.errors import ConfigError, LaunchError
+
+SIGNALLED = ("RUNNING", "SUSPENDED")  # states of jobs that may have something to save
 
 
 def logs_main(argv: list[str]) -> int:
@@ -89,9 +92,9 @@ def cancel_main(argv: list[str]) -> int:
     if not alive:
         console.say(f"{run.path}: no job to cancel")
         return 0
-    for folder in reversed(alive):  # those that wait for another first
-        # Before anything else, so that whatever ends the job now finds it and does not start it again.
+    for folder in alive:  # before anything else, so that whatever ends a job now finds it and does not start it again
         durable.write_json(folder.cancelled, {"by": f"{getpass.getuser()}@{socket.gethostname()}", "utc": now_utc()})
+    for folder in reversed(alive):  # those that wait for another first
         cancel = _cancel_batch_job if folder.read().executor == "slurm" else _cancel_local_job
         console.say(cancel(folder, now=arguments.now))
     return 0
@@ -101,12 +104,9 @@ def _cancel_batch_job(folder: JobFolder, *, now: bool) -> str:
     record = folder.read()
     try:
         jobs = [job for job in folder.queued(slurm_commands.queue([record.user])) if job.is_active]
-        running = [job for job in jobs if job.state in ("RUNNING", "COMPLETING", "SUSPENDED")]
-        for job in jobs:
-            if now or job not in running:
-                slurm_commands.cancel(job.job_id)
-            else:
-                slurm_commands.cancel(job.job_id, "--signal=USR2")
+        refused = _scancel(jobs, now=now)
+        if refused:
+            raise SlurmSilentError("; ".join(refused))
     except SlurmSilentError as error:
         raise LaunchError(
             f"job {record.job_id} has not heard of it ({error}): it runs on, but will not start again once it ends; "
@@ -114,10 +114,45 @@ def _cancel_batch_job(folder: JobFolder, *, now: bool) -> str:
         ) from None
     if not jobs:
         return f"job {record.job_id} is not in the queue any more"
-    names = ", ".join(job.job_id for job in jobs)
-    if now or not running:
-        return f"job {names}: cancelled"
-    return f"job {names}: asked to save and stop; --now ends it at once"
+    name, states = f"job {record.job_id}", {job.state for job in jobs}
+    if now:
+        return f"{name}: cancelled"
+    if states & set(SIGNALLED):
+        return f"{name}: asked to save and stop; --now ends it at once"
+    return f"{name}: is ending already" if states == {"COMPLETING"} else f"{name}: cancelled"
+
+
+def _scancel(jobs: Sequence[QueuedJob], *, now: bool) -> list[str]:
+    """Cancel the jobs of a submission; returns what was refused of it. Few calls, however many tasks an array has.
+
+    Raises:
+        SlurmSilentError: the controller does not answer.
+    """
+    refused = []
+    orders = {_order(job, now=now) for job in jobs if now or job.state != "COMPLETING"}
+    # What waits comes first: it would take the place of what ends.
+    for order in sorted(orders, key=lambda order: ("--signal=USR2" in order, order)):
+        *options, job_id = order
+        try:
+            slurm_commands.cancel(job_id, *options)
+        except (LostAnswerError, UnreachableError):
+            raise
+        except SlurmSilentError as error:
+            if not any(text in str(error) for text in ENDED_MEANWHILE):  # of one task: the others were cancelled
+                refused.append(str(error))
+    return refused
+
+
+def _order(job: QueuedJob, *, now: bool) -> tuple[str, ...]:
+    """The words of scancel for a job; the same for all tasks of an array in the same state."""
+    array_id = job.job_id.partition("_")[0]
+    if now:
+        return (array_id,)
+    if job.state in SIGNALLED:
+        return ("--signal=USR2", f"--state={job.state}", array_id)
+    if job.state == "PENDING":
+        return ("--state=PENDING", array_id)
+    return (job.job_id,)  # its node is being prepared, or it is held back
 
 
 def _cancel_local_job(folder: JobFolder, *, now: bool) -> str:

@@ -340,7 +340,7 @@ def main(argv: list[str]) -> int:
     else:
         stopped = run_here(study)
     if not arguments.dry_run and (profile.executor != "slurm" or arguments.wait):
-        stopped = stopped or any(state.name == "to do" for state in study.states.values())
+        stopped = stopped or any(state.name in ("to do", *AHEAD) for state in study.states.values())
     view = study_view(config, study.graph, study.folder, study.states)
     if not arguments.dry_run:
         report = write_study_report(view, study.folder)

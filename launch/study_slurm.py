@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+from launch.dependents import NoOutcomeError
+from launch.folder import LOST_S
 from launch.jobs import JOB_SIGNALS
 from launch.slurm_commands import SlurmSilentError, require_sbatch
+from launch.status import NEVER_STARTS
 from launch.study import AHEAD, DATA_VERBS, Study
 from launch.submission import submit_batch
 from mimscale import console
@@ -23,7 +26,6 @@ from mimscale.study.view import NodeState
 POLL_S = 1.0  # how often it is asked whether a job has written its outcome
 QUEUE_EVERY_S = 15.0  # how often Slurm is asked; more often annoys a controller that many users ask
 SILENT_EVERY_S = 5.0  # how often, while it does not answer
-LOST_S = 60.0  # how long a job that is gone may take to show its outcome on a file system that other nodes write to
 OVER = ("done", "failed", "left out")
 
 
@@ -74,6 +76,9 @@ def _submit(study: Study, node: Node, parent: Node | None) -> bool:
             folder, job_id = submit_batch(plan, [node.verb, node.id], fresh=False, after=after, after_verb=verb)
     except SlurmSilentError as error:
         study.silent = str(error)
+        return False
+    except NoOutcomeError as error:  # it ended a moment ago: the next look tells how
+        console.say(f"{node.label}: not yet: {error}")
         return False
     except MimscaleError as error:
         study.started.add(node.id)
@@ -203,7 +208,9 @@ def _will_end(study: Study) -> list[str]:
     found: list[str] = []
     for node in study.graph.nodes.values():
         name = study.states[node.id].name
-        starts = all(study.states[parent].name == "done" or parent in found for parent in node.parents)
+        starts = not study.states[node.id].reason.startswith(NEVER_STARTS) and all(
+            study.states[parent].name == "done" or parent in found for parent in node.parents
+        )
         if name == "running" or (name == "queued" and starts):
             found.append(node.id)
     return found

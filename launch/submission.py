@@ -11,7 +11,7 @@ import shlex
 import shutil
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import submitit
 import yaml
 
 from launch import slurm_commands
+from launch.dependents import NO_OTHERS, Waiting, drop_merges, find_parent, stuck_children, take_over
 from launch.folder import JobFolder, JobRecord, append_job, claim_folder, job_folders, now_utc, refuse_while_alive
 from launch.jobs import RunVerb, free_port, job_environment
 from launch.plan import JOB_VERBS, Plan
 from launch.preflight import check_on_login_node, check_times
 from launch.profile import slurm_config
-from launch.requeue import repoint_dependents
 from launch.slurm import BatchExecutor, BatchJob, new_job_name
 from launch.slurm_commands import LostSubmissionError
 from launch.snapshot import snapshot_code
@@ -35,19 +35,11 @@ from mimscale.store.layout import info_path, read_info
 from mimscale.train.committed import read_manifest, refuse_former_version, tags
 from mimscale.train.config import FREE_KEYS
 from mimscale.train.environment import COMMIT_VARIABLE, this_commit
-from mimscale.train.run_dir import Outcome, RunDir
+from mimscale.train.run_dir import RunDir
 from mimscale.world import Process
 
 
-@dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """The submissions that a new one may find alive, and those whose success it waits for."""
-
-    beside: tuple[JobFolder, ...] = ()
-    parent: JobFolder | None = None  # the one that --after names, while it is not over
-
-
-def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = Waiting()) -> JobFolder:
+def prepare(plan: Plan, *, fresh: bool, waiting: Waiting = NO_OTHERS) -> JobFolder:
     """Make the run directory and the job's folder in it.
 
     Raises:
@@ -188,6 +180,7 @@ def _task(plan: Plan, folder: JobFolder, master_port: int | None) -> RunVerb:
         | {"OMP_NUM_THREADS": str(plan.threads), "DS_ACCELERATOR": plan.accelerator},
         # Slurm has said that no other job of this run is alive, but not that its node has let go of the lock.
         lock_owner=str(plan.run.path) if plan.profile.executor == "slurm" else None,
+        trains=plan.trains is not None,
         master_port=master_port,
     )
 
@@ -261,43 +254,6 @@ def script_of(plan: Plan, *, waits: bool) -> str:
     return BatchExecutor(_batch_job(plan, folder, name, exported, ["JOB_OF_PARENT"] if waits else [])).script()
 
 
-def find_parent(run_dir: Path, verb: str | None = None) -> JobFolder | None:
-    """The submission that `--after run_dir` waits for; None when it has finished already.
-
-    Args:
-        run_dir: a run directory, or the store that an ingest writes.
-        verb: of that submission, where others of the same run are not meant; None: the newest of any verb.
-
-    Raises:
-        LaunchError: there is none, it has failed, or it is no job of Slurm.
-    """
-    places = [RunDir(run_dir.absolute()), RunDir(run_dir.absolute().with_name(f"{run_dir.name}.job"))]
-    folders = [folder for place in places for folder in job_folders(place.logs)]
-    folders = [folder for folder in folders if verb in (None, folder.read().verb)]
-    if not folders:
-        raise LaunchError(f"--after {run_dir}: nothing was submitted there; give the run_dir (or out) of a submission")
-    newest, active = folders[-1], []
-    outcome, record = newest.read_outcome(), newest.read()
-    if outcome is None and record.executor == "slurm":
-        active = [job for job in newest.queued(slurm_commands.queue([record.user])) if job.is_active]
-        outcome = None if active else newest.read_outcome()  # it may have ended meanwhile
-    if outcome is not None and outcome.exit_code == 0:
-        return None
-    if outcome is not None:
-        raise LaunchError(
-            f"--after {run_dir}: its job {record.job_id} {outcome.outcome} ({outcome.message}); let it finish first, "
-            f"with `mimscale resume {run_dir}`"
-        )
-    if record.executor != "slurm":
-        raise LaunchError(f"--after {run_dir}: job {record.job_id} is no job of Slurm; wait for it")
-    if not active:
-        raise LaunchError(
-            f"--after {run_dir}: job {record.job_id} is not in the queue and left no outcome; see `mimscale status "
-            f"{run_dir}`, then `mimscale resume {run_dir}`"
-        )
-    return newest
-
-
 def submit_batch(
     plan: Plan, argv: Sequence[str], *, fresh: bool, after: Path | None, after_verb: str | None = None
 ) -> tuple[JobFolder, str]:
@@ -315,11 +271,12 @@ def submit_batch(
     """
     check_on_login_node(plan)
     parent = None if after is None else find_parent(after, after_verb)
-    # What waits for a job of this run that has failed cannot start before the new one has finished.
-    failed = [folder for folder in job_folders(plan.run.logs) if (end := folder.read_outcome()) and end.exit_code]
-    stuck = [child for folder in failed for child in folder.waiting()]
+    # What waits for a job of this run that is over cannot start before the new one has finished.
+    stuck = stuck_children(plan.run, plan.verb)
     if plan.array is not None:
-        _drop_old_merges([child for child in stuck if child.run == plan.run])
+        merges = [child for child in stuck if child.run == plan.run]
+        drop_merges(merges)
+        stuck = [child for child in stuck if child not in merges]
     waiting = Waiting(beside=(*stuck, *([] if parent is None else [parent])), parent=parent)
     depends_on = [] if parent is None else parent.unfinished_job_ids()
     folder = prepare(plan, fresh=fresh, waiting=waiting)
@@ -327,7 +284,7 @@ def submit_batch(
     if parent is not None:
         parent.add_dependent(folder)
     if plan.array is None:
-        _take_over(failed, folder, job_id)
+        take_over(stuck, folder, job_id)
         return folder, job_id
     merging = replace(plan, array=None, words=("merge=true",))
     try:
@@ -337,21 +294,5 @@ def submit_batch(
         slurm_commands.cancel(job_id)  # parts that nobody would merge
         raise
     folder.add_dependent(merge_folder)
-    _take_over(failed, merge_folder, merge_id)
+    take_over(stuck, merge_folder, merge_id)
     return merge_folder, merge_id
-
-
-def _drop_old_merges(merges: Sequence[JobFolder]) -> None:
-    """Take merges that can never start out of the queue: a new array brings its own."""
-    for merge in merges:
-        slurm_commands.cancel(str(merge.read().job_id))
-        why = "its job array failed and was submitted again, with another merge"
-        merge.settle(Outcome(outcome="failed", exit_code=LaunchError.exit_code, step=-1, message=why))
-
-
-def _take_over(failed: Sequence[JobFolder], folder: JobFolder, job_id: str) -> None:
-    """Let what waits for the failed jobs of a run wait for the new one."""
-    for old in failed:
-        for child in repoint_dependents(old, [job_id]):
-            folder.add_dependent(child)
-            child.write(replace(child.read(), after=str(folder.path)))

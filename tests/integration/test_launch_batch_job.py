@@ -14,7 +14,7 @@ from launch_fake_verb import wait_until
 from launch_site import FAILED, FINISHED, Site, site_in
 
 from launch import follow
-from launch.folder import job_folders
+from launch.folder import JobFolder, job_folders
 from mimscale.train.run_dir import Outcome, RunDir
 
 
@@ -68,8 +68,24 @@ def test_a_waited_for_job_shows_rank_0_and_returns_the_exit_code_of_its_outcome(
     assert f"{end.outcome} (exit code {end.exit_code}): {end.message or 'all done'}" in said
 
 
+def test_a_waited_for_job_that_is_gone_may_show_its_outcome_late(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def is_alive(folder: JobFolder) -> bool:
+        asked.append(folder)
+        if len(asked) == 3:  # by now the file that another node wrote is seen here
+            folder.settle(FINISHED)
+        return False
+
+    monkeypatch.setattr(follow, "_is_alive", is_alive)
+    monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    code, _, said = site.submit("--wait")
+    assert code == 0, said
+
+
 def test_a_waited_for_job_that_vanishes_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "QUEUE_EVERY_S", 0.1)
+    monkeypatch.setattr(follow, "LOST_S", 0.3)
     code, _, said = site.submit("--wait")
     assert code == 6
     assert "has left the queue without an outcome; see `mimscale status`" in said
@@ -200,7 +216,8 @@ def test_a_job_waits_for_the_run_that_after_names(site: Site) -> None:
     assert "--after nowhere: nothing was submitted there" in said
 
 
-def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Site) -> None:
+@pytest.mark.parametrize("end", [FAILED, None])  # None: it is gone and nobody could say how it ended
+def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Site, end: Outcome | None) -> None:
     assert site.submit()[0] == 0
     parent = only_folder(site.run)
     site.slurm.hold(parent, "RUNNING")
@@ -211,7 +228,8 @@ def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Sit
     children = [only_folder(RunDir(site.folder / "second")), job_folders(site.run.logs)[-1]]
     for child in children:
         site.slurm.hold(child, "PENDING", "DependencyNeverSatisfied")
-    parent.settle(FAILED)
+    if end is not None:
+        parent.settle(end)
     code, _, said = site.verb("resume", "run")
     assert code == 0, said
     newest = job_folders(site.run.logs)[-1]
@@ -220,8 +238,31 @@ def test_what_waits_for_a_failed_run_waits_for_the_job_that_resumes_it(site: Sit
     assert [child.read().after for child in children] == [str(newest.path)] * 2
     assert newest.waiting() == children
 
+    # Now they wait for that one, and an evaluation of the half-trained run is no cause to let them start.
+    site.slurm.forget()
+    site.slurm.hold(newest, "RUNNING")
+    for child in children[:1]:
+        site.slurm.hold(child, "PENDING", "Dependency")
+    words = ["submit", "evaluate", "run_dir=run", "store=store", "out=scores", "--profile", "profile.yaml"]
+    assert site.verb(*words)[0] == 0
+    assert [call for call in site.slurm.calls("scontrol") if call.startswith("update")] == updates
 
-def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site) -> None:
+
+def test_what_has_started_is_not_taken_for_what_waits_for_a_run_that_is_gone(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "RUNNING")
+    words = ["submit", "evaluate", "run_dir=run", "store=store", "--after", "run", "--profile", "profile.yaml"]
+    assert site.verb(*words)[0] == 0
+    site.slurm.forget()
+    site.slurm.hold(job_folders(site.run.logs)[-1], "RUNNING")
+    code, _, said = site.verb("resume", "run")
+    assert code == 5
+    assert "job 101 (evaluate" in said
+    assert "is running" in said
+
+
+@pytest.mark.parametrize("merge_waits", [True, False])
+def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site, merge_waits: bool) -> None:
     (site.folder / "a.nii").write_bytes(b"")
     words = ["ingest", "demo/ingest", "sources=*.nii", "out=data/store", "--array", "3", "--profile", "profile.yaml"]
     code, _, said = site.verb("submit", *words)
@@ -242,10 +283,11 @@ def test_an_ingest_in_parts_is_an_array_and_a_merge_that_waits_for_it(site: Site
     merge.rank_log("101", 0).write_text("merged\n")
     assert site.verb("logs", "data/store")[1] == "merged\n"
     array.settle(FAILED)
-    site.slurm.hold(merge, "PENDING", "DependencyNeverSatisfied")
+    if merge_waits:
+        site.slurm.hold(merge, "PENDING", "DependencyNeverSatisfied")
     code, _, said = site.verb("resume", "data/store")
     assert code == 0, said
-    assert site.slurm.calls("scancel") == ["101"]
+    assert site.slurm.calls("scancel") == (["101"] if merge_waits else [])  # what is gone cannot be cancelled
     assert "#SBATCH --array=0-2%3\n" in site.slurm.script("102")
     assert "#SBATCH --dependency=afterok:102\n" in site.slurm.script("103")
     code, _, said = site.submit("--array", "3")

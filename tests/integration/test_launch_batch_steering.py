@@ -14,7 +14,7 @@ from launch import status
 from launch.folder import JobFolder, job_folders
 from mimscale import durable
 from mimscale.train.health_log import HealthLog
-from mimscale.train.run_dir import Outcome
+from mimscale.train.run_dir import Outcome, RunDir
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_cancel_leaves_word_before_the_job_hears_of_it(site: Site, monkeypatch: 
     code, _, said = site.verb("cancel", "run")
     assert code == 0
     assert "asked to save and stop" in said
-    assert site.slurm.calls("scancel") == ["--signal=USR2 100"]
+    assert site.slurm.calls("scancel") == ["--signal=USR2 --state=RUNNING 100"]
     assert "cancelled.json" in (site.slurm.folder / "scancel.saw").read_text()
     assert site.verb("cancel", "run", "--now")[0] == 0
     assert site.slurm.calls("scancel")[-1] == "100"
@@ -170,7 +170,41 @@ def test_a_waiting_job_is_cancelled_at_once(site: Site) -> None:
     assert site.submit()[0] == 0
     site.slurm.hold(only_folder(site.run), "PENDING")
     assert site.verb("cancel", "run")[0] == 0
-    assert site.slurm.calls("scancel") == ["100"]
+    assert site.slurm.calls("scancel") == ["--state=PENDING 100"]
+
+
+@pytest.mark.parametrize(
+    ("complaint", "code"),
+    [("Kill job error on job id 100_3: Job/step already completing or completed", 0), ("Access/permission denied", 5)],
+)
+def test_an_array_is_cancelled_with_two_calls_and_a_task_that_has_ended_keeps_the_others_from_nothing(
+    site: Site, complaint: str, code: int
+) -> None:
+    (site.folder / "a.nii").write_bytes(b"")
+    words = ["ingest", "demo/ingest", "sources=*.nii", "out=store2", "--array", "5", "--profile", "profile.yaml"]
+    assert site.verb("submit", *words)[0] == 0
+    array, merge = job_folders(RunDir(site.folder / "store2.job").logs)
+    for task, state in enumerate(("COMPLETING", "RUNNING", "PENDING", "RUNNING", "PENDING")):
+        site.slurm.hold(array, state, job_id=f"100_{task}")
+    scancel = site.slurm.folder / "bin" / "scancel"
+    scancel.write_text(f"{scancel.read_text()}echo 'scancel: error: {complaint}' >&2; exit 1\n")
+    got, _, said = site.verb("cancel", "store2")
+    assert got == code, said
+    assert site.slurm.calls("scancel") == ["--state=PENDING 100", "--signal=USR2 --state=RUNNING 100"]
+    assert ("job 100: asked to save and stop" in said) == (code == 0)
+    assert (complaint in said) == (code != 0)
+    assert array.cancelled.exists()
+    assert merge.cancelled.exists()
+
+
+def test_a_job_that_is_ending_is_left_to_end(site: Site) -> None:
+    assert site.submit()[0] == 0
+    site.slurm.hold(only_folder(site.run), "COMPLETING")
+    code, _, said = site.verb("cancel", "run")
+    assert code == 0
+    assert "job 100: is ending already" in said
+    assert site.slurm.calls("scancel") == []
+    assert only_folder(site.run).cancelled.exists()
 
 
 def test_resume_submits_the_same_again_on_another_number_of_nodes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

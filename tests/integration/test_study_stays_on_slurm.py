@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import study_fake_verbs
@@ -11,6 +12,7 @@ from small_study import study_tree
 from store_samples import make_store
 
 from launch import study, study_slurm
+from launch.folder import JobFolder
 from mimscale import durable
 from mimscale.errors import MimscaleError
 from mimscale.train.run_dir import Outcome
@@ -222,6 +224,37 @@ def test_what_a_person_cancels_is_not_submitted_again_and_nobody_waits_for_what_
     }
     assert len(slurm.calls("sbatch")) == 6
 
+    # The next command does it again, and what waits for it goes on.
+    child = JobFolder(Path(nodes["finetune mae, seeds 0, 0"]["folder"]) / "logs" / "001")
+    cluster.rewrite(child, "|Dependency|", "|DependencyNeverSatisfied|")
+    cluster.interludes.append(lambda study: cluster.rewrite(child, "|DependencyNeverSatisfied|", "|Dependency|"))
+    code, nodes, _ = stay(capsys)
+    assert (code, set(states(nodes).values())) == (0, {"done"})
+    assert len(slurm.calls("sbatch")) == 7
+    assert slurm.calls("scontrol")[-1] == f"update JobId={child.read().job_id} Dependency=afterok:106"
+
+
+def test_nobody_waits_for_a_job_that_never_starts(tmp_path, slurm, cluster, no_page, capsys):
+    write_recipe(tmp_path, "scratch", "mae")
+
+    def finish_without_letting_the_child_start(study):
+        for node in study.graph.nodes.values():
+            if node.verb == "pretrain" or node.label.endswith("scratch, seed 0"):
+                cluster.work(study, node)
+        folder = job_of(study, "finetune mae, seeds 0, 0")
+        cluster.rewrite(folder, "|Dependency|", "|DependencyNeverSatisfied|")
+
+    cluster.interludes += [
+        lambda study: cluster.work(study, study.graph.nodes[study.graph.data["store"]]),
+        finish_without_letting_the_child_start,
+        lambda study: pytest.fail("it waits"),
+    ]
+    code, nodes, _ = stay(capsys)
+    assert code == 75
+    assert states(nodes)["pretrain mae, seed 0"] == "done"
+    assert states(nodes)["finetune mae, seeds 0, 0"] == "queued"
+    assert "never starts" in nodes["finetune mae, seeds 0, 0"]["reason"]
+
 
 @pytest.mark.parametrize(("patience_s", "code"), [(60.0, 0), (0.0, 75)])
 def test_a_job_that_is_gone_may_show_its_outcome_late(
@@ -238,6 +271,29 @@ def test_a_job_that_is_gone_may_show_its_outcome_late(
     assert ended == code
     assert states(nodes)["ingest store"] == ("to do" if code else "done")
     assert len(slurm.calls("sbatch")) == (1 if code else 3)
+
+
+def test_a_child_whose_parent_ends_while_it_is_submitted_is_submitted_once_the_outcome_shows(
+    tmp_path, slurm, cluster, no_page, capsys, monkeypatch
+):
+    write_recipe(tmp_path, "scratch", "mae")
+    submit, refused = study_slurm.submit_batch, []
+
+    def submit_while_the_parent_ends(plan, argv, *, after, **words):
+        if argv[0] == "finetune" and after is not None and not refused:
+            refused.append(argv)
+            cluster.rewrite(JobFolder(after / "logs" / "001"), "|PENDING|", "|COMPLETED|")
+        return submit(plan, argv, after=after, **words)
+
+    monkeypatch.setattr(study_slurm, "submit_batch", submit_while_the_parent_ends)
+    cluster.interludes += [
+        lambda study: cluster.work(study, study.graph.nodes[study.graph.data["store"]]),
+        lambda study: cluster.work(study, next(n for n in study.graph.nodes.values() if n.verb == "pretrain")),
+    ]
+    code, nodes, said = stay(capsys)
+    assert refused
+    assert "finetune mae, seeds 0, 0: not yet: " in said
+    assert (code, set(states(nodes).values())) == (0, {"done"})
 
 
 def test_a_second_command_does_not_stay_with_the_same_study(tmp_path, slurm, cluster, no_page, capsys):

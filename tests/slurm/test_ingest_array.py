@@ -11,7 +11,7 @@ from store_samples import write_pairs
 from launch.attempts import read_attempts
 
 TASKS = 8
-KILLED = 3
+KILLED = TASKS - 1  # Slurm gives the last the number of the array itself
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -64,4 +64,6 @@ def test_an_array_with_a_killed_task_makes_the_store_of_a_local_ingest_byte_for_
     assert outcome.outcome == "finished"
     killed, again = read_attempts(site.newest("array.job", 2).attempts_file(KILLED))  # the merge came last
     assert (killed.cause, again.cause) == ("lost rank", "ended")
+    others = [read_attempts(site.newest("array.job", 2).attempts_file(task)) for task in range(TASKS) if task != KILLED]
+    assert [len(attempts) for attempts in others] == [1] * (TASKS - 1)
     assert files_of(site.folder / "array") == files_of(site.folder / "local")

@@ -3,81 +3,21 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
+from batch_job import INTERRUPTED, LOST, PREEMPTED, RUNNING, Job, away, batch_job
 
 from launch import requeue, slurm_commands
 from launch.attempts import read_attempts
-from launch.folder import JobFolder, JobRecord, claim_folder
 from mimscale.train.run_dir import Outcome, RunDir
-from mimscale.world import Process
-
-RUNNING = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=None\n"
-PREEMPTED = "JobId=100 JobState=RUNNING Restarts=0 PreemptTime=2026-11-24T22:31:08\n"
-INTERRUPTED = Outcome(outcome="interrupted", exit_code=75, step=7, stopped_by="SIGTERM")
-LOST = Outcome(outcome="failed", exit_code=6, step=7, message="rank 1 on node1: Killed")
-
-
-class Job:
-    """A submitted training in a folder, on a node that believes to be in job 100."""
-
-    def __init__(self, folder: Path, slurm: FakeSlurm) -> None:
-        self.slurm, self.run = slurm, RunDir(folder / "run")
-        self.folder = self.claim()
-
-    def claim(self, **changes: object) -> JobFolder:
-        record = JobRecord(
-            **{  # type: ignore[arg-type]
-                "verb": "pretrain",
-                "executor": "slurm",
-                "processes": 2,
-                "master_port": None,
-                "config_hash": "",
-                "timeout_min": 30.0,
-                "signal_lead_s": 60.0,
-                "lost_rank_grace_s": 10.0,
-                "trains": True,
-                "submitted_utc": "2026-01-01T00:00:00Z",
-                "submitter": Process(pid=1, host="login", start_ticks=-1),
-                "job_name": "mimscale-x",
-                "user": "ana",
-                "job_id": "100",
-                **changes,
-            }
-        )
-        folder = claim_folder(self.run.logs, record, "")
-        folder.script.write_text("#!/bin/bash\n")
-        for task in (None, 0, 1):
-            folder.task_file(task).write_bytes(b"task")
-        return folder
-
-    def commit(self, step: int) -> None:
-        (self.run.checkpoints / f"step_{step:08d}").mkdir(parents=True)
-
-    def start(self) -> int:
-        return requeue.start(self.folder)
-
-    def end(self, code: int = 0, outcome: Outcome | None = None) -> int:
-        if outcome is not None:
-            self.run.write_outcome(outcome)
-        return requeue.end(self.folder, code)
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    for name, value in {"SLURM_JOB_ID": "100", "SLURM_JOB_PARTITION": "main", "SLURM_RESTART_COUNT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(requeue, "CONTROLLER_S", 0.3)
-    monkeypatch.setattr(requeue, "RETRY_S", 0.1)
-    monkeypatch.setattr(slurm_commands, "LOST_ID_S", 0.1)
-    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
-    slurm.answer("shown", RUNNING)
-    return Job(tmp_path, slurm)
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    yield from batch_job(tmp_path, monkeypatch)
 
 
 def test_a_job_whose_id_got_lost_runs_all_the_same_and_writes_it_down(job: Job) -> None:
@@ -205,16 +145,31 @@ def test_a_job_that_its_node_takes_down_again_and_again_stops_at_its_next_start(
     assert "crash loop" in outcome.message
 
 
-def test_a_controller_that_is_away_for_a_while_is_waited_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_an_ingest_of_many_time_limits_goes_on_while_it_finishes_parts(
+    job: Job, monkeypatch: pytest.MonkeyPatch, gets_on: bool
+) -> None:
+    job.run = RunDir(job.run.path.with_name("store.job"))
+    job.folder, receipts = job.claim(trains=False), job.run.path.with_name("store") / "receipts"
+    receipts.mkdir(parents=True)
+    for restart in range(6):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        limit = "JobState=COMPLETING Reason=TimeLimit"
+        job.slurm.answer("shown", RUNNING.replace("JobState=RUNNING", limit).replace("=0", f"={restart}"))
+        assert job.start() == (0 if gets_on or restart < 4 else 6)
+        if gets_on:
+            (receipts / f"part-{restart:05d}.jsonl").write_text("")
+        code = job.end(137)
+    assert code == (75 if gets_on else 6)
+    assert (job.folder.read_outcome() is None) == gets_on
+
+
+def test_a_controller_that_isaway_for_a_while_is_waited_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.start()
-    answers: list[Callable[[], dict[str, str]]] = [_away, lambda: {"JobState": "RUNNING"}]
+    answers: list[Callable[[], dict[str, str]]] = [away, lambda: {"JobState": "RUNNING"}]
     monkeypatch.setattr(slurm_commands, "show_job", lambda job_id: answers.pop(0)())
     assert job.end(137, LOST) == 75
     assert job.slurm.calls("scontrol")[-1] == "requeue 100"
-
-
-def _away() -> dict[str, str]:
-    raise slurm_commands.SlurmSilentError("scontrol gave no answer in 8 s; is the controller up?")
 
 
 def test_a_job_that_cannot_be_requeued_says_so(job: Job) -> None:
@@ -244,6 +199,22 @@ def test_each_task_of_an_array_ends_by_itself_and_the_array_when_all_have(
     assert outcome.message.startswith("1 of 2 tasks did not finish; task 1: a rank failed with exit code 3")
 
 
+def test_the_last_task_of_an_array_asks_and_acts_for_itself_although_it_has_the_number_of_the_array(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.folder = job.claim(trains=False, array=2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    job.start()
+    sibling = RUNNING.replace("RUNNING", "PENDING").replace("Restarts=0", "Restarts=1")
+    scontrol = job.slurm.folder / "bin" / "scontrol"
+    scontrol.write_text(f'{scontrol.read_text()}test "${{*: -1}}" != 100 || echo "{sibling.strip()}"\n')
+    assert job.end(137) == 75
+    assert job.slurm.calls("scontrol") == ["--oneliner show job 100_1", "requeue 100_1"]
+    (attempt,) = read_attempts(job.folder.attempts_file(1))
+    assert attempt.cause == "lost rank"
+
+
 def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merge_waits_for_all(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +228,7 @@ def test_a_task_of_an_array_that_a_preemption_cancels_goes_on_alone_and_the_merg
     job.slurm.answer("shown", PREEMPTED.strip() + " PreemptMode=CANCEL\n")
     assert job.end(75) == 75
     (call,) = job.slurm.calls("sbatch")
+    assert "--dependency=afterany:100_1 " in call
     assert "--array=1 " in call
     assert job.slurm.calls("scontrol")[-1] == "update JobId=300 Dependency=afterok:100_0:200_1"
     assert job.folder.read().job_id == "100"

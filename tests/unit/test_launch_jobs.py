@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,53 @@ def test_what_runs_in_a_job_is_pickled_by_reference() -> None:
     assert b"launch.jobs" in pickled
     assert len(pickled) < 500
     assert pickle.loads(pickled) == task
+
+
+STOPPED_VERB = """
+import sys
+from pathlib import Path
+from launch.jobs import RunVerb
+from mimscale import cli
+
+def main(argv):
+    print("at work")
+    return 75
+
+cli.VERBS["pretrain"] = ("__main__:main", "a fake")
+RunVerb(arguments=("pretrain",), folder=Path.cwd(), environment={}, trains=sys.argv[1] == "trains", master_port=1)()
+"""
+
+
+def _run_as_rank(folder: Path, trains: bool, ranks: int) -> "subprocess.CompletedProcess[str]":
+    variables = {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SUBMITIT_FOLDER": str(folder),
+        "SLURM_JOB_ID": "100",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS": str(ranks),
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    command = [sys.executable, "-c", STOPPED_VERB, "trains" if trains else "does not"]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("trains", "ranks", "code"), [(True, 2, 0), (True, 1, 75), (False, 2, 75)])
+def test_ranks_that_stop_together_leave_with_0_only_where_an_outcome_says_that_they_stopped(
+    tmp_path: Path, trains: bool, ranks: int, code: int
+) -> None:
+    done = _run_as_rank(tmp_path, trains, ranks)
+    assert done.returncode == code, done.stderr
+    assert "at work" in done.stdout
+
+
+def test_a_rank_of_a_job_that_was_cancelled_while_its_ranks_were_started_does_not_begin(tmp_path: Path) -> None:
+    JobFolder(tmp_path).cancelled.write_text("{}")  # it is there before the signal, which finds no rank yet
+    done = _run_as_rank(tmp_path, True, 1)
+    assert done.returncode == 75, done.stderr
+    assert "at work" not in done.stdout
+    assert "cancelled before it began" in done.stderr
 
 
 def test_a_process_with_the_id_of_a_dead_one_is_not_taken_for_it() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempts import Attempt, Cause, begin_attempt, end_attempt, read_attempts, why_not_again
-from launch.requeue import SlurmView, decide, rank_outcome, setup_outcome
+from launch.ending import SlurmView, decide, rank_outcome, setup_outcome
 from launch.srun_log import FirstEnd, first_end, last_message
 from mimscale.train.run_dir import Outcome
 
@@ -193,6 +193,20 @@ def test_a_first_start_that_got_nowhere_is_no_restart() -> None:
 def test_progress_ends_the_count() -> None:
     idle, progress = (40, 40, "lost rank"), (40, 41, "time limit")
     assert why_not_again(_attempts((0, 40, None), idle, idle, progress, idle, idle), None) is None  # type: ignore[arg-type]
+
+
+def test_a_rank_that_stops_by_request_is_no_failure_although_srun_kills_the_others() -> None:
+    first = FirstEnd(node="node2", rank=1, code=75, how="Exited with exit code 75")
+    outcome = rank_outcome(None, 137, first, trains=False, step=0)
+    assert (outcome.outcome, outcome.exit_code) == ("interrupted", 75)
+
+
+def test_what_does_not_train_gets_on_by_parts() -> None:
+    parts = _attempts(*[(done, done + 1, "time limit") for done in range(6)])
+    assert why_not_again(parts, None, trains=False) is None
+    why = why_not_again(_attempts(*[(2, 2, "time limit")] * 4), None, trains=False)  # type: ignore[arg-type]
+    assert why is not None
+    assert "crash loop: 3 restarts in a row without a new finished part (2 are) (time limit)" in why
 
 
 @pytest.mark.parametrize("cause", ["preempted", "requeued from outside"])

@@ -195,13 +195,20 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "step"),
+    [({}, "5.0"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}, "5_1.0")],  # 5.0: of all tasks
+)
+def test_ranks_that_hang_are_ended_before_the_time_limit_and_what_follows_is_asked(
+    tmp_path: Path, variables: dict[str, str], step: str
+) -> None:
     profile = Profile(executor="slurm", timeout_min=1, signal_lead_s=4)
     end_s = int(time.time()) + 3
     hang = "for _ in 1 2 3 4 5 6 7 8 9; do sleep 0.5; grep -q ^scancel ran && exit 137; done"
-    words = _run_script(_job(tmp_path / "logs", profile=profile), tmp_path, srun=hang, SLURM_JOB_END_TIME=str(end_s))
+    variables = {**variables, "SLURM_JOB_END_TIME": str(end_s)}
+    words = _run_script(_job(tmp_path / "logs", profile=profile), tmp_path, srun=hang, **variables)
     assert time.time() < end_s + 1
-    assert words[words.index("scancel") :][:3] == ["scancel", "--signal=KILL", "5.0"]
+    assert words[words.index("scancel") :][:3] == ["scancel", "--signal=KILL", step]
     assert words[-4:] == ["launch.requeue", "end", str(tmp_path / "logs"), "137"]
 
 
