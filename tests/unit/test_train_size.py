@@ -56,8 +56,11 @@ def test_sharding_takes_memory_off_a_rank_stage_by_stage(bf16: bool, accumulates
         estimate_memory(_vit_b(zero_stage=stage, bucket_elements=1_000_000), 8, bf16=bf16, accumulates=accumulates)
         for stage in (0, 1, 2, 3)
     ]
-    kept = [one.gradients + one.optimizer for one in estimates]
-    assert kept == sorted(kept, reverse=True)
+    optimizer, gradients = [one.optimizer for one in estimates], [one.gradients for one in estimates]
+    assert optimizer == sorted(optimizer, reverse=True)
+    assert gradients[0] == 8 * gradients[1]
+    # Stages 2 and 3 sum those of bf16 micro-batches in fp32.
+    assert gradients[2] == gradients[3] == (2 if bf16 and accumulates else 1) * gradients[1]
     # Stage 3 holds the weights twice while it computes, its share and all of them; so it may need more than stage 2.
     peaks = [one.peak for one in estimates[:3]]
     assert peaks == sorted(peaks, reverse=True)
