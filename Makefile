@@ -33,7 +33,7 @@ STUDY_DIR ?= study_small
 study-small: .venv/op-built-demo debian-packages ## the paper's claims on deformed brains, about 150 minutes on 2 cores; goes on after a stop
 	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small run_dir=$(STUDY_DIR)
 
-study-small-quick: .venv/op-built-demo debian-packages ## the same in about 20 minutes
+study-small-quick: .venv/op-built-demo debian-packages ## the same, smaller, in about 10 minutes
 	OMP_NUM_THREADS=1 $(BIN)/mimscale study studies/small_quick run_dir=$(STUDY_DIR)_quick
 
 # The control trains on the same crops as nodes of the study, by those nodes' configs.
