@@ -326,8 +326,6 @@ def main(argv: list[str]) -> int:
     stopped, report = False, None
     if arguments.dry_run:
         study.look()
-        for absent in absent_data(study.graph):
-            console.say(f"{absent}; a study that starts here needs it")
     elif profile.executor == "slurm":
         from launch.study_slurm import stay, submit_all
 
@@ -345,6 +343,8 @@ def main(argv: list[str]) -> int:
     if not arguments.dry_run:
         report = write_study_report(view, study.folder)
     _show(study, view, report, everything=arguments.dry_run)
+    for absent in absent_data(study.graph) if arguments.dry_run else []:  # last, where it is seen below a long table
+        console.say(f"{absent}; a study that starts here needs it")
     if arguments.json:
         console.print_json(_result(study, view, report))
     if study.silent is not None and not arguments.dry_run:

@@ -75,7 +75,13 @@ def absent_data(graph: Graph) -> list[str]:
         weights = node.config.get("init_from")
         if isinstance(weights, str) and not weights.startswith("@") and not node.missing:
             users.setdefault(weights, f"{node.label}: init_from")
-    return [f"{user}={place}: no such file or folder" for place, user in users.items() if not Path(place).exists()]
+    absent = {place: user for place, user in users.items() if not Path(place).exists()}
+    # What lies in a folder that is not there needs no line of its own.
+    return [
+        f"{user}={place}: no such file or folder"
+        for place, user in absent.items()
+        if not any(str(folder) in absent for folder in Path(place).parents)
+    ]
 
 
 def leaks(config: StudyConfig, graph: Graph, study_dir: Path, node: Node) -> str:

@@ -180,7 +180,7 @@ def time_table(groups: Sequence[Group], targets: Targets) -> Table:
         rows=rows,
         note="The first validation at which Dice is at least the target; > means later than that: the run ended there. "
         "Seconds: of computing, pretraining included. A median of an even number of runs is the mean of the middle "
-        "two. Each fold has a target of its own.",
+        "two. Each fold has a target of its own; an arm has none while the one that sets it has no run by its plan.",
         text_columns=2,
     )
 
